@@ -1,0 +1,248 @@
+"""START HERE: the facts that cross boundaries inside Hone. Frozen, typed, and free of any library that serves or computes.
+
+Wire tensors stay *bytes* from socket to runner: row-major, little-endian, exactly the form of the binary tensor extension.
+So batching along the first axis is joining buffers, splitting is slicing, and the HTTP process needs no numerics on the hot path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+DATATYPE_SIZES: Final[dict[str, int]] = {
+    "BOOL": 1, "UINT8": 1, "UINT16": 2, "UINT32": 4, "UINT64": 8, "INT8": 1, "INT16": 2, "INT32": 4, "INT64": 8,
+    "FP16": 2, "BF16": 2, "FP32": 4, "FP64": 8,
+}  # fmt: skip
+"""Bytes per element of each fixed-size datatype of the Open Inference Protocol. BYTES is variable and not listed."""
+BYTES: Final = "BYTES"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, datatype and shape of one input or output; -1 is a variable dimension."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a version takes and gives. `rows` says whether requests may share a call (see RowsProof)."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    batchable: bool = False
+    rows_reason: str = ""
+
+
+@dataclass(slots=True)
+class Tensor:
+    """One tensor on the wire. `data` is its raw form; for BYTES each element is a uint32 length and its bytes."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Buffer
+
+
+@dataclass(slots=True)
+class InferenceRequest:
+    """One request as the data plane sees it. `deadline` is on time.monotonic()'s clock; priority 1 is the highest, 0 the default level."""
+
+    inputs: list[Tensor]
+    request_id: str = ""
+    outputs: tuple[str, ...] | None = None
+    priority: int = 0
+    deadline: float | None = None
+    caller: str = ""
+    received_at: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(slots=True)
+class InferenceResult:
+    """The answer. Output buffers are owned by the caller (they have left shared memory). Times in seconds."""
+
+    outputs: list[Tensor]
+    model: str
+    version: str
+    generation: int
+    queue_s: float
+    compute_s: float
+    batch_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSettings:
+    """How a version is run on this class of host. Changing them makes a new generation, never a new version."""
+
+    intra_op_threads: int = 1
+    instances: int = 1
+    batch_limit: int = 8
+    queue_limit: int = 256
+    spin_duration_us: int = 0
+    graph_level: str = "all"
+    session_options: tuple[tuple[str, str], ...] = ()
+
+    def needs_new_session(self, other: RuntimeSettings) -> bool:
+        """True where going from self to other cannot be done in the live runner."""
+        mine = (self.intra_op_threads, self.spin_duration_us, self.graph_level, self.session_options)
+        return mine != (other.intra_op_threads, other.spin_duration_us, other.graph_level, other.session_options)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one finished request cost, written once and handed to every sink. Seconds; CPU and wait are the batch's share per row."""
+
+    model: str
+    version: str
+    code: int
+    total_s: float
+    decode_s: float
+    queue_s: float
+    compute_s: float
+    encode_s: float
+    batch_rows: int
+    rows: int
+    cpu_s: float
+    wait_s: float
+
+
+class VersionState(StrEnum):
+    """States of the repository index."""
+
+    READY = "READY"
+    LOADING = "LOADING"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+class Verdict(StrEnum):
+    """Only PASSED promotes."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    INCONCLUSIVE = "inconclusive"
+    NO_DATA = "no_data"
+    ERROR = "error"
+
+
+class JobState(StrEnum):
+    REQUESTED = "requested"
+    BUILDING = "building"
+    VERIFYING = "verifying"
+    FINISHED = "finished"
+
+
+class Mode(StrEnum):
+    """How much the loop may do by itself with a model."""
+
+    AUTO = "auto"
+    APPROVE = "approve"
+    OBSERVE = "observe"
+
+
+JSON: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One decision or milestone in the journal: rare, explainable, never high-rate. `kind` is noun.past_participle.
+
+    `seq` orders events and `at` (unix seconds) is for people only. Unknown kinds are kept and ignored by the fold.
+    """
+
+    kind: str
+    model: str = ""
+    version: str = ""
+    job: str = ""
+    actor: str = "hone"
+    data: JSON = field(default_factory=dict)
+    seq: int = 0
+    at: float = 0.0
+    schema: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A fence: later writers carry a larger (epoch, n)."""
+
+    epoch: int = 1
+    n: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltVersion:
+    """A version that Hone built, as the journal tells it."""
+
+    version: str
+    parent: str
+    golden_sha256: str
+    job: str
+    recipe: tuple[JSON, ...]
+    sha256: str
+    verdicts: tuple[tuple[str, Verdict], ...] = ()
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An optimization asked for by a person or the planner. `tries` are alternatives; each is a recipe of steps in order.
+
+    A step is {"method": NAME, **config}. Outcome, once finished: promoted | kept | refused | nothing_changed | not_applicable
+    | failed | cancelled | inconclusive.
+    """
+
+    id: str
+    model: str
+    golden: str
+    golden_sha256: str
+    tries: tuple[tuple[JSON, ...], ...]
+    reason: str
+    promote: str
+    actor: str
+    state: JobState
+    requested_at: float
+    worker: str = ""
+    attempt: int = 0
+    candidates: tuple[str, ...] = ()
+    cancel_asked: bool = False
+    outcome: str = ""
+    report: JSON = field(default_factory=dict)
+    finished_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """The desired state of one model: a fold over its events."""
+
+    name: str
+    golden: str
+    golden_sha256: str
+    desired: str
+    previous: str
+    generation: Generation
+    settings: tuple[tuple[str, RuntimeSettings], ...] = ()
+    previous_settings: tuple[tuple[str, RuntimeSettings], ...] = ()
+    built: tuple[BuiltVersion, ...] = ()
+    mode: Mode | None = None
+    unloaded: bool = False
+    last_event: int = 0
+
+    def settings_of(self, version: str) -> RuntimeSettings | None:
+        return dict(self.settings).get(version)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Everything the journal says, up to and including event `seq`."""
+
+    seq: int = 0
+    models: dict[str, ModelState] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    frozen: bool = False

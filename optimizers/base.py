@@ -1,0 +1,129 @@
+"""One shape for every method: `optimize(artifact, config, samples, budget) -> Artifact`. The config's type selects the method.
+
+To add a method, write a frozen dataclass that derives from Config and a function under @method(ThatConfig); nothing else lists it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, TypeVar
+
+from optimizers.artifact import Artifact
+from optimizers.samples import Samples
+
+
+class NotApplicable(Exception):
+    """The method does not apply to this model here; the text says why, naming the node or module where there is one."""
+
+
+class Cancelled(Exception):
+    """The budget said stop: cancelled by a person, or out of time."""
+
+
+class Need(StrEnum):
+    """What a method needs beside the ONNX file."""
+
+    ONNX = "ONNX file"
+    SOURCE = "PyTorch source"
+    CALIBRATION = "calibration inputs"
+    UNLABELLED = "unlabelled inputs"
+    LABELLED = "labelled training data"
+    TEACHER = "a teacher"
+    HERE = "the host that serves"
+
+
+class Gain(StrEnum):
+    """What a method can give."""
+
+    SMALLER = "smaller file"
+    FEWER_OPERATIONS = "fewer operations"
+    FASTER = "faster on this host"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of all method configs. Values must be JSON-able; equal configs are equal recipes."""
+
+    method: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX})
+    gives: ClassVar[frozenset[Gain]] = frozenset()
+    lossless: ClassVar[bool] = False
+    extra: ClassVar[str] = ""
+    """Name of the pip extra the method needs ('optimize' for torch), or ''."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a long job is: shares are 0..1."""
+
+    method: str
+    step: str
+    share: float
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Budget:
+    """Bounds and the two-way line of a running job: call `tick` often, in every loop."""
+
+    seconds: float = 1800.0
+    threads: int = 1
+    memory_bytes: int = 0
+    seed: int = 0
+    scratch: str = ""
+    """A folder the method may fill; empty means a temporary one."""
+    target: str = ""
+    """Host class key the result is meant for; empty means this host."""
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    cancelled: Callable[[], bool] = lambda: False
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_s(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def tick(self, method: str, step: str, share: float, **detail: Any) -> None:
+        """Report progress; raise Cancelled when a person or the clock said stop."""
+        self.on_progress(Progress(method, step, share, detail))
+        if self.cancelled():
+            raise Cancelled(f"{method} was cancelled during {step}")
+        if self.left_s <= 0:
+            raise Cancelled(f"{method} used up its {self.seconds:.0f} s during {step}")
+
+
+Method = Callable[[Artifact, Any, Samples, Budget], Artifact]
+ConfigType = TypeVar("ConfigType", bound=type[Config])
+_methods: dict[type[Config], Method] = {}
+
+
+def method(config_type: type[Config]) -> Callable[[Method], Method]:
+    """Register `function` as the method that `config_type` selects."""
+
+    def register(function: Method) -> Method:
+        _methods[config_type] = function
+        return function
+
+    return register
+
+
+def optimize(artifact: Artifact, config: Config, samples: Samples, budget: Budget) -> Artifact:
+    """Apply one method. Raises NotApplicable with the reason, or Cancelled."""
+    try:
+        chosen = _methods[type(config)]
+    except KeyError:
+        raise NotApplicable(f"{config.method or type(config).__name__}: its implementation is not imported; see optimizers.catalogue()") from None
+    budget.tick(config.method, "start", 0.0)
+    return chosen(artifact, config, samples, budget)
+
+
+def registered() -> Iterator[type[Config]]:
+    """Every config type whose method is imported, by name."""
+    return iter(sorted(_methods, key=lambda config: config.method))
