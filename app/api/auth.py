@@ -40,7 +40,9 @@ class Guard:
     def may_read(self, request: HTTPConnection) -> Role:
         role = self.role(request)
         if role is None:
-            raise Unauthorized("this needs a bearer token: Authorization: Bearer … (HONE_ADMIN_TOKEN, or the file admin-token in the state folder)")
+            raise Unauthorized(
+                "this needs a bearer token: Authorization: Bearer … (HONE_ADMIN_TOKEN, or the file admin-token in the state folder)"
+            )
         return role
 
     def may_change(self, request: HTTPConnection) -> str:

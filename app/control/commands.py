@@ -1,0 +1,141 @@
+"""What a person or the loop may ask for: each command checks the state, then appends the event that makes it so.
+
+Nothing here loads, builds or verifies: data plane and workers converge to what the journal says. All methods block.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from app.domain import JSON, BuiltVersion, Event, Job, JobState, Mode, ModelState, RuntimeSettings, Verdict
+from app.errors import Conflict, InvalidRequest, NotAllowed, NotFound
+from app.store.base import Journal
+
+
+class Commands:
+    """Commands of one server, whose host class is `host_class`."""
+
+    def __init__(self, journal: Journal, host_class: str) -> None:
+        self._journal = journal
+        self._host_class = host_class
+
+    def model(self, name: str) -> ModelState:
+        state = self._journal.state().models.get(name)
+        if state is None:
+            raise NotFound(f"no model {name!r} is deployed")
+        return state
+
+    def built(self, model: ModelState, version: str) -> BuiltVersion:
+        """A built version that could serve. Raises NotFound or Conflict with the reason."""
+        found = next((b for b in model.built if b.version == version), None)
+        if found is None:
+            known = ", ".join([model.golden, *(b.version for b in model.built if not b.removed)])
+            raise NotFound(f"model {model.name!r} has no version {version!r}; it has {known}")
+        if found.removed:
+            raise Conflict(f"version {version} of {model.name!r} was removed; its weights are gone")
+        if found.golden_sha256 != model.golden_sha256:
+            raise Conflict(f"version {version} of {model.name!r} was built from an earlier golden; build it again with: hone optimize {model.name}")
+        return found
+
+    def optimize(self, name: str, tries: Sequence[Sequence[JSON]], reason: str, promote: str, actor: str) -> Job:
+        """Request a job. `tries` are alternatives, each a list of steps {"method": …}. Raises Conflict where the same job is open."""
+        if promote not in {"auto", "manual"}:
+            raise InvalidRequest(f"promote={promote!r}: must be auto or manual")
+        model = self.model(name)
+        state = self._journal.state()
+        if state.frozen:
+            raise NotAllowed("all change is frozen; lift it with: hone unfreeze")
+        wanted = tuple(tuple(dict(step) for step in steps) for steps in tries)
+        for job in state.jobs.values():
+            if job.model == name and job.state is not JobState.FINISHED and job.tries == wanted:
+                raise Conflict(f"job {job.id} already does exactly that; see: hone jobs {job.id}")
+        identity = f"{name}-{secrets.token_hex(4)}"
+        data = {
+            "tries": [list(steps) for steps in wanted],
+            "reason": reason,
+            "promote": promote,
+            "golden": model.golden,
+            "golden_sha256": model.golden_sha256,
+        }
+        self._journal.append(Event("job.requested", name, model.golden, identity, actor, data))
+        return self._journal.state().jobs[identity]
+
+    def cancel(self, identity: str, actor: str) -> Job:
+        job = self.job(identity)
+        if job.state is JobState.FINISHED:
+            raise Conflict(f"job {identity} is finished already: {job.outcome}")
+        self._journal.append(Event("job.cancel_asked", job.model, "", identity, actor))
+        return self.job(identity)
+
+    def job(self, identity: str) -> Job:
+        job = self._journal.state().jobs.get(identity)
+        if job is None:
+            raise NotFound(f"no job {identity!r}; GET /admin/jobs lists them")
+        return job
+
+    def promote(self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None) -> Event:
+        """Make `version` the desired one. Without `force` only a version proven on this class of host may be."""
+        model = self.model(name)
+        if self._journal.state().frozen and not force:
+            raise NotAllowed("all change is frozen; lift it with: hone unfreeze (rollback is always allowed)")
+        if version != model.golden:
+            verdict = dict(self.built(model, version).verdicts).get(self._host_class)
+            if verdict is not Verdict.PASSED and not force:
+                found = f"its verdict here is {verdict}" if verdict else "it has no proof on this class of host"
+                raise Conflict(
+                    f"version {version} of {name!r} is not proven for {self._host_class}: {found}; "
+                    f"prove it with: hone verify {name}:{version}, or promote it all the same with force"
+                )
+        if version == model.desired and settings is None:
+            raise Conflict(f"version {version} of {name!r} is the desired one already")
+        return self._desire(model, version, actor, reason, settings)
+
+    def rollback(self, name: str, actor: str, reason: str) -> Event:
+        """Back to what was before the last change, at once: the previous settings if only those changed, else the previous version."""
+        model = self.model(name)
+        before = dict(model.previous_settings)
+        if model.desired in before and before[model.desired] != model.settings_of(model.desired) and model.previous in ("", model.desired):
+            return self.change_settings(name, before[model.desired], actor, reason)
+        if not model.previous or model.previous == model.desired:
+            raise Conflict(f"model {name!r} has nothing to go back to: version {model.desired} was never preceded by another")
+        return self._desire(model, model.previous, actor, reason, None)
+
+    def change_settings(self, name: str, settings: RuntimeSettings, actor: str, reason: str) -> Event:
+        """New run-time settings for the desired version: a new generation, not a new version."""
+        model = self.model(name)
+        data = {"version": model.desired, "settings": asdict(settings), "reason": reason}
+        return self._journal.append(Event("settings.changed", name, model.desired, "", actor, data), expect=model.generation)
+
+    def set_loaded(self, name: str, loaded: bool, actor: str) -> Event:
+        self.model(name)
+        return self._journal.append(Event("model.loaded" if loaded else "model.unloaded", name, actor=actor))
+
+    def set_mode(self, name: str, mode: Mode, actor: str) -> Event:
+        self.model(name)
+        return self._journal.append(Event("mode.changed", name, actor=actor, data={"mode": mode.value}))
+
+    def freeze(self, frozen: bool, actor: str) -> Event:
+        return self._journal.append(Event("loop.frozen" if frozen else "loop.unfrozen", actor=actor))
+
+    def forget_version(self, name: str, version: str, actor: str) -> Event:
+        """Say that a built version's weights may go. Never golden, never the desired or previous one."""
+        model = self.model(name)
+        if version == model.golden:
+            raise NotAllowed(f"version {version} is the golden one of {name!r}: it stays; remove the model instead: hone remove {name}")
+        if version == model.desired:
+            raise NotAllowed(f"version {version} of {name!r} is the active one; promote or roll back to another first")
+        self.built(model, version)
+        return self._journal.append(Event("version.removed", name, version, actor=actor, data={"version": version}))
+
+    def forget_model(self, name: str, actor: str) -> Event:
+        self.model(name)
+        return self._journal.append(Event("model.removed", name, actor=actor))
+
+    def _desire(self, model: ModelState, version: str, actor: str, reason: str, settings: RuntimeSettings | None) -> Event:
+        data: dict[str, Any] = {"version": version, "from": model.desired, "reason": reason}
+        if settings is not None:
+            data["settings"] = asdict(settings)
+        return self._journal.append(Event("desired.changed", model.name, version, "", actor, data), expect=model.generation)
