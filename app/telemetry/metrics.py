@@ -52,6 +52,8 @@ class VersionRow:
         default_factory=lambda: (Histogram(), Histogram(), Histogram(), Histogram())
     )
     batch: Histogram = field(default_factory=lambda: Histogram(BATCH_LADDER))
+    by_size: dict[int, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0, 0.0]))
+    """Rows per call -> [calls, seconds], for the statistics extension."""
     rows: int = 0
     executions: int = 0
     failures: int = 0
@@ -105,11 +107,14 @@ class Metrics:
             objective.total += 1
             objective.within += seen.total_s <= objective.threshold_s
 
-    def batch(self, model: str, version: str, rows: int) -> None:
+    def batch(self, model: str, version: str, rows: int, compute_s: float) -> None:
         """Count one call of a model with `rows` rows."""
         row = self.rows.get((model, version)) or self._row(model, version)
         row.executions += 1
         row.batch.observe(rows)
+        size = row.by_size[rows]
+        size[0] += 1
+        size[1] += compute_s
 
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         self.counters[name][labels] += by
