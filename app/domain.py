@@ -135,6 +135,7 @@ class Verdict(StrEnum):
 class JobState(StrEnum):
     REQUESTED = "requested"
     BUILDING = "building"
+    BUILT = "built"
     VERIFYING = "verifying"
     FINISHED = "finished"
 
@@ -188,6 +189,7 @@ class BuiltVersion:
     sha256: str
     verdicts: tuple[tuple[str, Verdict], ...] = ()
     removed: bool = False
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +217,12 @@ class Job:
     outcome: str = ""
     report: JSON = field(default_factory=dict)
     finished_at: float = 0.0
+    candidate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """The desired state of one model: a fold over its events."""
+    """The desired state of one model: a fold over its events. `stamp` is the (epoch, seq) of the last event that changed it."""
 
     name: str
     golden: str
@@ -233,16 +236,32 @@ class ModelState:
     mode: Mode | None = None
     unloaded: bool = False
     last_event: int = 0
+    stamp: tuple[int, int] = (0, 0)
 
     def settings_of(self, version: str) -> RuntimeSettings | None:
         return dict(self.settings).get(version)
 
 
 @dataclass(frozen=True, slots=True)
+class RemovedModel:
+    """What stays of a model that was removed: a name that returns goes on after `n`."""
+
+    n: int
+    stamp: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class State:
-    """Everything the journal says, up to and including event `seq`."""
+    """Everything the journal says, up to and including event `seq`.
+
+    `epoch` grows each time the journal was lost and rebuilt; `left_at` says with which seq each earlier epoch was left.
+    """
 
     seq: int = 0
     models: dict[str, ModelState] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
     frozen: bool = False
+    frozen_because: str = ""
+    epoch: int = 1
+    left_at: dict[int, int] = field(default_factory=dict)
+    removed: dict[str, RemovedModel] = field(default_factory=dict)
