@@ -1,0 +1,26 @@
+"""The Open Inference Protocol v2 over REST as bytes: request body -> InferenceRequest, InferenceResult -> reply body.
+
+Pure functions. They know neither HTTP frameworks nor models; what a model takes and gives comes in as a Signature.
+"""
+
+from app.api.wire.checks import check_reply_form, validate
+from app.api.wire.compression import choose_encoding, compress, decompress, parse_content_encoding
+from app.api.wire.reply import Reply, encode_response
+from app.api.wire.request import OutputChoice, ParsedRequest, parse_header_length, parse_infer
+from app.api.wire.tensors import count_non_finite
+
+__all__ = [
+    "OutputChoice",
+    "ParsedRequest",
+    "Reply",
+    "check_reply_form",
+    "choose_encoding",
+    "compress",
+    "count_non_finite",
+    "decompress",
+    "encode_response",
+    "parse_content_encoding",
+    "parse_header_length",
+    "parse_infer",
+    "validate",
+]

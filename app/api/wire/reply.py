@@ -1,0 +1,74 @@
+"""An infer reply, written: JSON, binary, or both, as the request chose for each output. Knows results and bytes, not how they are sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from app.api.wire.request import ParsedRequest
+from app.api.wire.tensors import unpack_json
+from app.domain import DATATYPE_SIZES, Buffer, InferenceResult, Tensor
+
+_JSON: Final = (b"content-type", b"application/json")
+_BINARY: Final = (b"content-type", b"application/octet-stream")
+
+
+@dataclass(slots=True)
+class Reply:
+    """Headers (content-length among them) and the body in parts that need no joining. `non_finite`: elements that JSON shows as null."""
+
+    headers: list[tuple[bytes, bytes]]
+    parts: list[Buffer]
+    size: int
+    non_finite: int = 0
+
+
+def encode_response(result: InferenceResult, parsed: ParsedRequest) -> Reply:
+    """The reply to `parsed`. Raises InvalidRequest where an output has no JSON form (FP16, BF16, bytes that are not UTF-8)."""
+    outputs: list[dict[str, Any]] = []
+    parts: list[Buffer] = [b""]
+    non_finite, size = 0, 0
+    for tensor, binary in chosen(result, parsed):
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if binary:
+            length = len(tensor.data)
+            entry["parameters"] = {"binary_data_size": length}
+            parts.append(tensor.data)
+            size += length
+        else:
+            entry["data"], nulls = unpack_json(tensor)
+            if nulls:
+                entry["parameters"] = {"non_finite": nulls}
+                non_finite += nulls
+        outputs.append(entry)
+    document: dict[str, Any] = {"model_name": result.model, "model_version": result.version}
+    if parsed.id is not None:
+        document["id"] = parsed.id
+    document["outputs"] = outputs
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    parts[0] = head
+    size += len(head)
+    length_header = (b"content-length", b"%d" % size)
+    if len(parts) == 1:
+        return Reply([_JSON, length_header], parts, size, non_finite)
+    return Reply([_BINARY, (b"inference-header-content-length", b"%d" % len(head)), length_header], parts, size, non_finite)
+
+
+def chosen(result: InferenceResult, parsed: ParsedRequest) -> list[tuple[Tensor, bool]]:
+    """The outputs of the reply, in the order asked for, each with whether it goes as binary."""
+    if parsed.outputs is None:
+        return [(tensor, parsed.binary_default) for tensor in result.outputs]
+    by_name = {tensor.name: tensor for tensor in result.outputs}
+    return [(by_name[choice.name], choice.binary) for choice in parsed.outputs]
+
+
+def json_bytes_estimate(result: InferenceResult, parsed: ParsedRequest) -> int:
+    """About how long the JSON part will be: decides where it is written."""
+    total = 0
+    for tensor, binary in chosen(result, parsed):
+        if not binary:
+            size = DATATYPE_SIZES.get(tensor.datatype)
+            total += len(tensor.data) if size is None else len(tensor.data) // size * 11
+    return total
