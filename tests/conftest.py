@@ -1,0 +1,49 @@
+"""What all tests share: `needs(program)` leaves a test out where a program is missing, says so at the end, and fails with CI=true."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+DEBIAN_PACKAGES = {"redis-server": "redis-server", "redis-cli": "redis-tools", "promtool": "prometheus"}
+PYTHON_PACKAGES = {"torch"}
+LEFT_OUT: dict[str, int] = {}
+
+
+def is_missing(program: str) -> bool:
+    if program in PYTHON_PACKAGES:
+        return importlib.util.find_spec(program) is None
+    return shutil.which(program, path=SEARCH_PATH) is None
+
+
+def remedy(program: str) -> str:
+    if program in PYTHON_PACKAGES:
+        return "pip install -c constraints.txt '.[optimize]'"
+    return f"apt-get install {DEBIAN_PACKAGES.get(program, program)}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for program in filter(is_missing, mark.args):
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"CI=true, and {program} is missing: {remedy(program)}", pytrace=False)
+            LEFT_OUT[program] = LEFT_OUT.get(program, 0) + 1
+            pytest.skip(f"needs {program}: {remedy(program)}")
+
+
+@pytest.fixture(autouse=True)
+def without_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """HONE_ variables of the shell that runs the tests must not change what they see."""
+    for name in [name for name in os.environ if name.startswith("HONE_")]:
+        monkeypatch.delenv(name)
+    yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for program, count in LEFT_OUT.items():
+        terminalreporter.write_line(f"LEFT OUT: {count} tests need {program}; to have it: {remedy(program)}", yellow=True)
