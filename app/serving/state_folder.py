@@ -1,0 +1,91 @@
+"""Where things lie in Hone's state folder; the one place that spells its paths. Knows nothing of what stands in the files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from app.errors import InvalidRequest
+from app.serving import durable
+
+BUILT_VERSION: Final = re.compile(r"([1-9][0-9]*)\.([1-9][0-9]*)")
+GOLDEN_VERSION: Final = re.compile(r"[1-9][0-9]*")
+_HOST_CLASS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
+
+
+@dataclass(frozen=True)
+class StateFolder:
+    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, journal.db, admin-token, last-state.json."""
+
+    root: Path
+
+    def prepare(self) -> StateFolder:
+        """Create what is missing, and remove what dead processes left. Raises NotAllowed or InsufficientStorage."""
+        with durable.storage_errors("preparing the state folder", self.root):
+            durable.make_folder(self.root, 0o700)
+            for folder in (self.models, self.staging, self.scratch):
+                durable.make_folder(folder, 0o700)
+            self.sweep()
+        return self
+
+    def sweep(self) -> int:
+        """Remove temporary files and folders of dead processes everywhere; returns how many."""
+        folders = [self.root, self.models, self.staging, self.scratch]
+        for model in self.model_folders():
+            folders += [model, *(inner for inner in model.iterdir() if inner.is_dir() and not inner.is_symlink())]
+            folders += [inner / "proofs" for inner in model.iterdir() if is_version(inner.name)]
+        return sum(durable.sweep(folder) for folder in folders)
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def staging(self) -> Path:
+        """Uploads before they are checked and deployed."""
+        return self.root / "staging"
+
+    @property
+    def scratch(self) -> Path:
+        """Where jobs build; on the same file system as `models`, so that publishing is a rename."""
+        return self.root / "scratch"
+
+    def model(self, name: str) -> Path:
+        return self.models / name
+
+    def model_folders(self) -> Iterator[Path]:
+        if self.models.is_dir():
+            yield from sorted(p for p in self.models.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def version(self, name: str, version: str) -> Path:
+        """Raises InvalidRequest for what is no version name, so that no name reaches a path elsewhere."""
+        if not is_version(version):
+            raise InvalidRequest(f"{version!r} is no version; versions are numbers such as 1 (deployed) or 1.2 (built)")
+        return self.model(name) / version
+
+    def card(self, name: str, version: str) -> Path:
+        return self.version(name, version) / "card.json"
+
+    def proofs(self, name: str, version: str) -> Path:
+        return self.version(name, version) / "proofs"
+
+    def proof(self, name: str, version: str, host_class: str) -> Path:
+        if not _HOST_CLASS.fullmatch(host_class):
+            raise InvalidRequest(f"{host_class!r} is no host class; letters, digits and _ . + , = - are allowed, at most 200")
+        return self.proofs(name, version) / f"{host_class}.json"
+
+    def lock(self, name: str) -> Path:
+        return self.model(name) / ".lock"
+
+    def reference(self, name: str) -> Path:
+        return self.model(name) / "reference"
+
+    def captured(self, name: str) -> Path:
+        return self.model(name) / "captured"
+
+
+def is_version(text: str) -> bool:
+    return bool(GOLDEN_VERSION.fullmatch(text) or BUILT_VERSION.fullmatch(text))
