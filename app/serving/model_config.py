@@ -267,14 +267,18 @@ def load_model_config(path: Path, methods: Collection[str] = ()) -> ModelConfig:
 
     Raises ModelRejected with file, line, key, rule and remedy.
     """
+    if not path.exists():
+        return ModelConfig()
+    return parse_model_config(read_config(path), path, methods)
+
+
+def read_config(path: Path) -> bytes:
+    """The bytes of a model.yaml, no more than one byte over the bound. Raises ModelRejected."""
     try:
         with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        return ModelConfig()
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ModelRejected(f"{path}: cannot be read: {error.strerror}; it must be a readable file, or absent") from None
-    return parse_model_config(raw, path, methods)
 
 
 def parse_model_config(raw: bytes, path: Path, methods: Collection[str] = ()) -> ModelConfig:

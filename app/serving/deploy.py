@@ -1,0 +1,262 @@
+"""Puts a model into the repository: what the operator named is copied (links resolved once), checked as files, and appears whole or not at all.
+
+Whether it is a good model is for the task child to say before this runs; which external data it names comes from there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from app.errors import Conflict, HoneError, ModelRejected, NotFound
+from app.serving import durable
+from app.serving.model_config import FILE_NAME, ModelConfig, parse_model_config, read_config
+from app.serving.model_files import ModelFile, checked_file, copy_regular, links_within
+from app.serving.model_names import check_name, printable
+from app.serving.repository import ONNX_NAME, FoundModel, Repository
+from app.serving.state_folder import StateFolder
+
+UPLOAD_HELP: Final = (
+    "send every file in one upload: -F model.onnx=@model.onnx -F model.onnx.data=@model.onnx.data -F model.yaml=@model.yaml"
+)
+MOST_RACES: Final = 100
+_NEVER_DATA: Final = frozenset({".py", ".pyc", ".pyd", ".so", ".sh", ".yaml", ".yml", ".json", ".pbtxt", ".onnx", ".lock"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be copied: `files` under their names in the version's folder (the model first), `config` as bytes of model.yaml or None."""
+
+    files: tuple[ModelFile, ...]
+    config: bytes | None
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+def deploy(
+    repository: Repository,
+    source: Path,
+    name: str,
+    config: bytes | None = None,
+    data_files: Sequence[str] = (),
+    taken: Sequence[str] = (),
+) -> FoundModel:
+    """Copy `source` (an .onnx or .safetensors file, or a folder with one) into NAME/<next version>; blocks on the disk.
+
+    `config` is the text of a model.yaml (None: what lies beside in a source folder, else what the model has). `data_files` are the names of
+    external data beside the model file; `taken` versions that may not be used again. Deploying what golden is already changes nothing.
+    Raises InvalidRequest, ModelRejected, NotFound, NotAllowed or InsufficientStorage; then nothing was changed.
+    """
+    check_name(name)
+    plan = plan_of(repository, source, name, config, data_files)
+    what = f"deploying {name!r}"
+    with durable.storage_errors(what, repository.root):
+        durable.make_folder(repository.root)
+        if same := _already_there(repository, name, plan):
+            return same
+        durable.require_space(repository.root, plan.bytes, what)
+        for _ in range(MOST_RACES):
+            try:
+                _publish(repository, name, plan, taken)
+                return repository.find(name)
+            except FileExistsError:
+                continue
+    raise Conflict(f"{what}: others deploy it all the time; try again")
+
+
+def remove(repository: Repository, name: str) -> None:
+    """Delete a model's folder from the repository. Raises NotFound, NotAllowed."""
+    folder = repository.find(name).folder
+    with durable.storage_errors(f"removing {name!r}", repository.root):
+        durable.discard(folder)
+
+
+def plan_of(repository: Repository, source: Path, name: str, config: bytes | None, data_files: Sequence[str]) -> Plan:
+    """Check everything that can be known before a byte is copied."""
+    if source.is_dir():
+        if config is None and (source / FILE_NAME).is_file():
+            config = read_config(source / FILE_NAME)
+        source = _model_in(source)
+    parsed = parse_model_config(config, Path(FILE_NAME)) if config is not None else _present_config(repository, name)
+    target = _target_name(source, parsed)
+    policy = links_within(source.parent, _real(source).parent, *repository.allowed_roots)
+    files = [replace(checked_file(_real(source), target, links_within(_real(source).parent), repository.limits), name=target)]
+    if not files[0].bytes:
+        raise ModelRejected(f"{source} is empty; was it copied or downloaded to the end?")
+    for data in sorted(set(data_files)):
+        check_file_name(data, target)
+        if not (source.parent / data).exists() and not (source.parent / data).is_symlink():
+            raise ModelRejected(f"{source.name} keeps weights in {printable(data)}, which is not beside it; {UPLOAD_HELP}")
+        files.append(checked_file(source.parent / data, data, policy, repository.limits))
+    if len(files) > repository.limits.max_files or sum(file.bytes for file in files) > repository.limits.max_total_bytes:
+        raise ModelRejected(f"{source}: {len(files)} files; the model passes the bound of files or bytes")
+    if target != ONNX_NAME:
+        repository.factory(parsed)
+    return Plan(tuple(files), config)
+
+
+def check_file_name(name: str, model_file: str = "") -> str:
+    """`name`, if a file of a model may be called so. Raises ModelRejected with the rule."""
+    plain = name and "/" not in name and "\\" not in name and name.isprintable() and not name.startswith(".") and len(name.encode()) <= 255
+    if not plain:
+        raise ModelRejected(
+            f"external data {printable(name)}: only plain names in the model's own folder are read, no paths, '..' or links"
+        )
+    if name in {model_file, ONNX_NAME} or Path(name).suffix.lower() in _NEVER_DATA:
+        raise ModelRejected(f"file {printable(name)}: no data of a model may be called so; save the model with another location")
+    return name
+
+
+@dataclass
+class Staged:
+    """An upload in the state folder, whole and checked as files. `model` is its model file; discard it when it is deployed or refused."""
+
+    folder: Path
+    model: Path
+    config: bytes | None
+    data_files: tuple[str, ...]
+    _held: ExitStack = field(repr=False)
+
+    def discard(self) -> None:
+        self._held.close()
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+
+def stage_upload(state: StateFolder, files: Mapping[str, Path], repository: Repository) -> Staged:
+    """Move uploaded files (name in the form -> where they lie now) into a folder of their own. Blocks on the disk.
+
+    One .onnx (or .safetensors) file, its data files, and model.yaml if there is one. Raises ModelRejected, NotAllowed, InsufficientStorage.
+    """
+    models = [name for name in files if name.endswith(".onnx")] or [name for name in files if name.endswith(".safetensors")]
+    if len(models) != 1:
+        raise ModelRejected(f"an upload holds one .onnx file, got {len(models)} among {_listed(files)}; {UPLOAD_HELP}")
+    data_files = tuple(name for name in files if name not in {models[0], FILE_NAME})
+    for name in data_files:
+        check_file_name(name, models[0])
+    if models[0] != ONNX_NAME:
+        check_file_name(models[0].removesuffix(".onnx"))
+    config = read_config(files[FILE_NAME]) if FILE_NAME in files else None
+    if config is not None:
+        parse_model_config(config, Path(FILE_NAME))
+    held = ExitStack()
+    try:
+        with durable.storage_errors("receiving an upload", state.staging):
+            folder = held.enter_context(durable.temporary_folder(state.staging, 0o700))
+            for name in (models[0], *data_files):
+                _take(files[name], folder / name, repository)
+    except BaseException:
+        held.close()
+        raise
+    return Staged(folder, folder / models[0], config, data_files, held)
+
+
+def _take(source: Path, target: Path, repository: Repository) -> None:
+    """Move within the file system, else copy."""
+    checked_file(source, source.name, links_within(source.parent), repository.limits)
+    try:
+        source.rename(target)
+    except OSError:
+        copy_regular(source, target, repository.limits)
+
+
+def _publish(repository: Repository, name: str, plan: Plan, taken: Sequence[str]) -> None:
+    folder = repository.root / name
+    if not folder.is_dir():
+        with durable.temporary_folder(repository.root) as whole:
+            number = _next(folder, taken)
+            (whole / number).mkdir()
+            _copy(plan, whole / number, repository)
+            if plan.config is not None:
+                durable.write_file(whole / FILE_NAME, plan.config)
+            durable.publish(whole, folder)
+        return
+    real = repository.policy.resolve(folder)
+    with durable.temporary_folder(real) as version, durable.temporary_folder(real, 0o700) as aside:
+        _copy(plan, version, repository)
+        if plan.config is not None:
+            durable.write_file(aside / FILE_NAME, plan.config)
+        durable.publish(version, real / _next(real, taken))
+        if plan.config is not None:
+            (aside / FILE_NAME).replace(real / FILE_NAME)
+            durable.sync_folder(real)
+
+
+def _copy(plan: Plan, folder: Path, repository: Repository) -> None:
+    for file in plan.files:
+        copy_regular(file.path, folder / file.name, repository.limits)
+
+
+def _next(folder: Path, taken: Sequence[str]) -> str:
+    """One more than every number that is or was a version here."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return str(1 + max((int(name) for name in (*names, *taken) if name.isascii() and name.isdigit()), default=0))
+
+
+def _already_there(repository: Repository, name: str, plan: Plan) -> FoundModel | None:
+    """The model as it lies there, if its golden has these very files; a new model.yaml is put beside it."""
+    try:
+        found = repository.find(name)
+        if found.golden is None or found.golden.error or repository.sha256(found.golden) != repository.hashes.combined(plan.files):
+            return None
+    except (NotFound, ModelRejected):
+        return None
+    if plan.config is not None:
+        durable.write_file(repository.policy.resolve(found.folder) / FILE_NAME, plan.config)
+        found = repository.find(name)
+    return replace(
+        found, notes=(*found.notes, f"these very files are version {found.versions[-1].number} already; no new version was made")
+    )
+
+
+def _model_in(folder: Path) -> Path:
+    """The one model file in a folder (a download, a version's folder). Raises ModelRejected."""
+    for suffix in (".onnx", ".safetensors"):
+        found = sorted(path for path in folder.iterdir() if path.suffix == suffix and not path.name.startswith("."))
+        named = [path for path in found if path.name == f"model{suffix}"]
+        if named or len(found) == 1:
+            return (named or found)[0]
+        if found:
+            raise ModelRejected(f"{folder} holds {len(found)} {suffix} files ({_listed(p.name for p in found)}); name the one to deploy")
+    raise ModelRejected(f"{folder} holds no .onnx file; name the model file itself")
+
+
+def _target_name(source: Path, config: ModelConfig) -> str:
+    if source.suffix == ".onnx":
+        return ONNX_NAME
+    if source.suffix == ".safetensors":
+        if config.source is None:
+            raise ModelRejected(f"{source}: a PyTorch model needs a {FILE_NAME} with source: {{factory: FILE.py:FUNCTION}}")
+        return config.source.weights
+    raise ModelRejected(
+        f"{source} is neither .onnx nor .safetensors; export the model to ONNX (torch.onnx.export), or save its weights with safetensors"
+    )
+
+
+def _present_config(repository: Repository, name: str) -> ModelConfig:
+    try:
+        found = repository.find(name)
+    except HoneError:
+        return ModelConfig()
+    return found.config or ModelConfig()
+
+
+def _real(source: Path) -> Path:
+    try:
+        return source.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise NotFound(f"{source} does not exist, or is a link that ends nowhere") from None
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = [printable(name) for name in names]
+    return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")
