@@ -66,5 +66,5 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...]) -> None:
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> str:
-    text = ", ".join(f"{spec.name} ({spec.datatype} {list(spec.shape)}{', optional' if spec.optional else ''})" for spec in specs)
+    text = ", ".join(f"{show(spec.name)} ({spec.datatype} {list(spec.shape)}{', optional' if spec.optional else ''})" for spec in specs)
     return text if len(text) <= 500 else text[:497] + "..."

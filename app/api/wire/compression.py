@@ -60,8 +60,7 @@ def compress(reply: Reply, encoding: str) -> Reply:
     parts: list[Buffer] = []
     for part in reply.parts:
         view = memoryview(part)
-        for at in range(0, len(view), _WRITE):
-            parts.append(packer.compress(view[at : at + _WRITE]))
+        parts.extend(packer.compress(view[at : at + _WRITE]) for at in range(0, len(view), _WRITE))
     parts.append(packer.flush())
     size = sum(map(len, parts))
     vary = (b"vary", b"accept-encoding")

@@ -24,7 +24,7 @@ BINARY_REMEDY: Final = (
 )
 ONLY_BINARY: Final = frozenset({"FP16", "BF16"})
 _INTEGERS: Final = {"UINT8": "B", "UINT16": "H", "UINT32": "I", "UINT64": "Q", "INT8": "b", "INT16": "h", "INT32": "i", "INT64": "q"}
-_FLOATS: Final = {"FP32": "f", "FP64": "d"}
+_FLOATS: Final = {"FP32": "<f", "FP64": "<d"}  # "<", for the native form turns 1e39 into infinity in silence
 _ARRAYS: Final = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "u2", "UINT32": "u4", "UINT64": "u8", "INT8": "i1", "INT16": "i2", "INT32": "i4", "INT64": "i8",
     "FP16": "f2", "FP32": "f4", "FP64": "f8",
@@ -50,11 +50,11 @@ def pack_json(name: str, datatype: str, shape: tuple[int, ...], count: int, data
     """
     items = _flatten(name, shape, count, data)
     if datatype in _FLOATS or datatype in _INTEGERS:
-        code = _FLOATS.get(datatype) or _INTEGERS[datatype]
+        form = f"<{count}{_FLOATS[datatype][1]}" if datatype in _FLOATS else f"{count}{_INTEGERS[datatype]}"
         if may_hold_booleans and bool in set(map(type, items)):
             raise InvalidRequest(_fault(name, datatype, items))
         try:
-            return struct.pack(f"{count}{code}", *items)
+            return struct.pack(form, *items)
         except (struct.error, OverflowError, TypeError):
             raise InvalidRequest(_fault(name, datatype, items)) from None
     if datatype == BYTES:
@@ -189,7 +189,7 @@ def _float_reason(datatype: str, item: Any) -> str:
         return f"{datatype} in JSON takes finite numbers from -{largest} to {largest}; for NaN and infinity {BINARY_REMEDY}"
     try:
         struct.pack(_FLOATS[datatype], item)
-    except OverflowError:
+    except (OverflowError, struct.error):
         return f"{datatype} takes numbers from -{largest} to {largest}"
     return ""
 
