@@ -85,3 +85,7 @@ class Unsupported(HoneError):
 
 class ModelRejected(HoneError):
     """A model file or model.yaml was checked and refused; the text names the file, key or node."""
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body's content type is none that this model takes; the text lists those that it does."""
