@@ -24,6 +24,10 @@ class Cancelled(Exception):
     """The budget said stop: cancelled by a person, or out of time."""
 
 
+class Rejected(Exception):
+    """A model file was checked and refused; the text names the file or node, the rule and the remedy."""
+
+
 class Need(StrEnum):
     """What a method needs beside the ONNX file."""
 

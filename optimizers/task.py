@@ -1,0 +1,238 @@
+"""Heavy one-off work in a child process: `run_task` starts `python -m optimizers.task`, bounds it and brings back its answer.
+
+The child gets one JSON line on stdin and answers in JSON lines: {"progress": …} any number of times, then {"result": …} or
+{"error": TEXT, "kind": FAILURE}. This module knows nothing of what the kinds do; the child's side is optimizers.task_child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from optimizers.base import Progress
+
+KINDS: Final[dict[str, str]] = {
+    "inspect": "optimizers.inspect:run",
+    "optimize": "optimizers.recipe:run",
+}
+"""Kind of task -> 'module:function'. The function takes (request: dict, budget: Budget) and returns a JSON-able dict or dataclass."""
+
+CANCEL_GRACE_S: Final = 5.0
+TIME_GRACE_S: Final = 3.0
+STDERR_KEPT: Final = 8192
+LINE_LIMIT: Final = 1 << 26
+_ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+class Failure(StrEnum):
+    """Why a task brought no result."""
+
+    NOT_APPLICABLE = "NotApplicable"
+    REJECTED = "Rejected"
+    CANCELLED = "Cancelled"
+    TIMEOUT = "Timeout"
+    OUT_OF_MEMORY = "OutOfMemory"
+    DIED = "Died"
+    ERROR = "Error"
+
+
+class TaskFailed(Exception):
+    """A task ended without a result. `stderr` is the tail of what the child wrote there (with its traceback, where there is one)."""
+
+    def __init__(self, kind: Failure, text: str, stderr: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.text = text
+        self.stderr = stderr
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLimits:
+    """Bounds of one task child. `memory_bytes` bounds its private writable memory (RLIMIT_DATA), 0 is no bound.
+
+    `scheduler` is 'other', 'batch' or 'idle' (runs only where nobody else wants the core). `cpus` empty: the parent's.
+    `scratch` is the folder in which a temporary one is made for the task; empty is the system's.
+    """
+
+    seconds: float = 600.0
+    threads: int = 1
+    memory_bytes: int = 0
+    nice: int = 19
+    scheduler: str = "batch"
+    cpus: tuple[int, ...] = ()
+    oom_score_adj: int = 900
+    scratch: str = ""
+    seed: int = 0
+
+
+async def run_task(
+    kind: str,
+    request: Mapping[str, Any],
+    limits: TaskLimits = TaskLimits(),
+    on_progress: Callable[[Progress], None] | None = None,
+    cancelled: asyncio.Event | None = None,
+) -> dict[str, Any]:
+    """Run one task in a child of its own session and return its result; raise TaskFailed when there is none.
+
+    When `cancelled` is set the child is asked to stop and killed after a grace time. Whatever happens (this coroutine cancelled, time
+    over, this process killed) the child and its descendants end, and its scratch folder is removed (but for a killed parent).
+    """
+    scratch = tempfile.mkdtemp(prefix="hone-task-", dir=limits.scratch or None)
+    try:
+        process = await _start(limits)
+        try:
+            async with asyncio.timeout(limits.seconds + TIME_GRACE_S):
+                return await _converse(process, _message(kind, request, limits, scratch), on_progress, cancelled)
+        except TimeoutError:
+            raise TaskFailed(Failure.TIMEOUT, f"{kind}: not done within {limits.seconds:.0f} s, and ended") from None
+        finally:
+            await _end(process)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+
+
+def run_task_sync(
+    kind: str,
+    request: Mapping[str, Any],
+    limits: TaskLimits = TaskLimits(),
+    on_progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """`run_task` for callers without an event loop; `cancelled` is asked ten times a second."""
+
+    async def run() -> dict[str, Any]:
+        stop = asyncio.Event()
+        asking = asyncio.create_task(_ask(cancelled, stop)) if cancelled else None
+        try:
+            return await run_task(kind, request, limits, on_progress, stop)
+        finally:
+            if asking:
+                asking.cancel()
+
+    return asyncio.run(run())
+
+
+async def _ask(cancelled: Callable[[], bool], stop: asyncio.Event) -> None:
+    while not cancelled():  # noqa: ASYNC110  a callable can only be asked
+        await asyncio.sleep(0.1)
+    stop.set()
+
+
+def _message(kind: str, request: Mapping[str, Any], limits: TaskLimits, scratch: str) -> bytes:
+    limit_values = {**asdict(limits), "scratch": scratch}
+    return json.dumps({"kind": kind, "request": dict(request), "limits": limit_values, "watched": True}).encode() + b"\n"
+
+
+async def _start(limits: TaskLimits) -> asyncio.subprocess.Process:
+    """Thread counts must stand in the environment before the first numerics library is imported, so they are set here."""
+    threads = str(max(1, limits.threads))
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, threads), "MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
+    environment.pop("ORT_INTRA_OP_NUM_THREADS", None)
+    # -P and a path appended: neither the working folder nor ours may shadow the standard library.
+    bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.task_child import main; sys.exit(main())"
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-P", "-c", bootstrap, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True, limit=LINE_LIMIT
+    )  # fmt: skip
+
+
+async def _converse(
+    process: asyncio.subprocess.Process,
+    message: bytes,
+    on_progress: Callable[[Progress], None] | None,
+    cancelled: asyncio.Event | None,
+) -> dict[str, Any]:
+    assert process.stdin and process.stdout and process.stderr
+    with contextlib.suppress(ConnectionError):
+        process.stdin.write(message)
+        await process.stdin.drain()
+    errors = asyncio.create_task(_tail(process.stderr))
+    stopping = asyncio.create_task(_stop_when(cancelled, process)) if cancelled else None
+    try:
+        answer = await _answer(process.stdout, on_progress)
+        if answer is None:
+            code = await process.wait()
+            _kill(process)
+            raise TaskFailed(*_obituary(code, cancelled is not None and cancelled.is_set()), await errors)
+        if "result" in answer:
+            return dict(answer["result"])
+        _kill(process)
+        raise TaskFailed(Failure(answer["kind"]), str(answer["error"]), await errors)
+    finally:
+        both = [task for task in (errors, stopping) if task]
+        for task in both:
+            task.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
+
+
+async def _answer(lines: asyncio.StreamReader, on_progress: Callable[[Progress], None] | None) -> dict[str, Any] | None:
+    """Read up to the last line: a result or an error. None when the child ended without one."""
+    while line := await lines.readline():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            return None  # cut off in mid-line: the child died while writing
+        if "progress" not in said:
+            return dict(said)
+        if on_progress:
+            on_progress(Progress(**said["progress"]))
+    return None
+
+
+async def _tail(stream: asyncio.StreamReader) -> str:
+    kept = b""
+    while block := await stream.read(65536):
+        kept = (kept + block)[-STDERR_KEPT:]
+    return kept.decode(errors="replace")
+
+
+async def _stop_when(cancelled: asyncio.Event, process: asyncio.subprocess.Process) -> None:
+    await cancelled.wait()
+    assert process.stdin
+    with contextlib.suppress(ConnectionError):
+        process.stdin.write(b"cancel\n")
+        await process.stdin.drain()
+    await asyncio.sleep(CANCEL_GRACE_S)
+    _kill(process)
+
+
+def _obituary(code: int, cancelled: bool) -> tuple[Failure, str]:
+    if cancelled:
+        return Failure.CANCELLED, "cancelled; it did not stop by itself and was killed"
+    if code == -signal.SIGKILL:
+        return Failure.DIED, "the task was killed (SIGKILL): most likely the kernel was out of memory"
+    if code < 0:
+        return Failure.DIED, f"the task was ended by {signal.Signals(-code).name}: native code crashed on this model"
+    return Failure.DIED, f"the task ended with exit status {code} and without an answer"
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    """Kill the child's whole group: it leads a session of its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Nothing of the child is left afterwards: no process of its group, no pipe, no transport."""
+    assert process.stdin and process.stdout and process.stderr
+    _kill(process)
+    process.stdin.close()
+    await asyncio.gather(process.wait(), _tail(process.stdout), _tail(process.stderr))
+
+
+if __name__ == "__main__":
+    from optimizers.task_child import main
+
+    sys.exit(main())

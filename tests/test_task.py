@@ -1,0 +1,159 @@
+"""Task children: the answer comes back, bounds hold, and nothing outlives a cancel, a time limit or the parent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optimizers import task
+from optimizers.base import Progress
+from optimizers.task import Failure, TaskFailed, TaskLimits, run_task, run_task_sync
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def kind(name: str) -> str:
+    return f"tests.task_kinds:{name}"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def pids_in(path: Path) -> list[int]:
+    wait_for(lambda: path.exists() and len(path.read_text().split()) == 2)
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def test_brings_back_the_result_and_progress_in_order(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    result = run_task_sync(kind("echo"), {"a": [1, "ü"]}, TaskLimits(threads=2, seed=7, scratch=str(tmp_path)), seen.append)
+    assert result["request"] == {"a": [1, "ü"]}
+    assert (result["threads"], result["seed"], result["nan"], result["path"]) == (2, 7, None, "x")
+    assert [p.step for p in seen] == ["step 0", "step 1", "step 2"]
+    assert seen[-1].detail == {"i": 2}
+    assert Path(result["scratch"]).parent == tmp_path
+    assert list(tmp_path.iterdir()) == [], "the scratch folder is removed"
+
+
+def test_the_child_is_bounded_and_apart() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    result = run_task_sync(kind("surroundings"), {}, TaskLimits(scheduler="idle", cpus=(cpu,), threads=3))
+    assert result["nice"] == 19
+    assert result["scheduler"] == os.SCHED_IDLE
+    assert result["cpus"] == [cpu]
+    assert result["omp"] == "3"
+    assert result["oom"] == 900
+    assert result["stdin"] == ""
+    assert result["first_on_path"] not in {"", str(ROOT)}, "nothing may shadow the standard library"
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        ("NotApplicable", Failure.NOT_APPLICABLE),
+        ("Rejected", Failure.REJECTED),
+        ("ValueError", Failure.ERROR),
+        ("MemoryError", Failure.OUT_OF_MEMORY),
+    ],
+)
+def test_errors_come_back_by_kind(error: str, failure: Failure) -> None:
+    with pytest.raises(TaskFailed, match="node conv1") as caught:
+        run_task_sync(kind("raises"), {"error": error, "text": "node conv1"})
+    assert caught.value.kind is failure
+    assert ("Traceback" in caught.value.stderr) == (failure in {Failure.ERROR, Failure.OUT_OF_MEMORY})
+
+
+@pytest.mark.parametrize(("how", "text"), [("segfault", "SIGSEGV"), ("kill", "SIGKILL"), ("exit", "exit status 3")])
+def test_a_child_that_dies_says_how_and_its_last_words(how: str, text: str) -> None:
+    with pytest.raises(TaskFailed, match=text) as caught:
+        run_task_sync(kind("crashes"), {"how": how})
+    assert caught.value.kind is Failure.DIED
+    assert "last words" in caught.value.stderr
+
+
+def test_memory_is_bounded() -> None:
+    limits = TaskLimits(memory_bytes=600 << 20)
+    assert run_task_sync(kind("takes_memory"), {"bytes": 100 << 20}, limits) == {"taken": 100 << 20}
+    with pytest.raises(TaskFailed, match="bound of 600 MiB") as caught:
+        run_task_sync(kind("takes_memory"), {"bytes": 900 << 20}, limits)
+    assert caught.value.kind is Failure.OUT_OF_MEMORY
+
+
+def test_an_unknown_kind_names_those_there_are() -> None:
+    with pytest.raises(TaskFailed, match=r"'nonsense'.*inspect"):
+        run_task_sync("nonsense", {})
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_cancelling_ends_the_child_and_its_descendants(tmp_path: Path, deaf: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "CANCEL_GRACE_S", 0.5)
+    pids = tmp_path / "pids"
+    with pytest.raises(TaskFailed) as caught:
+        run_task_sync(kind("sleeps"), {"pids": str(pids), "deaf": deaf}, TaskLimits(scratch=str(tmp_path)), cancelled=pids.exists)
+    assert caught.value.kind is Failure.CANCELLED
+    wait_for(lambda: not any(map(alive, pids_in(pids))))
+    assert list(tmp_path.iterdir()) == [pids]
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_time_is_bounded(tmp_path: Path, deaf: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "TIME_GRACE_S", 4.0 if not deaf else 0.1)
+    pids = tmp_path / "pids"
+    with pytest.raises(TaskFailed) as caught:
+        run_task_sync(kind("sleeps"), {"pids": str(pids), "deaf": deaf}, TaskLimits(seconds=3, scratch=str(tmp_path)))
+    assert caught.value.kind is Failure.TIMEOUT
+    if pids.exists():
+        wait_for(lambda: not any(map(alive, pids_in(pids))))
+
+
+def test_a_cancelled_caller_leaves_nothing(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+
+    async def run() -> None:
+        running = asyncio.create_task(run_task(kind("sleeps"), {"pids": str(pids), "deaf": True}))
+        await asyncio.to_thread(pids_in, pids)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(run())
+    wait_for(lambda: not any(map(alive, pids_in(pids))))
+
+
+def test_a_killed_parent_takes_the_child_and_its_descendants_along(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    code = f"from optimizers.task import run_task_sync; run_task_sync({kind('sleeps')!r}, {{'pids': {str(pids)!r}, 'deaf': True}})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
+        started = pids_in(pids)
+        parent.send_signal(signal.SIGKILL)
+    wait_for(lambda: not any(map(alive, started)), 10)
+
+
+def test_the_command_answers_by_hand() -> None:
+    request = json.dumps({"kind": kind("surroundings"), "request": {}, "limits": {"scheduler": "other"}})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "optimizers.task"], input=request, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert json.loads(done.stdout)["result"]["nice"] == 19
