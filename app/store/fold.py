@@ -11,9 +11,11 @@ from dataclasses import replace
 from typing import Final
 
 from app.domain import BuiltVersion, Event, Generation, Mode, ModelState, RemovedModel, RuntimeSettings, State, Verdict
+from app.errors import Conflict
 from app.store import fold_jobs, merge
 from app.store.codec import enum_or_none, settings_from_json, state_from_json
 from app.store.kinds import SCHEMA, problem, version_of
+from app.store.transient import closed, drop, opened, put
 
 FOLD_VERSION: Final = 1
 """Changes whenever the same events fold to another state: snapshots of another version are not used."""
@@ -30,15 +32,16 @@ def fold(state: State, event: Event) -> State:
     after = _apply(state, event)
     model = after.models.get(event.model)
     if model is not None:
-        seen = replace(model, last_event=event.seq)
-        return replace(after, seq=event.seq, models={**after.models, event.model: seen})
+        after = replace(after, models=put(after.models, event.model, replace(model, last_event=event.seq)))
     return replace(after, seq=event.seq)
 
 
 def fold_all(state: State, events: Iterable[Event]) -> State:
+    """The same as folding one after the other, without a copy of every map for every event."""
+    state = opened(state)
     for event in events:
         state = fold(state, event)
-    return state
+    return closed(state)
 
 
 def generation_of(state: State, model: str) -> Generation:
@@ -46,6 +49,16 @@ def generation_of(state: State, model: str) -> Generation:
     if model in state.models:
         return state.models[model].generation
     return Generation(state.epoch, state.removed[model].n if model in state.removed else 0)
+
+
+def hold_to(expect: Generation | None, state: State, model: str) -> None:
+    """Raise Conflict unless the model's generation is still the expected one."""
+    found = generation_of(state, model)
+    if expect is not None and found != expect:
+        raise Conflict(
+            f"model {model!r} has moved on: the change was decided at generation {expect.epoch}.{expect.n}, it is at "
+            f"{found.epoch}.{found.n} now; look at it again and decide anew"
+        )
 
 
 def _apply(state: State, event: Event) -> State:
@@ -56,7 +69,7 @@ def _apply(state: State, event: Event) -> State:
 
 
 def _changed(state: State, event: Event, model: ModelState) -> State:
-    return replace(state, models={**state.models, model.name: replace(model, stamp=(state.epoch, event.seq))})
+    return replace(state, models=put(state.models, model.name, replace(model, stamp=(state.epoch, event.seq))))
 
 
 def _next(model: ModelState, state: State) -> Generation:
@@ -92,8 +105,7 @@ def _model_deployed(state: State, event: Event) -> State:
 def _first_deployed(state: State, event: Event, golden: str, sha256: str) -> State:
     generation = Generation(state.epoch, generation_of(state, event.model).n + 1)
     fresh = ModelState(event.model, golden, sha256, desired=golden, previous="", generation=generation)
-    removed = {name: gone for name, gone in state.removed.items() if name != event.model}
-    return _changed(replace(state, removed=removed), event, fresh)
+    return _changed(replace(state, removed=drop(state.removed, event.model)), event, fresh)
 
 
 def _way_back(model: ModelState, golden: str, sha256: str) -> str:
@@ -107,9 +119,9 @@ def _model_removed(state: State, event: Event) -> State:
     model = state.models.get(event.model)
     if model is None:
         return state
-    left = {name: other for name, other in state.models.items() if name != event.model}
-    removed = {**state.removed, event.model: RemovedModel(model.generation.n, (state.epoch, event.seq))}
-    after = fold_jobs.cancel_of_model(replace(state, models=left, removed=removed), event, None, "the model was removed")
+    removed = put(state.removed, event.model, RemovedModel(model.generation.n, (state.epoch, event.seq)))
+    left = replace(state, models=drop(state.models, event.model), removed=removed)
+    after = fold_jobs.cancel_of_model(left, event, None, "the model was removed")
     return _forget_oldest_removed(after)
 
 
@@ -117,9 +129,8 @@ def _forget_oldest_removed(state: State) -> State:
     if len(state.removed) <= KEPT_REMOVED_MODELS:
         return state
     oldest = next(iter(state.removed))
-    removed = {name: gone for name, gone in state.removed.items() if name != oldest}
-    jobs = {identity: job for identity, job in state.jobs.items() if job.model != oldest}
-    return replace(state, removed=removed, jobs=jobs)
+    jobs = type(state.jobs)({identity: job for identity, job in state.jobs.items() if job.model != oldest})
+    return replace(state, removed=drop(state.removed, oldest), jobs=jobs)
 
 
 def _model_loaded(state: State, event: Event) -> State:

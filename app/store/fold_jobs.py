@@ -6,13 +6,16 @@ is passed over. A job that nobody works on ends as soon as it is cancelled. It k
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Final
 
 from app.domain import Event, Job, JobState, State
+from app.store.transient import put
 
 KEPT_FINISHED_JOBS: Final = 200
 """Finished jobs that stay in memory, per model; their events stay in the journal."""
+LOOK_EVERY: Final = 64
 
 
 def is_finished(state: State, identity: str) -> bool:
@@ -41,7 +44,7 @@ def requested(state: State, event: Event) -> State:
         return _cancelled(state, event, job, f"there is no model {event.model!r}")
     if model.golden_sha256 != job.golden_sha256:
         return _cancelled(state, event, job, f"golden {job.golden} had been replaced by {model.golden} before the job was asked for")
-    return _put(state, job)
+    return bounded(_put(state, job))
 
 
 def claimed(state: State, event: Event) -> State:
@@ -95,13 +98,21 @@ def cancel_of_model(state: State, event: Event, golden_sha256: str | None, why: 
     return state
 
 
-def bounded(jobs: dict[str, Job], model: str) -> dict[str, Job]:
-    """The jobs without the oldest finished ones of `model` beyond what is kept."""
-    done = [job.id for job in jobs.values() if job.model == model and job.state is JobState.FINISHED]
-    if len(done) <= KEPT_FINISHED_JOBS:
-        return jobs
-    forgotten = set(done[: len(done) - KEPT_FINISHED_JOBS])
-    return {identity: job for identity, job in jobs.items() if identity not in forgotten}
+def bounded(state: State) -> State:
+    """The state without the oldest finished jobs of each model beyond what is kept. Looks only now and then: it reads all jobs."""
+    if len(state.jobs) % LOOK_EVERY:
+        return state
+    return replace(state, jobs=type(state.jobs)(without_oldest(state.jobs)))
+
+
+def without_oldest(jobs: dict[str, Job]) -> dict[str, Job]:
+    kept: dict[str, Job] = {}
+    done: Counter[str] = Counter()
+    for identity, job in reversed(jobs.items()):
+        done[job.model] += job.state is JobState.FINISHED
+        if job.state is not JobState.FINISHED or done[job.model] <= KEPT_FINISHED_JOBS:
+            kept[identity] = job
+    return dict(reversed(kept.items()))
 
 
 def _of_attempt(state: State, event: Event) -> Job | None:
@@ -118,8 +129,8 @@ def _cancelled(state: State, event: Event, job: Job, why: str) -> State:
 
 def _finish(state: State, event: Event, job: Job) -> State:
     done = replace(job, state=JobState.FINISHED, finished_at=event.at)
-    return replace(state, jobs=bounded({**state.jobs, job.id: done}, job.model))
+    return _put(state, done)
 
 
 def _put(state: State, job: Job) -> State:
-    return replace(state, jobs={**state.jobs, job.id: job})
+    return replace(state, jobs=put(state.jobs, job.id, job))

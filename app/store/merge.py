@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from app.domain import Generation, Job, JobState, ModelState, RemovedModel, State
-from app.store.fold_jobs import bounded
+from app.store.fold_jobs import without_oldest
 
 EVERYTHING: Final = 2**62
 """As the seq with which an epoch was left: nothing of that epoch counts any more."""
@@ -78,9 +78,7 @@ def _jobs(store: State, known: State) -> dict[str, Job]:
     for identity, job in known.jobs.items():
         if _place(job) > _place(jobs[identity]):
             jobs[identity] = job
-    for model in {job.model for job in jobs.values()}:
-        jobs = bounded(jobs, model)
-    return jobs
+    return without_oldest(jobs)
 
 
 def _held_to_golden(job: Job, models: dict[str, ModelState]) -> Job:

@@ -1,0 +1,35 @@
+"""Opens the journal that a URL or path names. The Redis driver is imported in its branch, so that SQLite needs none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from app.store.base import Journal, StoreRefused
+from app.store.sqlite import SqliteJournal
+
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+def open_journal(url_or_path: str | Path) -> Journal:
+    """`/path/journal.db`, `sqlite:///path/journal.db`, `redis://[user:password@]host[:port]/db[?prefix=hone]` or `rediss://…`.
+
+    Nothing is connected yet. Raises StoreRefused for an unknown kind of URL and for a place that cannot hold a journal.
+    """
+    if isinstance(url_or_path, Path) or "://" not in url_or_path:
+        return SqliteJournal(url_or_path)
+    scheme = url_or_path.partition("://")[0].lower()
+    if scheme == "sqlite":
+        return SqliteJournal(_sqlite_path(url_or_path))
+    if scheme in REDIS_SCHEMES:
+        from app.store.redis import RedisJournal
+
+        return RedisJournal(url_or_path)
+    raise StoreRefused(f"no store is known by {scheme}://: give a path, sqlite:///PATH, redis://HOST:6379/0 or rediss://HOST:6379/0")
+
+
+def _sqlite_path(url: str) -> Path:
+    parts = urlsplit(url)
+    if parts.netloc or len(parts.path) < 2:
+        raise StoreRefused(f"{url}: write sqlite:///ABSOLUTE/PATH with three slashes, or give the plain path")
+    return Path(unquote(parts.path))
