@@ -70,18 +70,19 @@ class Processor:
         """Outputs -> {"predictions": ...} for a classifier, else {"outputs": {name: values}}.
 
         Predictions: the top_k classes of each row, likeliest first, as {"label"?, "index", "probability"}; with `single` those of the
-        first row alone. JSON has no NaN or infinity: such values become null, a row whose probabilities they spoil an empty list, and
-        "non_finite" counts them.
+        first row alone. JSON has no NaN or infinity: such values become null, a row whose probabilities they spoil (NaN, +infinity) an
+        empty list, and "non_finite" counts them.
         """
         if self.scores is None:
             return _plain(outputs)
         scores = next((tensor for tensor in outputs if tensor.name == self.scores.name), None)
         if scores is None:
             raise ModelFailed(f"the model gave no output {self.scores.name!r}, which holds its scores")
-        rows = self._class_rows(to_array(scores))
+        values = to_array(scores)
+        rows = self._class_rows(values)
         answer: JSON = {"predictions": self._top(rows[0]) if single else [self._top(row) for row in rows]}
-        spoiled = int(np.isnan(rows).sum()) if np.isnan(rows).any() else 0
-        return answer if not spoiled else answer | {"non_finite": spoiled}
+        non_finite = values.size - int(np.count_nonzero(np.isfinite(values)))
+        return answer | {"non_finite": non_finite} if non_finite else answer
 
     def _class_rows(self, scores: Array) -> Array:
         """Probabilities [rows, classes] in float64; a row with NaN or +inf is NaN throughout."""

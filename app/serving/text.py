@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from app.domain import BYTES, Signature, Tensor, TensorSpec
-from app.errors import InvalidRequest, ModelRejected, PayloadTooLarge, Unsupported
+from app.errors import InvalidRequest, ModelFailed, ModelRejected, PayloadTooLarge, Unsupported
 from app.serving.sections import TextPreprocess
 from app.serving.tensors import bytes_tensor, to_tensor
 
@@ -69,10 +69,12 @@ class TextEncoder:
         self.tokenizer.no_truncation()
         if not self.config.truncation:
             return
-        try:
-            self.tokenizer.enable_truncation(self.max_length, direction=direction)
-        except Exception as e:  # noqa: BLE001 - the library raises it bare
-            raise ModelRejected(f"{path.name} does not allow preprocess.text.max_length {self.max_length}: {e}") from None
+        added = self.tokenizer.num_special_tokens_to_add(False)
+        if self.max_length <= added:
+            raise ModelRejected(
+                f"preprocess.text.max_length is {self.max_length}, but {path.name} alone adds {added} tokens to a text; allow more"
+            )
+        self.tokenizer.enable_truncation(self.max_length, direction=direction)
 
     def _set_padding(self) -> None:
         told = self.tokenizer.padding or {}
@@ -101,14 +103,17 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """int tensors [len(texts), tokens]. Raises InvalidRequest for no or too many texts, and for too long ones where they may not be cut."""
         _check_texts(texts, self.config)
-        encoded = self.tokenizer.encode_batch(list(texts))
+        try:
+            encoded = self.tokenizer.encode_batch(list(texts))
+        except Exception as e:  # noqa: BLE001 - the library raises it bare
+            raise ModelFailed(f"the model's tokenizer failed on this text: {e}") from None
         for row, one in enumerate(encoded):
-            if len(one.ids) > self.max_length:
-                tokens = sum(one.attention_mask)
+            tokens = sum(one.attention_mask)
+            if tokens > self.max_length:
                 raise InvalidRequest(
                     f"text {row} has {tokens} tokens; the model takes {self.max_length} and model.yaml says `truncation: false`"
                 )
-            if not any(one.attention_mask):
+            if not tokens:
                 raise InvalidRequest(f"text {row} is empty: the tokenizer makes no token of it")
         taken = {part: [_part(one, part) for one in encoded] for part in self.specs}
         return [to_tensor(spec.name, spec.datatype, np.asarray(taken[part], dtype=np.int64)) for part, spec in self.specs.items()]
