@@ -33,19 +33,18 @@ def main() -> int:
     control, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    lines = os.fdopen(control, "rb")
     out = os.fdopen(answers, "w", encoding="utf-8")
 
     def say(**line: Any) -> None:
         out.write(json.dumps(line) + "\n")
         out.flush()
 
-    message = json.loads(lines.readline())
+    message = json.loads(_first_line(control))
     limits = TaskLimits(**{**message["limits"], "cpus": tuple(message["limits"].get("cpus", ()))})
     asked_to_stop = threading.Event()
     if message.get("watched"):
-        _die_with_parent()
-        threading.Thread(target=_watch, args=(lines, asked_to_stop), name="watch-parent", daemon=True).start()
+        signal.signal(signal.SIGUSR1, lambda *_: asked_to_stop.set())
+        _start_guardian(control, answers)
     try:
         apply_limits(limits)
         say(result=plain(_function(message["kind"])(message["request"], _budget(limits, asked_to_stop, say))))
@@ -55,6 +54,13 @@ def main() -> int:
         say(error=_text(error, limits), kind=_failure(error, asked_to_stop))
     sys.stderr.flush()
     os._exit(0)  # threads of native libraries have nothing left to say
+
+
+def _first_line(descriptor: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and (block := os.read(descriptor, 1 << 16)):
+        line += block
+    return line
 
 
 def apply_limits(limits: TaskLimits) -> None:
@@ -97,18 +103,25 @@ def _budget(limits: TaskLimits, asked_to_stop: threading.Event, say: Callable[..
     )  # fmt: skip
 
 
-def _die_with_parent() -> None:
-    """Two ways, since each has a gap: the kernel's signal misses descendants, the pipe's end waits for the interpreter."""
+def _start_guardian(control: int, answers: int) -> None:
+    """Fork a process that passes on a cancel and, when the parent is gone, kills the whole group.
+
+    Not a thread: native code may hold the interpreter's lock for ever. Not the kernel's parent-death signal alone: it misses descendants.
+    """
     if os.getpid() != os.getsid(0):
         os.setsid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def _watch(lines: Any, asked_to_stop: threading.Event) -> None:
-    for line in lines:
-        if line == b"cancel\n":
-            asked_to_stop.set()
-    os.killpg(0, signal.SIGKILL)
+    child = os.getpid()
+    if os.fork():
+        os.close(control)
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for descriptor in (answers, 1, 2):
+        os.close(descriptor)
+    while said := os.read(control, 64):
+        if b"cancel" in said and os.getppid() == child:
+            os.kill(child, signal.SIGUSR1)
+    os.killpg(child, signal.SIGKILL)
+    os._exit(0)
 
 
 def _failure(error: Exception, asked_to_stop: threading.Event) -> Failure:
