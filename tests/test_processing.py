@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -525,7 +526,8 @@ def test_plain_outputs_are_given_as_they_are_with_null_for_what_json_lacks() -> 
         to_tensor("n", "INT64", np.array(7)),
         to_tensor("flag", "BOOL", np.array([True])),
     ]
-    assert processor.decode(tensors) == {
+    decoded = orjson.loads(orjson.dumps(processor.decode(tensors), option=orjson.OPT_SERIALIZE_NUMPY))
+    assert decoded == {
         "outputs": {"scores": [[1.5, None], [None, 2.0]], "names": ["café", {"base64": "/w=="}], "n": 7, "flag": [True]},
         "non_finite": 2,
     }

@@ -6,21 +6,27 @@ Pure and blocking; what a model takes and how its answers read is the Processor'
 from __future__ import annotations
 
 import binascii
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import orjson
 
 from app.api.json_tensors import tensors_of
 from app.api.multipart import parse_multipart
 from app.api.wire import Reply
-from app.domain import InferenceResult, Signature, Tensor
-from app.errors import InvalidRequest, UnsupportedMediaType
+from app.domain import Buffer, InferenceResult, Signature, Tensor
+from app.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from app.serving.images import image_format
 from app.serving.processing import Processor
 
+PIECE_ELEMENTS: Final = 65536
 INLINE_BYTES: Final = 65536
 """Larger JSON, and every image and text, is decoded off the event loop."""
+MAX_JSON_BYTES: Final = 4 << 20
+MAX_IMAGE_JSON_BYTES: Final = 32 << 20
+"""Reading JSON holds the interpreter's lock, so that everything waits: tensors of this size have better forms. One long string is read fast."""
 CHARSETS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "iso-8859-1": "latin-1", "latin-1": "latin-1"}
 ANY_BODY: Final = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
 """Types that say nothing (curl --data-binary sends the last): the first bytes decide."""
@@ -34,14 +40,15 @@ class Encoded:
     single: bool
 
 
-def is_quick(body: bytes, content_type: str, processor: Processor) -> bool:
+def is_quick(body: Buffer, content_type: str, processor: Processor) -> bool:
     """Whether `read_input` may run on the event loop: small JSON that holds neither image nor text."""
     kind, _ = _media_type(content_type)
     return len(body) <= INLINE_BYTES and processor.image is None and processor.text is None and kind != "multipart/form-data"
 
 
-def read_input(body: bytes, content_type: str, processor: Processor, signature: Signature) -> Encoded:
+def read_input(data: Buffer, content_type: str, processor: Processor, signature: Signature) -> Encoded:
     """Raises InvalidRequest, UnsupportedMediaType or PayloadTooLarge, whatever the bytes."""
+    body = bytes(data)
     kind, parameters = _media_type(content_type)
     if kind == "multipart/form-data":
         body, kind, parameters = _form(body, content_type)
@@ -60,9 +67,37 @@ def read_input(body: bytes, content_type: str, processor: Processor, signature: 
 def write_answer(processor: Processor, result: InferenceResult, single: bool) -> Reply:
     """{"model", "version", "predictions" or "outputs", "non_finite"?} as a reply."""
     decoded = processor.decode(result.outputs, single)
-    body = orjson.dumps({"model": result.model, "version": result.version, **decoded})
+    parts: list[Buffer] = [orjson.dumps({"model": result.model, "version": result.version})[:-1]]
+    for key, value in decoded.items():
+        parts.append(b',"%s":' % key.encode())
+        parts.extend(_json_parts(value))
+    parts.append(b"}")
+    body = b"".join(parts)
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     return Reply(headers, [body], len(body), int(decoded.get("non_finite", 0)))
+
+
+def _json_parts(value: Any) -> Iterator[bytes]:
+    """JSON in pieces of bounded size, since each piece holds the interpreter's lock while it is written."""
+    if isinstance(value, dict):
+        for number, (key, inner) in enumerate(value.items()):
+            yield (b"," if number else b"{") + orjson.dumps(key) + b":"
+            yield from _json_parts(inner)
+        yield b"}" if value else b"{}"
+    elif isinstance(value, np.ndarray) and value.size > PIECE_ELEMENTS:
+        step = max(1, PIECE_ELEMENTS * len(value) // value.size)
+        pieces = [value[at : at + step] for at in range(0, len(value), step)] if step > 1 or value.ndim == 1 else list(value)
+        yield b"["
+        for number, piece in enumerate(pieces):
+            if number:
+                yield b","
+            if step > 1 or value.ndim == 1:
+                yield orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            else:
+                yield from _json_parts(piece)
+        yield b"]"
+    else:
+        yield orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _form_of(kind: str, body: bytes) -> str:
@@ -110,6 +145,12 @@ def _decoded(body: bytes, parameters: dict[str, str]) -> str:
 
 
 def _from_json(body: bytes, processor: Processor, signature: Signature) -> Encoded:
+    most = MAX_IMAGE_JSON_BYTES if body.lstrip()[:10].replace(b" ", b"").startswith(b'{"image"') else MAX_JSON_BYTES
+    if len(body) > most:
+        raise PayloadTooLarge(
+            f"the JSON has {len(body):,} bytes; here it may have {most:,}: send an image as the body itself, or large tensors to "
+            "/v2/models/{model}/infer, which takes them as binary"
+        )
     try:
         document: Any = orjson.loads(body)
     except orjson.JSONDecodeError as error:

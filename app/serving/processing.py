@@ -67,7 +67,7 @@ class Processor:
         return self.text.encode(texts)
 
     def decode(self, outputs: Sequence[Tensor], single: bool = False) -> JSON:
-        """Outputs -> {"predictions": ...} for a classifier, else {"outputs": {name: values}}.
+        """Outputs -> {"predictions": ...} for a classifier, else {"outputs": {name: array, or nested list of strings}}.
 
         Predictions: the top_k classes of each row, likeliest first, as {"label"?, "index", "probability"}; with `single` those of the
         first row alone. JSON has no NaN or infinity: such values become null, a row whose probabilities they spoil (NaN, +infinity) an
@@ -141,21 +141,17 @@ def _are_probabilities(values: Array) -> bool:
 
 
 def _plain(outputs: Sequence[Tensor]) -> JSON:
-    answer: JSON = {"outputs": {}}
+    values: dict[str, Any] = {}
     non_finite = 0
     for tensor in outputs:
         if tensor.datatype == BYTES:
-            values = np.array([_readable(item) for item in elements(tensor)], dtype=object).reshape(tensor.shape)
-        else:
-            values = to_array(tensor)
-            if tensor.datatype in FLOATS:
-                bad = ~np.isfinite(values)
-                if bad.any():
-                    non_finite += int(bad.sum())
-                    values = values.astype(object)
-                    values[bad] = None
-        answer["outputs"][tensor.name] = values.tolist()
-    return answer if not non_finite else answer | {"non_finite": non_finite}
+            values[tensor.name] = np.array([_readable(item) for item in elements(tensor)], dtype=object).reshape(tensor.shape).tolist()
+            continue
+        array = to_array(tensor)
+        if tensor.datatype in FLOATS:
+            non_finite += array.size - int(np.count_nonzero(np.isfinite(array)))
+        values[tensor.name] = array if array.ndim else array.item()
+    return {"outputs": values} | ({"non_finite": non_finite} if non_finite else {})
 
 
 def _readable(item: bytes) -> Any:

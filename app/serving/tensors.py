@@ -32,7 +32,8 @@ def to_array(tensor: Tensor) -> Array:
     if tensor.datatype == "BF16":
         bits = np.frombuffer(tensor.data, dtype="<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(tensor.shape)
-    return np.frombuffer(tensor.data, dtype=DTYPES[tensor.datatype]).reshape(tensor.shape)
+    array = np.frombuffer(tensor.data, dtype=DTYPES[tensor.datatype]).reshape(tensor.shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def bytes_tensor(name: str, shape: tuple[int, ...], items: Iterable[bytes]) -> Tensor:
