@@ -5,7 +5,7 @@ Pure functions. They know neither HTTP frameworks nor models; what a model takes
 
 from app.api.wire.checks import check_reply_form, validate
 from app.api.wire.compression import choose_encoding, compress, decompress, parse_content_encoding
-from app.api.wire.reply import Reply, encode_response
+from app.api.wire.reply import Reply, chosen, encode_response, json_raw_bytes
 from app.api.wire.request import OutputChoice, ParsedRequest, parse_header_length, parse_infer
 from app.api.wire.tensors import count_non_finite
 
@@ -15,10 +15,12 @@ __all__ = [
     "Reply",
     "check_reply_form",
     "choose_encoding",
+    "chosen",
     "compress",
     "count_non_finite",
     "decompress",
     "encode_response",
+    "json_raw_bytes",
     "parse_content_encoding",
     "parse_header_length",
     "parse_infer",

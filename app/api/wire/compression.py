@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Final
 
 from app.api.wire.reply import Reply
@@ -71,19 +72,19 @@ def compress(reply: Reply, encoding: str) -> Reply:
     return Reply(headers, [b"".join(parts)], size, reply.non_finite)
 
 
-def decompress(body: Buffer, encoding: str, limit: int) -> Buffer:
+def decompress(body: Buffer, encoding: str, limit: int, grow: Callable[[int], None] | None = None) -> Buffer:
     """`body` unpacked, in slices, so that a bomb costs no more than `limit` bytes. `deflate` is zlib or, as some clients have it, raw.
 
-    Raises PayloadTooLarge past the limit, InvalidRequest for a broken stream, one cut short, or bytes after its end.
+    `grow` is told of each piece before it is kept, and may raise. Raises PayloadTooLarge past the limit, InvalidRequest for a broken stream, one cut short, or bytes after its end.
     """
     view = memoryview(body)
     if encoding == "gzip":
-        return _inflate(view, _GZIP, limit)
+        return _inflate(view, _GZIP, limit, grow)
     looks_zlib = len(view) >= 2 and view[0] & 0x0F == 8 and (view[0] << 8 | view[1]) % 31 == 0
-    return _inflate(view, _ZLIB if looks_zlib else _RAW, limit)
+    return _inflate(view, _ZLIB if looks_zlib else _RAW, limit, grow)
 
 
-def _inflate(view: memoryview, form: int, limit: int) -> bytearray:
+def _inflate(view: memoryview, form: int, limit: int, grow: Callable[[int], None] | None) -> bytearray:
     whole = bytearray()
     at, members = 0, 1
     unpacker = zlib.decompressobj(form)
@@ -97,6 +98,8 @@ def _inflate(view: memoryview, form: int, limit: int) -> bytearray:
             raise InvalidRequest(f"the body does not unpack ({error}); does Content-Encoding name how it was packed?") from None
         if len(whole) + len(piece) > limit:
             raise PayloadTooLarge(f"the body unpacks to more than {limit} bytes, the limit; send less at once, or raise the server's limit")
+        if grow is not None:
+            grow(len(piece))
         whole += piece
         if not unpacker.eof:
             if not piece and not len(pending):

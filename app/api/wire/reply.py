@@ -9,7 +9,7 @@ import orjson
 
 from app.api.wire.request import ParsedRequest
 from app.api.wire.tensors import unpack_json
-from app.domain import DATATYPE_SIZES, Buffer, InferenceResult, Tensor
+from app.domain import Buffer, InferenceResult, Tensor
 
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
@@ -64,11 +64,8 @@ def chosen(result: InferenceResult, parsed: ParsedRequest) -> list[tuple[Tensor,
     return [(by_name[choice.name], choice.binary) for choice in parsed.outputs]
 
 
-def json_bytes_estimate(result: InferenceResult, parsed: ParsedRequest) -> int:
-    """About how long the JSON part will be: decides where it is written."""
-    total = 0
-    for tensor, binary in chosen(result, parsed):
-        if not binary:
-            size = DATATYPE_SIZES.get(tensor.datatype)
-            total += len(tensor.data) if size is None else len(tensor.data) // size * 11
-    return total
+def json_raw_bytes(result: InferenceResult, parsed: ParsedRequest) -> int:
+    """Raw size of the outputs that are wanted as JSON: decides where the reply is written."""
+    if parsed.outputs is None:
+        return 0 if parsed.binary_default else sum([len(tensor.data) for tensor in result.outputs])
+    return sum([len(tensor.data) for tensor, binary in chosen(result, parsed) if not binary])

@@ -1,0 +1,169 @@
+"""Where work on bodies is done, so that the event loop always answers: at once, in a thread, or in a helper process.
+
+A thread helps where the interpreter's lock is let go (zlib, images, writing to memfds); large JSON holds it and goes to a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from multiprocessing.context import ForkServerContext
+from typing import Final, ParamSpec, TypeVar
+
+from app.api.bodies import Body, BodyBudget, BodyReader, Grant, Receive, parse_content_length
+from app.api.helpers import HelperPool, HelperUnavailable, encode_parcel
+from app.api.memfd import Memfd
+from app.api.wire import ParsedRequest, Reply, compress, decompress, encode_response, json_raw_bytes, parse_content_encoding, parse_infer
+from app.domain import Buffer, InferenceResult, Signature
+from app.errors import QueueFull
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+THREAD_BYTES: Final = 64 << 10
+HELPER_BYTES: Final = 1 << 20
+HELPER_OUTPUT_BYTES: Final = 64 << 10
+"""Raw bytes of outputs that are wanted as JSON: about a quarter of the text they become."""
+_PACKED_AT_ONCE: Final = 256
+_COMPRESSED_AT_ONCE: Final = 16 << 10
+
+
+class Place(Enum):
+    HERE = "here"
+    THREAD = "thread"
+    HELPER = "helper"
+
+
+def parse_place(data: Buffer, header_length: int | None) -> Place:
+    """Where to read this body. What costs is JSON, and elements that are looked at one by one (BYTES, BOOL); other tensors are slices."""
+    size = len(data)
+    if size <= THREAD_BYTES:
+        return Place.HERE
+    json_size = size if header_length is None else min(header_length, size)
+    if json_size > HELPER_BYTES:
+        return Place.HELPER
+    if json_size > THREAD_BYTES or json_size == 0:
+        return Place.THREAD
+    head = bytes(data[:json_size])
+    if b'"BYTES"' in head or b'"BOOL"' in head:
+        return Place.HELPER if size > HELPER_BYTES else Place.THREAD
+    return Place.HERE
+
+
+class Offload:
+    """Reads bodies within limits and does long work on them in threads and helper processes. Starts nothing until needed; `close` ends all.
+
+    `context` is the fork server's; it must have been started before the event loop. `workers`: threads and helpers each, 0: one per core.
+    """
+
+    def __init__(
+        self,
+        context: ForkServerContext,
+        body_limit_bytes: int = 128 << 20,
+        budget_bytes: int = 4 << 30,
+        budget_wait_s: float = 30.0,
+        workers: int = 0,
+        queue_limit: int = 256,
+    ) -> None:
+        cores = workers or len(os.sched_getaffinity(0))
+        self.budget = BodyBudget(budget_bytes, budget_wait_s)
+        self.helpers = HelperPool(context, cores, queue_limit)
+        self._reader = BodyReader(body_limit_bytes, self.budget)
+        self._threads = ThreadPoolExecutor(max(2, cores), thread_name_prefix="hone-offload")
+        self._thread_jobs = 0
+        self._queue_limit = queue_limit
+
+    def body(self, headers: Mapping[bytes, bytes], receive: Receive) -> BodyInUse:
+        """`async with offload.body(headers, receive) as body:` the body as it came, given back at the end of the block."""
+        return BodyInUse(self._reader, headers, receive)
+
+    async def read_unpacked(self, headers: Mapping[bytes, bytes], receive: Receive) -> Body:
+        """The whole body, unpacked; the caller closes it."""
+        encoding = parse_content_encoding(headers.get(b"content-encoding"))
+        body = await self._reader.read(receive, parse_content_length(headers.get(b"content-length")))
+        return body if encoding is None else await self.decompress(body, encoding)
+
+    async def run_in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run blocking work that lets go of the interpreter's lock. Raises QueueFull where too much of it waits."""
+        if self._thread_jobs >= self._queue_limit:
+            raise QueueFull(f"{self._thread_jobs} bodies are being unpacked or decoded, the limit; try again in a moment", 1.0)
+        self._thread_jobs += 1
+        future = asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+        future.add_done_callback(self._thread_job_done)
+        return await asyncio.shield(future)
+
+    def _thread_job_done(self, future: asyncio.Future[T]) -> None:
+        self._thread_jobs -= 1
+        if not future.cancelled():
+            future.exception()
+
+    async def decompress(self, body: Body, encoding: str) -> Body:
+        """Unpack `body`, in place; what it grows to counts against the budget while it grows."""
+        grant, limit = Grant(self.budget), self._reader.limit_bytes
+        try:
+            if len(body.data) <= _PACKED_AT_ONCE:
+                data = decompress(body.data, encoding, limit, grant.grow)
+            else:
+                data = await self.run_in_thread(decompress, body.data, encoding, limit, grant.grow)
+        except BaseException:
+            grant.close()
+            body.close()
+            raise
+        body.become(data, grant)
+        return body
+
+    async def parse(
+        self, body: Body, header_length: int | None, signature: Signature | None = None, received_at: float | None = None
+    ) -> ParsedRequest:
+        """`wire.parse_infer` on a body, wherever that is best done."""
+        data = body.data
+        place = parse_place(data, header_length)
+        if place is Place.HERE:
+            return parse_infer(data, header_length, signature, received_at)
+        if place is Place.HELPER:
+            memory = body.memory if body.memory is not None else await self.run_in_thread(Memfd.new, data)
+            try:
+                return await self.helpers.parse(memory, header_length, received_at)
+            except HelperUnavailable:
+                pass
+        return await self.run_in_thread(parse_infer, data, header_length, signature, received_at)
+
+    async def encode(self, result: InferenceResult, parsed: ParsedRequest) -> Reply:
+        """`wire.encode_response`, wherever that is best done."""
+        if json_raw_bytes(result, parsed) <= HELPER_OUTPUT_BYTES:
+            return encode_response(result, parsed)
+        try:
+            return await self.helpers.encode(await self.run_in_thread(encode_parcel, result, parsed))
+        except HelperUnavailable:
+            return await self.run_in_thread(encode_response, result, parsed)
+
+    async def compress(self, reply: Reply, encoding: str) -> Reply:
+        """`wire.compress`, wherever that is best done."""
+        if reply.size <= _COMPRESSED_AT_ONCE:
+            return compress(reply, encoding)
+        return await self.run_in_thread(compress, reply, encoding)
+
+    async def close(self) -> None:
+        await self.helpers.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
+
+
+class BodyInUse:
+    """The block in which a body is used."""
+
+    __slots__ = ("_body", "_headers", "_reader", "_receive")
+
+    def __init__(self, reader: BodyReader, headers: Mapping[bytes, bytes], receive: Receive) -> None:
+        self._reader, self._headers, self._receive = reader, headers, receive
+        self._body: Body | None = None
+
+    async def __aenter__(self) -> Body:
+        self._body = await self._reader.read(self._receive, parse_content_length(self._headers.get(b"content-length")))
+        return self._body
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._body is not None:
+            self._body.close()
