@@ -1,0 +1,234 @@
+"""A small, bounded set of live inputs, spread over time, predicted classes and callers: what calibrates and judges beside the reference.
+
+`offer` runs on the event loop and costs a clock reading unless its time has come; everything else blocks and belongs off the loop.
+Offer only what was answered well: a refused or failed request must never become a sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import inf
+from pathlib import Path
+from typing import Final
+
+from app.domain import Signature, Tensor
+from app.serving import durable
+from app.serving.model_config import Capture
+from app.serving.sample_file import SUFFIX, Captured, head_of, one_row, predicted_class, read, write
+from optimizers.samples import Samples
+
+log = logging.getLogger(__name__)
+
+MAX_TOTAL_BYTES: Final = 64 << 20
+MAX_SAMPLE_BYTES: Final = MAX_TOTAL_BYTES // 8
+FILL_INTERVAL_S: Final = 0.25
+STEADY_INTERVAL_S: Final = 15.0
+SALT: Final = ".salt"
+MOST_PENDING: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the reservoir knows of one stored sample. `at` in unix seconds, `caller` salted and hashed."""
+
+    path: Path
+    at: float
+    group: str
+    caller: str
+    bytes: int
+
+
+class Reservoir:
+    """The captured samples of one model in `folder`. Nothing is taken before `configure` has told what a row is."""
+
+    def __init__(self, folder: Path, capture: Capture | None = None) -> None:
+        self.folder = folder
+        self._capture = capture or Capture()
+        self._signature: Signature | None = None
+        self._classifies = False
+        self._opens_at = inf
+        self._pending: deque[tuple[list[Tensor], list[Tensor], str]] = deque(maxlen=MOST_PENDING)
+        self._kept: list[Kept] = []
+        self._callers: Counter[str] = Counter()
+        self._salt = secrets.token_bytes(16)
+        self._full = False
+        self._lock = threading.Lock()
+
+    def configure(self, capture: Capture, signature: Signature, classifies: bool) -> None:
+        """Take samples of `signature` from now on, by these rules; `capture.mode: off` deletes what there is. Blocks on the disk."""
+        with self._lock:
+            self._capture, self._signature, self._classifies = capture, signature, classifies
+            self._read_folder()
+        if capture.mode == "off":
+            self.clear()
+        else:
+            self._opens_at = 0.0
+
+    def offer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], caller: str = "") -> bool:
+        """Perhaps remember one row of an answered request; True if so (it is stored by the next `store_pending`)."""
+        now = time.monotonic()
+        if now < self._opens_at:
+            return False
+        return self._admit(inputs, outputs, caller, now)
+
+    @property
+    def pending(self) -> bool:
+        """Whether `store_pending` has something to do."""
+        eldest = next(iter(self._kept), None)
+        return bool(self._pending) or (eldest is not None and eldest.at < self._oldest_allowed())
+
+    def store_pending(self) -> int:
+        """Write what was admitted, forget what is too old or too much; returns how many were stored. Blocks on the disk."""
+        stored = 0
+        with self._lock:
+            while self._pending and self._capture.mode == "on":
+                stored += self._store(*self._pending.popleft())
+            self._shrink()
+        return stored
+
+    def clear(self) -> int:
+        """Delete every sample; returns how many there were. Blocks on the disk."""
+        with self._lock:
+            self._pending.clear()
+            if self._capture.mode == "off":
+                self._opens_at = inf
+            count = len(self._kept)
+            with durable.storage_errors("deleting captured samples", self.folder):
+                durable.discard(self.folder)
+            self._kept.clear()
+            self._callers.clear()
+            self._full = False
+        return count
+
+    def load(self) -> Samples | None:
+        """The samples of the commonest shape; None where there are none. Blocks on the disk."""
+        return load_captured(self.folder)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    # ---- on the event loop
+    def _admit(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], caller: str, now: float) -> bool:
+        signature = self._signature
+        if signature is None:
+            return False
+        interval = STEADY_INTERVAL_S if self._full else FILL_INTERVAL_S
+        known = self._hashed(caller)
+        held = self._callers.get(known, 0)
+        if self._capture.per_caller <= held < len(self._kept):
+            self._opens_at = now + interval / 50
+            return False
+        self._opens_at = now + interval * random.uniform(0.5, 1.5)
+        row = one_row(inputs, outputs, signature)
+        if row is None or sum(len(tensor.data) for tensor in row[0]) > MAX_SAMPLE_BYTES:
+            return False
+        self._pending.append((*row, known))
+        return True
+
+    def _hashed(self, caller: str) -> str:
+        return blake2b(caller.encode("utf-8", "surrogateescape"), key=self._salt, digest_size=8).hexdigest()
+
+    # ---- off the loop, with the lock held
+    def _store(self, inputs: list[Tensor], outputs: list[Tensor], caller: str) -> int:
+        assert self._signature is not None
+        group = predicted_class(outputs) if self._classifies else ""
+        sample = Captured(time.time(), group, caller, self._signature.batchable, tuple(inputs))
+        self._open_folder()
+        path, size = write(self.folder, sample)
+        self._remember(Kept(path, sample.at, group, caller, size))
+        return 1
+
+    def _shrink(self) -> None:
+        oldest, kept = self._oldest_allowed(), self._kept
+        while kept and kept[0].at < oldest:
+            self._forget(0)
+            self._full = False
+        while len(kept) > self._capture.samples or sum(one.bytes for one in kept) > MAX_TOTAL_BYTES:
+            self._forget(victim(kept, self._capture.per_caller))
+            self._full = True
+
+    def _remember(self, kept: Kept) -> None:
+        self._kept.append(kept)
+        self._callers[kept.caller] += 1
+
+    def _forget(self, index: int) -> None:
+        gone = self._kept.pop(index)
+        self._callers[gone.caller] -= 1
+        self._callers += Counter()
+        gone.path.unlink(missing_ok=True)
+
+    def _open_folder(self) -> None:
+        """The folder, and in it the key of the callers' hashes: a caller counts as the same after a restart, and no address is stored."""
+        if self.folder.is_dir():
+            return
+        self.folder.mkdir(mode=0o700, parents=True)
+        descriptor = os.open(self.folder / SALT, os.O_WRONLY | os.O_CREAT, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(self._salt)
+
+    def _oldest_allowed(self) -> float:
+        return time.time() - self._capture.max_age_h * 3600
+
+    def _read_folder(self) -> None:
+        """Find again what an earlier life stored."""
+        self._kept.clear()
+        self._callers.clear()
+        with contextlib.suppress(OSError):
+            self._salt = (self.folder / SALT).read_bytes()[:64] or self._salt
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            head = head_of(path)
+            if head is None:
+                path.unlink(missing_ok=True)
+                continue
+            self._remember(Kept(path, head.at, head.group, head.caller, path.stat().st_size))
+        self._kept.sort(key=lambda kept: kept.at)
+        self._shrink()
+
+
+def victim(kept: Sequence[Kept], per_caller: int) -> int:
+    """Which sample gives way: of a caller that has too many, else of the commonest class; there the one closest in time to its neighbours."""
+    callers = Counter(one.caller for one in kept)
+    caller, most = callers.most_common(1)[0]
+    if most > per_caller and len(callers) > 1:
+        among = [i for i, one in enumerate(kept) if one.caller == caller]
+    else:
+        groups = Counter(one.group for one in kept)
+        group = groups.most_common(1)[0][0]
+        among = [i for i, one in enumerate(kept) if one.group == group]
+    if len(among) < 3:
+        return among[0]
+    inner = range(1, len(among) - 1)
+    return among[min(inner, key=lambda j: kept[among[j + 1]].at - kept[among[j - 1]].at)]
+
+
+def load_captured(folder: Path) -> Samples | None:
+    """What any process may read of a reservoir: the samples of the commonest shape, the oldest first; None where there are none."""
+    groups: dict[tuple[object, ...], list[Captured]] = {}
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        if (sample := read(path)) is not None:
+            groups.setdefault(sample.form, []).append(sample)
+    if not groups:
+        return None
+    return Captured.together(max(groups.values(), key=len))
+
+
+async def keep_storing(reservoirs: Callable[[], Iterable[Reservoir]], every_s: float = 1.0) -> None:
+    """Store what was admitted, for ever; one task of the server. A full disk costs samples, never answers."""
+    while True:
+        await asyncio.sleep(every_s)
+        for reservoir in [one for one in reservoirs() if one.pending]:
+            try:
+                await asyncio.to_thread(reservoir.store_pending)
+            except OSError as error:
+                log.warning("captured samples could not be stored in %s: %s", reservoir.folder, error)

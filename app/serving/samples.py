@@ -1,0 +1,223 @@
+"""The samples of one model: the frozen reference with golden's outputs, and the sets that a job calibrates, trains and is judged with.
+
+What calibrates or trains never judges (disjoint by content hash), and nothing here overwrites a reference. All of it blocks on the disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from app.errors import Conflict, ModelRejected
+from app.serving import durable
+from app.serving.model_config import SampleSources
+from app.serving.model_files import FileHashes
+from app.serving.reservoir import Reservoir, keep_storing, load_captured
+from app.serving.sample_sources import SampleReader
+from app.serving.synthetic import synthetic
+from optimizers.samples import Samples, read_npz, write_npz
+
+__all__ = [
+    "Reference",
+    "ReferenceMeta",
+    "References",
+    "Reservoir",
+    "SampleSets",
+    "assemble",
+    "keep_storing",
+    "load_captured",
+    "reference_inputs",
+    "synthetic",
+]
+
+REFERENCE_SAMPLES: Final = 1024
+SYNTHETIC_SAMPLES: Final = 64
+CALIBRATION_SAMPLES: Final = 512
+CALIBRATION_SEED: Final = 1
+_HELD_BACK: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceMeta:
+    """Where a reference came from. `hashes` are one per sample; `files` maps file names to SHA-256."""
+
+    golden_sha256: str
+    host_class: str
+    origin: str
+    stacked: bool
+    hashes: tuple[str, ...]
+    files: dict[str, str]
+    frozen_at: float
+    schema: int = 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Frozen inputs and what golden, unoptimized, answered to them on `meta.host_class`: outputs[name] has one entry per sample."""
+
+    samples: Samples
+    outputs: dict[str, NDArray[Any]]
+    meta: ReferenceMeta
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference of one model, in a folder that appears whole and is never written again."""
+
+    folder: Path
+
+    def freeze(self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str) -> Reference:
+        """Keep `samples` with golden's outputs for good. With the same golden the first one stays.
+
+        Raises Conflict where another golden's reference lies (see `retire`), ModelRejected, InsufficientStorage or NotAllowed.
+        """
+        if (known := self.load()) is not None:
+            return self._same(known, golden_sha256)
+        counts = {name: len(values) for name, values in outputs.items()}
+        if not len(samples) or set(counts.values()) != {len(samples)}:
+            raise ModelRejected(f"a reference needs one output for each of its {len(samples)} samples, got {counts}")
+        with durable.storage_errors("freezing reference samples", self.folder):
+            durable.make_folder(self.folder.parent, 0o700)
+            with durable.temporary_folder(self.folder.parent, 0o700) as folder:
+                samples.save(folder / "samples.npz")
+                write_npz(folder / "golden_outputs.npz", outputs)
+                files = {name: FileHashes().of(folder / name) for name in ("samples.npz", "golden_outputs.npz")}
+                meta = ReferenceMeta(
+                    golden_sha256, host_class, samples.origin, samples.stacked, tuple(samples.hashes()), files, time.time()
+                )  # fmt: skip
+                (folder / "meta.json").write_bytes(TypeAdapter(ReferenceMeta).dump_json(meta, indent=2))
+                try:
+                    durable.publish(folder, self.folder)
+                except FileExistsError:
+                    pass
+        found = self.load()
+        assert found is not None
+        return self._same(found, golden_sha256)
+
+    def load(self) -> Reference | None:
+        """The reference, held against its hashes; None where there is none. Raises ModelRejected when it is damaged."""
+        meta = self.meta()
+        if meta is None:
+            return None
+        hashes = FileHashes()
+        for name, expected in meta.files.items():
+            if hashes.of(self.folder / name) != expected:
+                raise ModelRejected(
+                    f"{self.folder / name} differs from what was frozen; it cannot judge (hone remove the model's samples, deploy again)"
+                )
+        samples = Samples.load(self.folder / "samples.npz", meta.origin, meta.stacked)
+        return Reference(samples, read_npz(self.folder / "golden_outputs.npz"), meta)
+
+    def meta(self) -> ReferenceMeta | None:
+        """Its origin and hashes alone. Raises ModelRejected when they are damaged."""
+        path = self.folder / "meta.json"
+        try:
+            return TypeAdapter(ReferenceMeta).validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise ModelRejected(f"{path} is damaged: {error.errors(include_url=False)[0]['msg']}") from None
+
+    def retire(self) -> None:
+        """Delete it: a new golden voids it."""
+        with durable.storage_errors("removing reference samples", self.folder):
+            durable.discard(self.folder)
+
+    def _same(self, known: Reference, golden_sha256: str) -> Reference:
+        if known.meta.golden_sha256 != golden_sha256:
+            raise Conflict(f"{self.folder} belongs to golden {known.meta.golden_sha256[:12]}, not {golden_sha256[:12]}; retire it first")
+        return known
+
+
+@dataclass(frozen=True)
+class SampleSets:
+    """What one job works with. `reference`, `live` and `labelled` judge and share no sample with `calibration` and `train`.
+
+    `owner_named`: the owner named samples that judge, which lossy changes need to be automatic.
+    """
+
+    calibration: Samples
+    reference: Samples | None = None
+    live: Samples | None = None
+    labelled: Samples | None = None
+    train: Samples | None = None
+    owner_named: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write each set that there is as NAME.npz; returns the paths by name, for a task child's request."""
+        paths = {}
+        for name in ("calibration", "reference", "live", "labelled", "train"):
+            samples: Samples | None = getattr(self, name)
+            if samples is not None and len(samples):
+                samples.save(folder / f"{name}.npz")
+                paths[name] = str(folder / f"{name}.npz")
+        return paths
+
+
+def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0) -> Samples:
+    """What to freeze at the first deploy: three quarters of what the owner named (the rest may calibrate), else made up."""
+    if sources.reference is None:
+        return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed)
+    named = reader.read(sources.reference, "samples.reference", seed)
+    kept = named.split(1 - _HELD_BACK, seed)[0] if len(named) > 8 else named
+    return kept.rows(slice(0, REFERENCE_SAMPLES))
+
+
+def assemble(sources: SampleSources, reader: SampleReader, reference: Reference | None, seed: int = 0) -> SampleSets:
+    """Read every source, and part what judges from what calibrates or trains. Raises what reading a source raises."""
+    frozen = reference.samples if reference else None
+    captured = load_captured(reader.captured)
+    train = reader.read(sources.train, "samples.train", seed) if sources.train else None
+    calibration, live, note = _calibration(sources, reader, frozen, captured, train, seed)
+    spent = set(calibration.hashes()) | (set(train.hashes()) if train else set())
+    labelled = reader.read(sources.validation, "samples.validation", seed) if sources.validation else None
+    if labelled is not None and labelled.labels is None:
+        raise ModelRejected(
+            f"samples.validation = {sources.validation!r} holds no labels; add an array `labels`, or one subfolder for each label"
+        )
+    return SampleSets(
+        calibration=calibration,
+        reference=_unspent(frozen, spent),
+        live=_unspent(live, spent),
+        labelled=_unspent(labelled, spent),
+        train=train,
+        owner_named=bool(sources.reference or sources.validation),
+        notes=(note,),
+    )
+
+
+def _calibration(
+    sources: SampleSources, reader: SampleReader, frozen: Samples | None, captured: Samples | None, train: Samples | None, seed: int
+) -> tuple[Samples, Samples | None, str]:
+    """What calibrates, what is left of the captured to judge, and why it was chosen."""
+    if sources.calibration and sources.calibration != "captured":
+        return _most(reader.read(sources.calibration, "samples.calibration", seed)), captured, f"calibration: {sources.calibration}"
+    if captured is not None and len(captured) >= 32:
+        first, rest = captured.split(0.5, seed)
+        return _most(first), rest, f"calibration: {len(first)} of {len(captured)} captured inputs"
+    if train is not None:
+        return _most(train), captured, "calibration: samples.train"
+    if sources.reference is not None:
+        named = reader.read(sources.reference, "samples.reference", seed)
+        spare = named.without(set(frozen.hashes())) if frozen is not None else named
+        if len(spare) >= 8:
+            return _most(spare), captured, "calibration: the part of samples.reference that is not frozen"
+    made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED)
+    return made_up, captured, "calibration: made-up inputs, since no samples are named and few were captured"
+
+
+def _most(samples: Samples) -> Samples:
+    return samples.rows(slice(0, CALIBRATION_SAMPLES))
+
+
+def _unspent(samples: Samples | None, spent: set[str]) -> Samples | None:
+    """What may judge; None where nothing is left."""
+    left = samples.without(spent) if samples is not None else None
+    return left if left is not None and len(left) else None
