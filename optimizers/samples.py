@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +36,7 @@ class Samples:
     def hashes(self) -> list[str]:
         """One hash per row, over all inputs in name order."""
         names = sorted(self.inputs)
-        return [hashlib.sha256(b"\0".join(np.ascontiguousarray(self.inputs[n][i]).tobytes() for n in names)).hexdigest() for i in range(len(self))]
+        return [hashlib.sha256(b"\0".join(_row_bytes(self.inputs[n][i]) for n in names)).hexdigest() for i in range(len(self))]
 
     def without(self, hashes: set[str]) -> Samples:
         """The rows whose hash is not among `hashes`."""
@@ -50,10 +53,10 @@ class Samples:
 
     def save(self, path: Path) -> None:
         """Write an .npz (no pickles): inputs by name, labels under `__labels__`, string tensors as unicode arrays."""
-        arrays: dict[str, NDArray[np.generic]] = {n: (v.astype(str) if v.dtype == object else v) for n, v in self.inputs.items()}
+        arrays: dict[str, NDArray[np.generic]] = dict(self.inputs)
         if self.labels is not None:
             arrays["__labels__"] = self.labels
-        np.savez_compressed(path, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        write_npz(path, arrays)
 
     @classmethod
     def load(cls, path: Path, origin: str = "owner", stacked: bool = True) -> Samples:
@@ -61,8 +64,7 @@ class Samples:
 
         Raises ValueError for unequal lengths or an empty file.
         """
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_npz(path)
         labels = arrays.pop("__labels__", None)
         if labels is None and len(arrays) > 1:
             labels = arrays.pop("labels", None)
@@ -70,3 +72,29 @@ class Samples:
         if not lengths or len({*lengths.values(), *([len(labels)] if labels is not None else [])}) != 1:
             raise ValueError(f"{path}: arrays must share one first axis (the samples), got {lengths}")
         return cls(arrays, None if labels is None else labels.astype(np.int64), origin, stacked)
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Arrays as a compressed .npz without pickles, whatever their names (numpy's own function takes them as keywords); text as unicode arrays."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for name, values in arrays.items():
+            plain = values.astype(str) if values.dtype == object else values
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(plain), allow_pickle=False)
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz; text as arrays of str objects, as ONNX Runtime wants it. Pickles are refused (ValueError)."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in arrays.items()}
+
+
+def _row_bytes(row: Any) -> bytes:
+    """The content of one row; text by its characters, so that equal texts are equal in arrays of any width."""
+    values = np.asarray(row)
+    if values.dtype.kind in "OU":
+        return b"".join(
+            len(raw).to_bytes(4, "little") + raw for raw in (str(text).encode("utf-8", "surrogatepass") for text in values.ravel())
+        )
+    return np.ascontiguousarray(values).tobytes()
