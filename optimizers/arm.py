@@ -1,0 +1,174 @@
+"""One arm of a comparison: a fresh process that holds one session, does what it is told over a pipe, and times itself.
+
+A candidate that crashes, hangs or leaks takes down its arm and not the judge. This is the child's side; `measure.Arm` is the parent's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import onnxruntime as ort
+
+from optimizers.session import Feeds, Settings, TensorInfo, open_session, runnable, tensors
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a session says of itself, and the seconds it took to open."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A few calls in a row. Seconds per call; `cpu_s` is the calling thread's with one thread, else the process's.
+
+    `ran_s` and `waited_s` are the kernel's account of the threads over the slice: on a core, and runnable but waiting for one.
+    """
+
+    wall_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
+    elapsed_s: float
+    ran_s: float
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """A slice at saturation: all instances calling back to back."""
+
+    calls_per_s: float
+    elapsed_s: float
+    cpu_s: float
+    ran_s: float
+    waited_s: float
+
+
+@dataclass
+class Worker:
+    """The session and the inputs kept for timing."""
+
+    session: ort.InferenceSession | None = None
+    settings: Settings = field(default_factory=Settings)
+    kept: dict[int, Feeds] = field(default_factory=dict)
+
+    def open(self, path: str, settings: Settings) -> Opened:
+        started = time.perf_counter()
+        session = open_session(path, settings)
+        self.session, self.settings = session, settings
+        return Opened(tensors(session.get_inputs()), tensors(session.get_outputs()), time.perf_counter() - started)
+
+    def pin(self, cpus: tuple[int, ...]) -> None:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cpus)
+
+    def call(self, batches: list[Feeds]) -> list[list[Any]]:
+        return [self._run(runnable(feeds)) for feeds in batches]
+
+    def keep(self, key: int, feeds: Feeds) -> None:
+        self.kept[key] = runnable(feeds)
+
+    def time(self, key: int, calls: int, warm: int, pause_s: float) -> Slice:
+        feeds = self.kept[key]
+        for _ in range(warm):
+            self._run(feeds)
+        clock = time.thread_time if self.settings.intra_op_threads == 1 else time.process_time
+        wall: list[float] = []
+        cpu: list[float] = []
+        (ran, waited), begun = scheduling(), time.perf_counter()
+        for _ in range(calls):
+            if pause_s:
+                time.sleep(pause_s)
+            wall_from, cpu_from = time.perf_counter(), clock()
+            self._run(feeds)
+            cpu.append(clock() - cpu_from)
+            wall.append(time.perf_counter() - wall_from)
+        (ran_to, waited_to), ended = scheduling(), time.perf_counter()
+        return Slice(tuple(wall), tuple(cpu), ended - begun, ran_to - ran, waited_to - waited)
+
+    def saturate(self, key: int, seconds: float) -> Load:
+        """All instances call back to back for `seconds`. Threads stay until the kernel's account of them was read."""
+        feeds, count = self.kept[key], self.settings.instances
+        rates, until = [0.0] * count, math.inf
+        started, finished, read = threading.Barrier(count + 1), threading.Barrier(count + 1), threading.Event()
+
+        def loop(index: int) -> None:
+            self._run(feeds)
+            started.wait()
+            begun, calls = time.perf_counter(), 0
+            while not calls or time.perf_counter() < until:
+                self._run(feeds)
+                calls += 1
+            rates[index] = calls / (time.perf_counter() - begun)
+            finished.wait()
+            read.wait()
+
+        threads = [threading.Thread(target=loop, args=(i,), daemon=True) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        started.wait()
+        begun, cpu, (ran, waited) = time.perf_counter(), time.process_time(), scheduling()
+        until = begun + seconds
+        finished.wait()
+        elapsed, cpu_to, (ran_to, waited_to) = time.perf_counter() - begun, time.process_time(), scheduling()
+        read.set()
+        for thread in threads:
+            thread.join()
+        return Load(sum(rates), elapsed, cpu_to - cpu, ran_to - ran, waited_to - waited)
+
+    def _run(self, feeds: Feeds) -> list[Any]:
+        assert self.session is not None, "open comes first"
+        return self.session.run(None, feeds)  # type: ignore[no-any-return]
+
+
+def scheduling() -> tuple[float, float]:
+    """Seconds that this process's threads ran, and waited for a core while they could have run; zeros where the kernel does not say."""
+    ran = waited = 0
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            fields = (task / "schedstat").read_text().split()
+        except OSError:
+            continue
+        ran, waited = ran + int(fields[0]), waited + int(fields[1])
+    return ran / 1e9, waited / 1e9
+
+
+def serve(connection: Connection) -> None:
+    """Answer requests (name, arguments) until the other side closes."""
+    worker = Worker()
+    actions: dict[str, Callable[..., Any]] = {
+        name: getattr(worker, name) for name in ("open", "pin", "call", "keep", "time", "saturate")
+    }  # fmt: skip
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = actions[name](*arguments)
+        except Exception as error:  # noqa: BLE001  the boundary of the process: the other side decides what an error means
+            connection.send((False, f"{type(error).__name__}: {error}"))
+        else:
+            connection.send((True, answer))
+
+
+def main() -> None:
+    """Serve on the file descriptor named by the first argument, until the parent closes it or dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)

@@ -1,0 +1,133 @@
+"""Two versions, or two settings of one, in the layouts in which they would be served: throughput at saturation, latency at low load.
+
+With several threads there is no clean CPU time, so this is wall time, interleaved, and counts only where the host was quiet enough.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from optimizers.host import cpu_budget
+from optimizers.measure import LEAST_ROUNDS, Arm, Quietness, interval_json, quietness, stolen_s
+from optimizers.session import Feeds
+from optimizers.stats import Interval, hodges_lehmann
+
+SLICE_S: Final = 0.1
+PACED_CALLS: Final = 6
+"""Calls in one turn at low load; the first two of them wake caches and threads and are not counted."""
+_UNCOUNTED: Final = 2
+
+
+@dataclass(frozen=True)
+class LayoutSide:
+    """One side of a layout comparison. `value` is rows per second at saturation, or the median seconds per call at low load."""
+
+    value: float
+    p95_s: float | None
+    cores_burnt: float
+
+    def to_json(self, unit: str) -> dict[str, Any]:
+        shown = {unit: self.value, "cores_burnt": round(self.cores_burnt, 3)}
+        return shown if self.p95_s is None else {**shown, "p95_s": self.p95_s}
+
+
+@dataclass(frozen=True)
+class LayoutComparison:
+    """The other layout relative to the first: ratio of rows per second (above 1 is better), or of seconds per call (below 1 is better)."""
+
+    unit: str
+    ratio: Interval
+    rounds: int
+    first: LayoutSide
+    other: LayoutSide
+    quiet: Quietness
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ratio": interval_json(self.ratio), "rounds": self.rounds, "incumbent": self.first.to_json(self.unit),
+            "candidate": self.other.to_json(self.unit), "quiet": self.quiet.to_json(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One arm's turn: the number compared, call times where there are any, and the kernel's account."""
+
+    value: float
+    wall_s: tuple[float, ...]
+    elapsed_s: float
+    ran_s: float
+    waited_s: float
+
+
+def throughput(
+    first: Arm,
+    other: Arm,
+    feeds: tuple[Feeds, Feeds],
+    rows: tuple[int, int],
+    *,
+    seconds: float = 8.0,
+    tick: Callable[[], None] = lambda: None,
+) -> LayoutComparison:
+    """Rows per second with all instances calling back to back, each arm at its own batch size."""
+    keys = (first.keep(feeds[0]), other.keep(feeds[1]))
+
+    def turn(which: int) -> _Turn:
+        load = (first, other)[which].saturate(keys[which], SLICE_S)
+        return _Turn(load.calls_per_s * rows[which], (), load.elapsed_s, load.ran_s, load.waited_s)
+
+    return _interleave("rows_per_s", turn, (first, other), seconds, tick)
+
+
+def low_load(
+    first: Arm, other: Arm, feeds: Feeds, *, seconds: float = 8.0, pause_s: float | None = None, tick: Callable[[], None] = lambda: None
+) -> LayoutComparison:
+    """Wall time of single calls with pauses between them, in which threads go to sleep or spin."""
+    keys = (first.keep(feeds), other.keep(feeds))
+    pause = pause_for(first.time(keys[0], 3, 2).wall_s) if pause_s is None else pause_s
+
+    def turn(which: int) -> _Turn:
+        piece = (first, other)[which].time(keys[which], PACED_CALLS, 1, pause)
+        wall = piece.wall_s[_UNCOUNTED:]
+        return _Turn(float(np.median(wall)), wall, piece.elapsed_s, piece.ran_s, piece.waited_s)
+
+    return _interleave("p50_s", turn, (first, other), seconds, tick)
+
+
+def pause_for(wall_s: Sequence[float]) -> float:
+    """Low load means idle for about as long as busy, and long enough that threads fall asleep."""
+    return min(0.010, max(0.002, float(np.median(wall_s))))
+
+
+def _interleave(
+    unit: str, turn: Callable[[int], _Turn], arms: tuple[Arm, Arm], seconds: float, tick: Callable[[], None]
+) -> LayoutComparison:
+    """ABBA until `seconds` are over, at least the rounds that an interval needs (or thrice the time)."""
+    for arm in arms:
+        arm.pin(cpu_budget().affinity)
+    taken: tuple[list[_Turn], list[_Turn]] = ([], [])
+    logs: list[float] = []
+    began, stolen = time.monotonic(), stolen_s()
+    while (spent := time.monotonic() - began) < seconds or (len(logs) < LEAST_ROUNDS and spent < 3 * seconds):
+        one: tuple[list[_Turn], list[_Turn]] = ([], [])
+        for which in (1, 0, 0, 1) if len(logs) % 2 else (0, 1, 1, 0):
+            one[which].append(turn(which))
+        means = [float(np.mean(np.log([t.value for t in side]))) for side in one]
+        logs.append(means[1] - means[0])
+        for side, turns in zip(taken, one, strict=True):
+            side.extend(turns)
+        tick()
+    both = [*taken[0], *taken[1]]
+    quiet = quietness(sum(t.ran_s for t in both), sum(t.waited_s for t in both), stolen_s() - stolen, time.monotonic() - began)
+    return LayoutComparison(unit, hodges_lehmann(logs).exp(), len(logs), _side(taken[0]), _side(taken[1]), quiet)
+
+
+def _side(turns: list[_Turn]) -> LayoutSide:
+    wall = [value for turn in turns for value in turn.wall_s]
+    burnt = sum(t.ran_s for t in turns) / sum(t.elapsed_s for t in turns)
+    return LayoutSide(float(np.median([t.value for t in turns])), float(np.quantile(wall, 0.95)) if wall else None, burnt)

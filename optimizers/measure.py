@@ -1,0 +1,291 @@
+"""Paired measurement: two or more arms take turns, so that what the machine does to one it does to the other.
+
+Each arm is a session in a fresh process (`optimizers.arm`). CPU time beside wall time, and how long threads waited for a core: on a busy
+host only CPU time of one quiet thread compares models (shared facts, noise). It judges nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from optimizers.arm import Load, Opened, Slice
+from optimizers.session import Feeds, Settings
+from optimizers.stats import Interval, hodges_lehmann, trimmed_mean
+
+SLICE_S: Final = 0.012
+"""Aimed length of one arm's turn: long enough to be warm, short enough that both arms meet the same machine."""
+LOOKS: Final = (12, 24, 48)
+"""Rounds after which the interval is looked at. Three looks at 98.33 % are together at least 95 % (Bonferroni)."""
+LOOK_CONFIDENCE: Final = 1 - 0.05 / len(LOOKS)
+LEAST_ROUNDS: Final = 8
+"""Below this the signed-rank interval does not exist at the confidence of a look."""
+LOUD: Final = 0.9
+"""Share of time spent waiting for a core above which even CPU time is not believed."""
+QUIET: Final = 0.25
+"""Share of time spent waiting for a core above which wall time, and with it capacity, is not believed."""
+_ROOT: Final = Path(__file__).resolve().parent.parent
+
+
+class ArmFailed(Exception):
+    """An arm could not do what it was told. `how` is error (the runtime refused), died or hung."""
+
+    def __init__(self, how: str, text: str) -> None:
+        super().__init__(text)
+        self.how = how
+
+
+@dataclass(frozen=True)
+class Quietness:
+    """How far the host left the measurement alone: shares of the time in which threads waited for a core, and in which the core was stolen."""
+
+    waiting_ratio: float
+    steal_ratio: float
+
+    @property
+    def label(self) -> str:
+        return "quiet" if self.waiting_ratio <= 0.05 else "busy" if self.waiting_ratio <= QUIET else "loud"
+
+    @property
+    def wall_counts(self) -> bool:
+        return self.waiting_ratio <= QUIET and self.steal_ratio <= QUIET
+
+    @property
+    def cpu_counts(self) -> bool:
+        return self.waiting_ratio <= LOUD and self.steal_ratio <= QUIET
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.label, "waiting_ratio": round(self.waiting_ratio, 4), "steal_ratio": round(self.steal_ratio, 4)}
+
+
+class Arm:
+    """The parent's side of one arm. A context manager; leaving it ends the process."""
+
+    def __init__(self, path: str | Path, settings: Settings, timeout_s: float = 120.0) -> None:
+        self.path, self.settings, self.timeout_s = Path(path), settings, timeout_s
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
+        ours, theirs = socket.socketpair()
+        bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.arm import main; main()"
+        environment = {k: v for k, v in os.environ.items() if k != "ORT_INTRA_OP_NUM_THREADS"}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", bootstrap, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors, env=environment,
+            )  # fmt: skip
+        self._connection = Connection(ours.detach())
+        self._keys: dict[int, Feeds] = {}
+        try:
+            self.opened: Opened = self.ask("open", str(path), settings)
+        except ArmFailed:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+        self._errors.close()
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Have the arm do one thing. Raises ArmFailed with what went wrong."""
+        try:
+            self._connection.send((name, arguments))
+            if not self._connection.poll(self.timeout_s):
+                raise ArmFailed("hung", f"{self.path.name}: no answer to '{name}' within {self.timeout_s:.0f} s")
+            well, answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise ArmFailed("died", f"{self.path.name}: {self._obituary()} during '{name}'") from None
+        if not well:
+            raise ArmFailed("error", f"{self.path.name}: {answer}")
+        return answer
+
+    def call(self, feeds: Feeds) -> list[Any]:
+        """The outputs of one call, in the order of `opened.outputs`."""
+        return list(self.ask("call", [feeds])[0])
+
+    def calls(self, batches: Sequence[Feeds]) -> list[list[Any]]:
+        return list(self.ask("call", list(batches)))
+
+    def keep(self, feeds: Feeds) -> int:
+        """Send inputs for timing once; the key stands for them from then on."""
+        for key, kept in self._keys.items():
+            if kept is feeds:
+                return key
+        key = len(self._keys)
+        self.ask("keep", key, feeds)
+        self._keys[key] = feeds
+        return key
+
+    def pin(self, cpus: Sequence[int]) -> None:
+        self.ask("pin", tuple(cpus))
+
+    def time(self, key: int, calls: int, warm: int = 1, pause_s: float = 0.0) -> Slice:
+        return self.ask("time", key, calls, warm, pause_s)  # type: ignore[no-any-return]
+
+    def saturate(self, key: int, seconds: float) -> Load:
+        return self.ask("saturate", key, seconds)  # type: ignore[no-any-return]
+
+    def _obituary(self) -> str:
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "its process closed the pipe"
+        self._errors.seek(0)
+        said = " ".join(self._errors.read()[-500:].decode(errors="replace").split())
+        ended = f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
+        return f"{ended} ({said})" if said else ended
+
+
+@dataclass
+class Series:
+    """What one arm took over all its turns. Seconds per call."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    elapsed_s: float = 0.0
+    ran_s: float = 0.0
+    waited_s: float = 0.0
+
+    def add(self, piece: Slice) -> None:
+        self.wall_s.extend(piece.wall_s)
+        self.cpu_s.extend(piece.cpu_s)
+        self.elapsed_s += piece.elapsed_s
+        self.ran_s += piece.ran_s
+        self.waited_s += piece.waited_s
+
+    def to_json(self) -> dict[str, Any]:
+        p50, p95 = np.quantile(self.wall_s, [0.5, 0.95])
+        return {"calls": len(self.wall_s), "cpu_s": trimmed_mean(self.cpu_s), "wall_p50_s": float(p50), "wall_p95_s": float(p95)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The other arm relative to the first: ratios of time per call, below 1 where the other is faster."""
+
+    batch: int
+    cpu: Interval
+    wall: Interval
+    rounds: int
+    first: Series
+    other: Series
+    quiet: Quietness
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch, "rounds": self.rounds, "cpu_ratio": interval_json(self.cpu), "wall_ratio": interval_json(self.wall),
+            "incumbent": self.first.to_json(), "candidate": self.other.to_json(), "quiet": self.quiet.to_json(),
+        }  # fmt: skip
+
+
+def interval_json(interval: Interval) -> dict[str, float | None]:
+    """JSON has no infinity: a bound that the data cannot give is null."""
+    low, high = (value if np.isfinite(value) else None for value in (interval.low, interval.high))
+    return {"estimate": interval.estimate, "low": low, "high": high}
+
+
+def narrow(ratio: Interval) -> bool:
+    """Stop when the interval of a ratio lies within ± 1.5 % of it."""
+    return ratio.high - ratio.low <= 0.03 * ratio.estimate
+
+
+def compare(
+    first: Arm,
+    other: Arm,
+    feeds: Feeds,
+    batch: int = 1,
+    *,
+    seconds: float = 20.0,
+    decided: Callable[[Interval], bool] = narrow,
+    tick: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Time both arms on the same inputs in ABBA, BAAB, … order, both on one core, until `decided` by the CPU ratio or out of time.
+
+    Each round gives one log ratio, from which a linear drift has cancelled; the ratio is their Hodges–Lehmann estimate.
+    The first call of each turn is not counted: it fetches the weights back into the cache that the other arm has used.
+    """
+    core = [quietest_core()]
+    arms, keys, series = (first, other), (first.keep(feeds), other.keep(feeds)), (Series(), Series())
+    for arm in arms:
+        arm.pin(core)
+    counts = [_calls_for(arm.time(key, 3, 2), SLICE_S) for arm, key in zip(arms, keys, strict=True)]
+    began, stolen = time.monotonic(), stolen_s()
+    logs: list[tuple[float, float]] = []
+    for rounds in range(1, LOOKS[-1] + 1):
+        turns: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+        for which in (0, 1, 1, 0) if rounds % 2 else (1, 0, 0, 1):
+            piece = arms[which].time(keys[which], counts[which])
+            series[which].add(piece)
+            turns[which].append((trimmed_mean(piece.cpu_s), trimmed_mean(piece.wall_s)))
+        logs.append(_log_ratios(turns))
+        tick()
+        late = time.monotonic() - began > seconds
+        if late or (rounds in LOOKS and decided(_ratio(logs, 0))):
+            break
+    elapsed = time.monotonic() - began
+    quiet = quietness(series[0].ran_s + series[1].ran_s, series[0].waited_s + series[1].waited_s, stolen_s() - stolen, elapsed)
+    return Comparison(batch, _ratio(logs, 0), _ratio(logs, 1), len(logs), series[0], series[1], quiet)
+
+
+def quietness(ran_s: float, waited_s: float, stolen: float, elapsed_s: float) -> Quietness:
+    share = waited_s / (ran_s + waited_s) if ran_s + waited_s > 0 else 0.0
+    return Quietness(share, min(1.0, stolen / elapsed_s / max(1, os.cpu_count() or 1)) if elapsed_s > 0 else 0.0)
+
+
+def stolen_s() -> float:
+    """Seconds, over all cores, that the hypervisor gave to somebody else."""
+    fields = _proc_stat().get("cpu", [])
+    return fields[7] / os.sysconf("SC_CLK_TCK") if len(fields) > 7 else 0.0
+
+
+def quietest_core(look_s: float = 0.05) -> int:
+    """The core of the affinity mask that idles most, by a short look."""
+    allowed = sorted(os.sched_getaffinity(0))
+    before = _proc_stat()
+    time.sleep(look_s)
+    after = _proc_stat()
+    return max(allowed, key=lambda core: _idle(after.get(f"cpu{core}")) - _idle(before.get(f"cpu{core}")))
+
+
+def _calls_for(piece: Slice, seconds: float) -> int:
+    return max(2, min(1000, round(seconds / max(1e-6, min(piece.cpu_s)))))
+
+
+def _log_ratios(turns: tuple[list[tuple[float, float]], list[tuple[float, float]]]) -> tuple[float, float]:
+    """Mean log ratio of one round, of CPU and of wall time. A clock that did not move counts as a microsecond."""
+    logs = np.log(np.maximum(np.asarray(turns), 1e-6)).mean(axis=1)
+    return float(logs[1][0] - logs[0][0]), float(logs[1][1] - logs[0][1])
+
+
+def _ratio(logs: Sequence[tuple[float, float]], which: int) -> Interval:
+    return hodges_lehmann([pair[which] for pair in logs], LOOK_CONFIDENCE).exp()
+
+
+def _idle(fields: list[int] | None) -> int:
+    return fields[3] + fields[4] if fields and len(fields) > 4 else 0
+
+
+def _proc_stat() -> dict[str, list[int]]:
+    with contextlib.suppress(OSError):
+        lines = (line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu"))
+        return {name: [int(value) for value in values] for name, *values in lines}
+    return {}
