@@ -1,0 +1,162 @@
+"""JSON of the admin side as text for people: aligned tables, one line for an event. Pure; knows neither server nor terminal."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias
+
+JSON: TypeAlias = dict[str, Any]
+Cell: TypeAlias = Callable[[JSON], object]
+
+_QUIET: Final = frozenset({"sha256", "golden_sha256", "report", "epoch", "attempt"})
+"""Keys of an event that say nothing to a person."""
+
+
+def table(rows: Iterable[JSON], columns: Sequence[tuple[str, Cell]]) -> str:
+    """Columns as wide as their widest cell; what is absent is a dash. Columns with nothing in them are left out."""
+    found = [[_text(cell(row)) for _, cell in columns] for row in rows]
+    used = [i for i in range(len(columns)) if any(line[i] != "-" for line in found)]
+    lines = [[columns[i][0] for i in used], *([line[i] for i in used] for line in found)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def fields_of(row: JSON, indent: str = "") -> str:
+    """One thing as `name  value` lines; nested objects are indented, empty values left out."""
+    shown = {key: value for key, value in row.items() if value not in (None, "", [], {}, ())}
+    width = max((len(key) for key in shown), default=0)
+    lines: list[str] = []
+    for key, value in shown.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}", fields_of(value, indent + "  ")]
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            lines += [f"{indent}{key}", *(f"{indent}  - {_inline(item)}" for item in value)]
+        else:
+            lines.append(f"{indent}{key.ljust(width)}  {_text(value)}")
+    return "\n".join(lines)
+
+
+def models(rows: Iterable[JSON]) -> str:
+    return table(
+        rows,
+        [
+            ("MODEL", lambda r: r.get("name")),
+            ("ACTIVE", lambda r: r.get("active")),
+            ("DESIRED", lambda r: r.get("desired")),
+            ("GOLDEN", lambda r: r.get("golden")),
+            ("STATE", lambda r: r.get("state")),
+            ("GENERATION", lambda r: _generation(r.get("generation"))),
+            ("REASON", lambda r: r.get("reason") or r.get("error")),
+        ],
+    )
+
+
+def versions(rows: Iterable[JSON]) -> str:
+    return table(
+        rows,
+        [
+            ("VERSION", lambda r: r.get("version")),
+            ("PARENT", lambda r: r.get("parent")),
+            ("RECIPE", lambda r: recipe(r.get("recipe"))),
+            ("STATE", lambda r: r.get("state")),
+            ("VERDICT", lambda r: r.get("verdict")),
+            ("FIDELITY", lambda r: _share(r.get("fidelity"))),
+            ("SPEEDUP", lambda r: _factor(r.get("speedup"))),
+            ("SIZE", lambda r: size(r.get("size_bytes") or r.get("bytes"))),
+            ("REASON", lambda r: r.get("reason")),
+        ],
+    )
+
+
+def jobs(rows: Iterable[JSON]) -> str:
+    return table(
+        rows,
+        [
+            ("JOB", lambda r: r.get("id")),
+            ("MODEL", lambda r: r.get("model")),
+            ("TRIES", lambda r: " | ".join(recipe(steps) for steps in r.get("tries") or ()) or "planner's"),
+            ("STATE", lambda r: r.get("state")),
+            ("OUTCOME", lambda r: r.get("outcome")),
+            ("VERSION", lambda r: r.get("candidate") or ", ".join(r.get("candidates") or ())),
+            ("ASKED", lambda r: clock(r.get("requested_at"))),
+            ("BY", lambda r: r.get("actor")),
+        ],
+    )
+
+
+def recipe(steps: Iterable[Any] | None) -> str:
+    """Steps in order, with the options that were given: int8-static(calibration=entropy)."""
+    return " + ".join(_step(step) for step in steps or ())
+
+
+def event_line(event: JSON) -> str:
+    """One event on one line: when, what, of which model and version, and why."""
+    data = dict(event.get("data") or {})
+    version = event.get("version") or data.get("version") or ""
+    data.pop("version", None)
+    subject = f"{event.get('model', '')}:{version}" if version else str(event.get("model", ""))
+    first = " ".join(str(data.pop(key)) for key in ("outcome", "verdict", "mode") if data.get(key))
+    reason = str(data.pop("reason", "") or data.pop("summary", "") or "")
+    report = data.get("report")
+    if not reason and isinstance(report, dict):
+        reason = str(report.get("summary") or report.get("reason") or "")
+    rest = ", ".join(f"{key}={_inline(value)}" for key, value in data.items() if key not in _QUIET and value not in (None, "", [], {}))
+    actor = event.get("actor", "")
+    by = f"(by {actor})" if actor not in ("", "hone") else ""
+    parts = [clock(event.get("at")), str(event.get("kind", "")).ljust(18), subject, event.get("job", ""), first, reason, rest, by]
+    return "  ".join(str(part) for part in parts if part)
+
+
+def clock(at: float | None) -> str:
+    """Local time of day; with the date where it is not today's."""
+    if not at:
+        return "-"
+    then = datetime.datetime.fromtimestamp(at)
+    return then.strftime("%H:%M:%S" if then.date() == datetime.date.today() else "%Y-%m-%d %H:%M:%S")
+
+
+def size(count: int | None) -> str:
+    if not count:
+        return "-"
+    amount, units = float(count), ["B", "KB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.0f} {units[0]}" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def _text(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _inline(value) if isinstance(value, dict | list | tuple) else " ".join(str(value).split())
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={_inline(item)}" for key, item in value.items() if item not in (None, "", [], {}))
+    if isinstance(value, list | tuple):
+        return ",".join(_inline(item) for item in value)
+    return _text(value)
+
+
+def _step(step: Any) -> str:
+    if not isinstance(step, dict):
+        return str(step)
+    options = ",".join(f"{key}={_inline(value)}" for key, value in step.items() if key != "method")
+    return f"{step.get('method', '?')}({options})" if options else str(step.get("method", "?"))
+
+
+def _generation(value: Any) -> str | None:
+    return f"{value.get('epoch', 1)}.{value.get('n', 0)}" if isinstance(value, dict) else value
+
+
+def _share(value: Any) -> str | None:
+    return f"{value:.2%}" if isinstance(value, float) and 0 <= value <= 1 else value
+
+
+def _factor(value: Any) -> str | None:
+    return f"{value:.2f}x" if isinstance(value, int | float) else value
