@@ -5,37 +5,37 @@ Whether it is a good model is for the task child to say before this runs; which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving import durable
 from app.serving.model_config import FILE_NAME, ModelConfig, parse_model_config, read_config
-from app.serving.model_files import ModelFile, checked_file, copy_regular, links_within
+from app.serving.model_files import LinkPolicy, ModelFile, checked_file, copy_regular, links_within
 from app.serving.model_names import check_name, printable
 from app.serving.repository import ONNX_NAME, FoundModel, Repository
-from app.serving.state_folder import StateFolder
 
 UPLOAD_HELP: Final = (
     "send every file in one upload: -F model.onnx=@model.onnx -F model.onnx.data=@model.onnx.data -F model.yaml=@model.yaml"
 )
+_SIDE: Final = frozenset({".txt", ".json", ".labels", ".names"})
 MOST_RACES: Final = 100
 _NEVER_DATA: Final = frozenset({".py", ".pyc", ".pyd", ".so", ".sh", ".yaml", ".yml", ".json", ".pbtxt", ".onnx", ".lock"})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be copied: `files` under their names in the version's folder (the model first), `config` as bytes of model.yaml or None."""
+    """What will be copied: `files` into the version's folder (the model first), `beside` and `config` (model.yaml) into the model's."""
 
     files: tuple[ModelFile, ...]
     config: bytes | None
+    beside: tuple[ModelFile, ...] = ()
 
     @property
     def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
+        return sum(file.bytes for file in (*self.files, *self.beside))
 
 
 def deploy(
@@ -97,102 +97,72 @@ def plan_of(repository: Repository, source: Path, name: str, config: bytes | Non
         raise ModelRejected(f"{source}: {len(files)} files; the model passes the bound of files or bytes")
     if target != ONNX_NAME:
         repository.factory(parsed)
-    return Plan(tuple(files), config)
+    beside = _side_files(repository, source.parent, name, parsed, policy) if config is not None else ()
+    return Plan(tuple(files), config, beside)
+
+
+def _side_files(repository: Repository, source: Path, name: str, config: ModelConfig, policy: LinkPolicy) -> tuple[ModelFile, ...]:
+    """What model.yaml names beside itself (labels, tokenizer): from where the model came, else what the model has already."""
+    files = []
+    for side in config.side_files:
+        if not is_plain(side) or Path(side).suffix.lower() not in _SIDE:
+            raise ModelRejected(f"{FILE_NAME} names {printable(side)}; labels and tokenizers are plain .txt or .json files beside it")
+        if (source / side).exists() or (source / side).is_symlink():
+            files.append(checked_file(source / side, side, policy, repository.limits))
+        elif not (repository.root / name / side).exists():
+            raise ModelRejected(f"{FILE_NAME} names {side!r}, which is neither beside the model nor deployed already; {UPLOAD_HELP}")
+    return tuple(files)
+
+
+def is_plain(name: str) -> bool:
+    """One visible file name, no path."""
+    return bool(name) and "/" not in name and "\\" not in name and name.isprintable() and name[0] != "." and len(name.encode()) <= 255
 
 
 def check_file_name(name: str, model_file: str = "") -> str:
     """`name`, if a file of a model may be called so. Raises ModelRejected with the rule."""
-    plain = name and "/" not in name and "\\" not in name and name.isprintable() and not name.startswith(".") and len(name.encode()) <= 255
-    if not plain:
-        raise ModelRejected(
-            f"external data {printable(name)}: only plain names in the model's own folder are read, no paths, '..' or links"
-        )
+    if not is_plain(name):
+        raise ModelRejected(f"file {printable(name)}: only plain names in the model's own folder are taken, no paths, no '..'")
     if name in {model_file, ONNX_NAME} or Path(name).suffix.lower() in _NEVER_DATA:
         raise ModelRejected(f"file {printable(name)}: no data of a model may be called so; save the model with another location")
     return name
 
 
-@dataclass
-class Staged:
-    """An upload in the state folder, whole and checked as files. `model` is its model file; discard it when it is deployed or refused."""
-
-    folder: Path
-    model: Path
-    config: bytes | None
-    data_files: tuple[str, ...]
-    _held: ExitStack = field(repr=False)
-
-    def discard(self) -> None:
-        self._held.close()
-
-    def __enter__(self) -> Staged:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-
-def stage_upload(state: StateFolder, files: Mapping[str, Path], repository: Repository) -> Staged:
-    """Move uploaded files (name in the form -> where they lie now) into a folder of their own. Blocks on the disk.
-
-    One .onnx (or .safetensors) file, its data files, and model.yaml if there is one. Raises ModelRejected, NotAllowed, InsufficientStorage.
-    """
-    models = [name for name in files if name.endswith(".onnx")] or [name for name in files if name.endswith(".safetensors")]
-    if len(models) != 1:
-        raise ModelRejected(f"an upload holds one .onnx file, got {len(models)} among {_listed(files)}; {UPLOAD_HELP}")
-    data_files = tuple(name for name in files if name not in {models[0], FILE_NAME})
-    for name in data_files:
-        check_file_name(name, models[0])
-    if models[0] != ONNX_NAME:
-        check_file_name(models[0].removesuffix(".onnx"))
-    config = read_config(files[FILE_NAME]) if FILE_NAME in files else None
-    if config is not None:
-        parse_model_config(config, Path(FILE_NAME))
-    held = ExitStack()
-    try:
-        with durable.storage_errors("receiving an upload", state.staging):
-            folder = held.enter_context(durable.temporary_folder(state.staging, 0o700))
-            for name in (models[0], *data_files):
-                _take(files[name], folder / name, repository)
-    except BaseException:
-        held.close()
-        raise
-    return Staged(folder, folder / models[0], config, data_files, held)
-
-
-def _take(source: Path, target: Path, repository: Repository) -> None:
-    """Move within the file system, else copy."""
-    checked_file(source, source.name, links_within(source.parent), repository.limits)
-    try:
-        source.rename(target)
-    except OSError:
-        copy_regular(source, target, repository.limits)
-
-
 def _publish(repository: Repository, name: str, plan: Plan, taken: Sequence[str]) -> None:
     folder = repository.root / name
     if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise ModelRejected(f"{folder} is in the way: it is no folder; remove it, or choose another name")
         with durable.temporary_folder(repository.root) as whole:
             number = _next(folder, taken)
             (whole / number).mkdir()
-            _copy(plan, whole / number, repository)
-            if plan.config is not None:
-                durable.write_file(whole / FILE_NAME, plan.config)
+            _copy(plan.files, whole / number, repository)
+            _copy_beside(plan, whole, repository)
             durable.publish(whole, folder)
         return
     real = repository.policy.resolve(folder)
     with durable.temporary_folder(real) as version, durable.temporary_folder(real, 0o700) as aside:
-        _copy(plan, version, repository)
-        if plan.config is not None:
-            durable.write_file(aside / FILE_NAME, plan.config)
+        _copy(plan.files, version, repository)
+        _copy_beside(plan, aside, repository)
         durable.publish(version, real / _next(real, taken))
-        if plan.config is not None:
-            (aside / FILE_NAME).replace(real / FILE_NAME)
-            durable.sync_folder(real)
+        _bring_out(aside, real)
 
 
-def _copy(plan: Plan, folder: Path, repository: Repository) -> None:
-    for file in plan.files:
+def _copy_beside(plan: Plan, folder: Path, repository: Repository) -> None:
+    _copy(plan.beside, folder, repository)
+    if plan.config is not None:
+        durable.write_file(folder / FILE_NAME, plan.config)
+
+
+def _bring_out(aside: Path, folder: Path) -> None:
+    """Put model.yaml and what it names in place, model.yaml last; the room for them is taken already."""
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == FILE_NAME):
+        path.replace(folder / path.name)
+    durable.sync_folder(folder)
+
+
+def _copy(files: Iterable[ModelFile], folder: Path, repository: Repository) -> None:
+    for file in files:
         copy_regular(file.path, folder / file.name, repository.limits)
 
 
@@ -211,7 +181,10 @@ def _already_there(repository: Repository, name: str, plan: Plan) -> FoundModel 
     except (NotFound, ModelRejected):
         return None
     if plan.config is not None:
-        durable.write_file(repository.policy.resolve(found.folder) / FILE_NAME, plan.config)
+        real = repository.policy.resolve(found.folder)
+        with durable.temporary_folder(real, 0o700) as aside:
+            _copy_beside(plan, aside, repository)
+            _bring_out(aside, real)
         found = repository.find(name)
     return replace(
         found, notes=(*found.notes, f"these very files are version {found.versions[-1].number} already; no new version was made")
@@ -226,7 +199,7 @@ def _model_in(folder: Path) -> Path:
         if named or len(found) == 1:
             return (named or found)[0]
         if found:
-            raise ModelRejected(f"{folder} holds {len(found)} {suffix} files ({_listed(p.name for p in found)}); name the one to deploy")
+            raise ModelRejected(f"{folder} holds {len(found)} {suffix} files ({listed(p.name for p in found)}); name the one to deploy")
     raise ModelRejected(f"{folder} holds no .onnx file; name the model file itself")
 
 
@@ -257,6 +230,6 @@ def _real(source: Path) -> Path:
         raise NotFound(f"{source} does not exist, or is a link that ends nowhere") from None
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     shown = [printable(name) for name in names]
     return ", ".join(shown[:8]) + (", …" if len(shown) > 8 else "")

@@ -248,6 +248,13 @@ asks before any version takes over; `observe`: only looks."""
             return value
         return {key: given for key, given in value.items() if given is not None or key not in cls.model_fields}
 
+    @property
+    def side_files(self) -> tuple[str, ...]:
+        """Names of the files that must lie beside model.yaml: labels and tokenizer."""
+        labels = self.postprocess.labels if isinstance(self.postprocess.labels, str) else None
+        tokenizer = self.preprocess.text.tokenizer if self.preprocess.text else None
+        return tuple(name for name in (labels, tokenizer) if name is not None)
+
     @field_validator("mode", mode="before")
     @classmethod
     def _not_a_switch(cls, value: Any) -> Any:

@@ -1,0 +1,73 @@
+"""An upload before it is a model: its files under their names in a folder of the state, checked as files, gone when nobody holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.errors import ModelRejected
+from app.serving import durable
+from app.serving.deploy import UPLOAD_HELP, check_file_name, is_plain, listed
+from app.serving.model_config import FILE_NAME, parse_model_config, read_config
+from app.serving.model_files import checked_file, copy_regular, links_within
+from app.serving.model_names import printable
+from app.serving.repository import ONNX_NAME, Repository
+from app.serving.state_folder import StateFolder
+
+
+@dataclass
+class Staged:
+    """An upload in the state folder, whole and checked as files. `model` is its model file; discard it when it is deployed or refused."""
+
+    folder: Path
+    model: Path
+    config: bytes | None
+    data_files: tuple[str, ...]
+    _held: ExitStack = field(repr=False)
+
+    def discard(self) -> None:
+        self._held.close()
+
+    def __enter__(self) -> Staged:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+
+def stage_upload(state: StateFolder, files: Mapping[str, Path], repository: Repository) -> Staged:
+    """Move uploaded files (name in the form -> where they lie now) into a folder of their own. Blocks on the disk.
+
+    One .onnx (or .safetensors) file, its data files, and model.yaml if there is one. Raises ModelRejected, NotAllowed, InsufficientStorage.
+    """
+    models = [name for name in files if name.endswith(".onnx")] or [name for name in files if name.endswith(".safetensors")]
+    if len(models) != 1:
+        raise ModelRejected(f"an upload holds one .onnx file, got {len(models)} among {listed(files)}; {UPLOAD_HELP}")
+    config = read_config(files[FILE_NAME]) if FILE_NAME in files else None
+    beside = parse_model_config(config, Path(FILE_NAME)).side_files if config is not None else ()
+    data_files = tuple(name for name in files if name not in {models[0], FILE_NAME, *beside})
+    for name in data_files:
+        check_file_name(name, models[0])
+    if not is_plain(models[0]):
+        raise ModelRejected(f"file {printable(models[0])}: send the model under a plain name, such as {ONNX_NAME}")
+    held = ExitStack()
+    try:
+        with durable.storage_errors("receiving an upload", state.staging):
+            folder = held.enter_context(durable.temporary_folder(state.staging, 0o700))
+            for name in (name for name in files if name != FILE_NAME and is_plain(name)):
+                _take(files[name], folder / name, repository)
+    except BaseException:
+        held.close()
+        raise
+    return Staged(folder, folder / models[0], config, data_files, held)
+
+
+def _take(source: Path, target: Path, repository: Repository) -> None:
+    """Move within the file system, else copy."""
+    checked_file(source, source.name, links_within(source.parent), repository.limits)
+    try:
+        source.rename(target)
+    except OSError:
+        copy_regular(source, target, repository.limits)
