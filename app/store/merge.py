@@ -1,7 +1,7 @@
 """What was lost and how it comes back: compares a store's state with one that a process remembers, and joins the two.
 
-Each model is compared by its stamp, the (epoch, seq) of the last event that changed it, so the order in which several
-processes bring back what they know does not matter. It knows nothing of stores: states in, states out.
+Each model is compared by epoch, generation and seq of the last event that changed it: so the order in which several processes
+bring back what they know does not matter, and a stranger that began the emptied store anew does not win. It knows nothing of stores: states in, states out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def behind(store: State, known: State) -> bool:
     """True where the store lacks something that `known` has seen: emptied, damaged, or an older copy of itself."""
     if known.epoch != store.epoch:
         return known.epoch > store.epoch or known.seq > store.left_at.get(known.epoch, 0)
-    return known.seq > store.seq or any(_stamp(known, name) > _stamp(store, name) for name in {*known.models, *known.removed})
+    return known.seq > store.seq or any(_rank(known, name) > _rank(store, name) for name in {*known.models, *known.removed})
 
 
 def in_epoch(state: State, epoch: int) -> State:
@@ -35,7 +35,7 @@ def recovered(store: State, known: State, why: str) -> State:
     """Both joined, the later of each model winning, in a new epoch and frozen."""
     models, removed = dict(store.models), dict(store.removed)
     for name in {**known.models, **known.removed}:
-        if _stamp(known, name) > _stamp(store, name):
+        if _rank(known, name) > _rank(store, name):
             _take(known, name, models, removed)
     left_at = _left(store, known)
     left_at[store.epoch] = max(left_at.get(store.epoch, 0), store.seq)
@@ -53,9 +53,14 @@ def restored(store: State, backup: State, seq: int, why: str) -> State:
     return in_epoch(replace(backup, models=models, left_at=left_at, frozen=True, frozen_because=why), epoch)
 
 
-def _stamp(state: State, name: str) -> tuple[int, int]:
-    entry: ModelState | RemovedModel | None = state.models.get(name) or state.removed.get(name)
-    return entry.stamp if entry is not None else (0, 0)
+def _rank(state: State, name: str) -> tuple[int, int, int]:
+    if name in state.models:
+        model = state.models[name]
+        return model.stamp[0], model.generation.n, model.stamp[1]
+    if name in state.removed:
+        gone = state.removed[name]
+        return gone.stamp[0], gone.n, gone.stamp[1]
+    return 0, 0, 0
 
 
 def _take(known: State, name: str, models: dict[str, ModelState], removed: dict[str, RemovedModel]) -> None:
