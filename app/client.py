@@ -131,7 +131,7 @@ class Client:
         """Upload a model: `files` maps the names that the server shall see (model.onnx, its data files, model.yaml) to local files."""
         opened = {shown: path.open("rb") for shown, path in files.items()}
         try:
-            parts = [("file", (shown, file, "application/octet-stream")) for shown, file in opened.items()]
+            parts = [(shown, (shown, file, "application/octet-stream")) for shown, file in opened.items()]
             return self._admin("POST", "/models", data={"name": name}, files=parts)
         finally:
             for file in opened.values():

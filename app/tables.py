@@ -46,8 +46,10 @@ def models(rows: Iterable[JSON]) -> str:
             ("DESIRED", lambda r: r.get("desired")),
             ("GOLDEN", lambda r: r.get("golden")),
             ("STATE", lambda r: r.get("state")),
-            ("GENERATION", lambda r: _generation(r.get("generation"))),
-            ("REASON", lambda r: r.get("reason") or r.get("error")),
+            ("MODE", lambda r: r.get("mode")),
+            ("RUNS WITH", lambda r: _settings(r.get("settings") or {})),
+            ("MEMORY", lambda r: size(sum(loaded.get("memory_bytes") or 0 for loaded in r.get("loaded") or ()))),
+            ("REASON", lambda r: r.get("reason")),
         ],
     )
 
@@ -56,14 +58,15 @@ def versions(rows: Iterable[JSON]) -> str:
     return table(
         rows,
         [
+            ("", lambda r: "*" if r.get("active") else ""),
             ("VERSION", lambda r: r.get("version")),
-            ("PARENT", lambda r: r.get("parent")),
+            ("PARENT", lambda r: "golden" if r.get("golden") else r.get("parent")),
             ("RECIPE", lambda r: recipe(r.get("recipe"))),
             ("STATE", lambda r: r.get("state")),
-            ("VERDICT", lambda r: r.get("verdict")),
-            ("FIDELITY", lambda r: _share(r.get("fidelity"))),
-            ("SPEEDUP", lambda r: _factor(r.get("speedup"))),
-            ("SIZE", lambda r: size(r.get("size_bytes") or r.get("bytes"))),
+            ("SIZE", lambda r: size(r.get("bytes"))),
+            ("VERDICT HERE", lambda r: (r.get("proof") or {}).get("verdict") or "unproven"),
+            ("FIDELITY", lambda r: _fidelity((r.get("proof") or {}).get("fidelity") or {})),
+            ("PROOF", lambda r: (r.get("proof") or {}).get("summary")),
             ("REASON", lambda r: r.get("reason")),
         ],
     )
@@ -150,13 +153,13 @@ def _step(step: Any) -> str:
     return f"{step.get('method', '?')}({options})" if options else str(step.get("method", "?"))
 
 
-def _generation(value: Any) -> str | None:
-    return f"{value.get('epoch', 1)}.{value.get('n', 0)}" if isinstance(value, dict) else value
+def _settings(settings: JSON) -> str:
+    """Threads × instances, and the batch limit."""
+    if not settings:
+        return ""
+    return f"{settings.get('intra_op_threads')} threads x {settings.get('instances')}, batch {settings.get('batch_limit')}"
 
 
-def _share(value: Any) -> str | None:
-    return f"{value:.2%}" if isinstance(value, float) and 0 <= value <= 1 else value
-
-
-def _factor(value: Any) -> str | None:
-    return f"{value:.2f}x" if isinstance(value, int | float) else value
+def _fidelity(fidelity: JSON) -> str:
+    value = fidelity.get("value")
+    return f"{fidelity.get('metric', '')} {value:.4g}".strip() if isinstance(value, int | float) else ""

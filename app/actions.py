@@ -1,0 +1,236 @@
+"""What the sub-commands that talk to a server do: ask through app.client, print through app.tables. Returns exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from app import tables
+from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
+from app.client import Address, Client, ClientError
+
+FAILED, NO_VERSION = 1, 3
+POLL_S: Final = 0.5
+TIMEOUT_S: Final = 180.0
+"""Promoting answers when the version serves; the server itself waits up to two minutes for that."""
+HEALTH_TIMEOUT_S: Final = 5.0
+WON: Final = frozenset({"promoted", "kept"})
+
+
+def status(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        if arguments.health:
+            return _health(client, arguments.health)
+        if arguments.model:
+            return _show(arguments, client.model(arguments.model), tables.fields_of)
+        return _show(arguments, client.status(), _status_text)
+
+
+def versions(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.versions(arguments.model), lambda found: tables.versions(found["versions"]))
+
+
+def timeline(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        events = client.timeline(arguments.model, limit=arguments.limit)["events"]
+        for event in events:
+            _print_event(arguments, event)
+        if arguments.follow:
+            last = events[-1]["seq"] if events else 0
+            for event in _following(client, arguments.model, last):
+                _print_event(arguments, event)
+    return 0
+
+
+def infer(arguments: argparse.Namespace) -> int:
+    model, version = named(arguments.model)
+    body, kind = request_body(arguments.file)
+    with _client(arguments) as client:
+        if kind == "application/json" and is_protocol(body):
+            return _show(arguments, client.infer(model, body, version), lambda answer: json.dumps(answer, indent=2))
+        if version:
+            raise ClientError(
+                f"{arguments.file} goes to the active version; for version {version} send a protocol request (JSON with `inputs`)"
+            )
+        return _show(arguments, client.predict(model, body, kind), _answer_text)
+
+
+def deploy(arguments: argparse.Namespace) -> int:
+    name, files = files_to_deploy(Path(arguments.path), arguments.name, arguments.config)
+    with _client(arguments) as client:
+        return _show(arguments, client.deploy(name, files), tables.fields_of)
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    model, version = named(arguments.model)
+    with _client(arguments) as client:
+        return _show(arguments, client.remove(model, version), tables.fields_of)
+
+
+def settings(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.change_settings(arguments.model, settings_of(arguments.changes)), tables.fields_of)
+
+
+def mode(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.set_mode(arguments.model, arguments.mode), tables.fields_of)
+
+
+def capture(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.clear_capture(arguments.model), tables.fields_of)
+
+
+def freeze(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.freeze(True), tables.fields_of)
+
+
+def unfreeze(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.freeze(False), tables.fields_of)
+
+
+def promote(arguments: argparse.Namespace) -> int:
+    model, version = named(arguments.model)
+    version = version or arguments.version or ""
+    if not version:
+        raise ClientError(f"which version of {model}? `hone versions {model}` lists them; then: hone promote {model} VERSION")
+    with _client(arguments) as client:
+        return _show(arguments, client.promote(model, version, arguments.reason, arguments.force), tables.fields_of)
+
+
+def rollback(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.rollback(arguments.model, arguments.reason), tables.fields_of)
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    model, version = named(arguments.model)
+    with _client(arguments) as client:
+        return _show(arguments, client.verify(model, version, arguments.reason), tables.fields_of)
+
+
+def load(arguments: argparse.Namespace) -> int:
+    model, version = named(arguments.model)
+    if not version:
+        raise ClientError(f"which version of {model}? hone load {model}:VERSION")
+    with _client(arguments) as client:
+        return _show(arguments, client.load(model, version), tables.fields_of)
+
+
+def jobs(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        if arguments.job:
+            return _show(arguments, client.job(arguments.job), tables.fields_of)
+        return _show(
+            arguments, client.jobs(open_only=arguments.open), lambda found: tables.jobs(found["jobs"]) if found["jobs"] else "no jobs"
+        )
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.cancel(arguments.job), tables.fields_of)
+
+
+def optimize(arguments: argparse.Namespace) -> int:
+    if arguments.recipe and arguments.tries:
+        raise ClientError("give either --with (one recipe) or --try (alternatives), not both")
+    tries = [steps_of(text) for text in arguments.tries or ([arguments.recipe] if arguments.recipe else [])]
+    with _client(arguments) as client:
+        job = client.optimize(arguments.model, tries or None, arguments.reason, arguments.promote)
+        if not arguments.wait:
+            return _show(arguments, job, lambda found: f"job {found['id']} is asked for; follow it with: hone jobs {found['id']}")
+        try:
+            return _show(arguments, job := _finished(client, job, quiet=arguments.json), _outcome) or (
+                0 if job["outcome"] in WON else NO_VERSION
+            )
+        except KeyboardInterrupt:
+            print(f"the job goes on; cancel it with: hone cancel {job['id']}", file=sys.stderr)
+            raise
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    address = Address.from_env(os.environ, arguments.url, arguments.token, arguments.state)
+    return Client(address, arguments.timeout or (HEALTH_TIMEOUT_S if getattr(arguments, "health", None) else TIMEOUT_S))
+
+
+def _show(arguments: argparse.Namespace, found: Any, as_text: Callable[[Any], str]) -> int:
+    print(json.dumps(found, indent=2) if arguments.json else as_text(found))
+    return 0
+
+
+def _health(client: Client, wanted: str) -> int:
+    """One line and 0 or 1, whatever happens."""
+    try:
+        is_live, is_ready = client.live(), client.ready()
+    except ClientError as error:
+        print(f"not live: {error}")
+        return FAILED
+    print("ready" if is_ready else "live, but not ready" if is_live else "not live")
+    return 0 if (is_ready if wanted == "ready" else is_live) else FAILED
+
+
+def _status_text(found: dict[str, Any]) -> str:
+    models, jobs = found.get("models") or [], found.get("jobs") or []
+    server = {key: value for key, value in found.items() if key not in ("models", "jobs")}
+    parts = [tables.fields_of(server)]
+    parts.append(tables.models(models) if models else "no models: hand it one with `hone deploy`, or put one into the repository")
+    if jobs:
+        parts.append(tables.jobs(jobs))
+    return "\n\n".join(parts)
+
+
+def _answer_text(answer: dict[str, Any]) -> str:
+    predictions = answer.get("predictions")
+    if not isinstance(predictions, list) or not predictions or not all(isinstance(row, dict) for row in predictions):
+        return json.dumps(answer, indent=2)
+    names = list(predictions[0])
+    return tables.table(predictions, [(name.upper(), lambda row, name=name: row.get(name)) for name in names])  # type: ignore[misc]
+
+
+def _print_event(arguments: argparse.Namespace, event: dict[str, Any]) -> None:
+    print(json.dumps(event) if arguments.json else tables.event_line(event), flush=True)
+
+
+def _following(client: Client, model: str, after: int) -> Iterator[dict[str, Any]]:
+    """Events for as long as the server lives; a broken stream is taken up where it ended."""
+    while True:
+        for event in client.follow(model, after):
+            after = event["seq"]
+            yield event
+        time.sleep(POLL_S)
+
+
+def _finished(client: Client, job: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """The job once it has ended, one line for each change on the way."""
+    shown = ""
+    while True:
+        line = _progress(job)
+        if line != shown and not quiet:
+            print(line, flush=True)
+            shown = line
+        if job["state"] == "finished":
+            return job
+        time.sleep(POLL_S)
+        job = client.job(job["id"])
+
+
+def _progress(job: dict[str, Any]) -> str:
+    progress = job.get("progress")
+    told = tables.fields_of(progress).replace("\n", ", ") if isinstance(progress, dict) else str(progress or "")
+    return f"{tables.clock(time.time())}  {job['id']}  {job['state']}  {told}".rstrip()
+
+
+def _outcome(job: dict[str, Any]) -> str:
+    report = job.get("report") or {}
+    text = f"{job['outcome']}" + (f": version {job['candidate']}" if job.get("candidate") else "")
+    return f"{text}\n{tables.fields_of(report, '  ')}".rstrip()

@@ -1,0 +1,305 @@
+"""The command `hone`: reads the arguments, runs one sub-command, and turns every failure into one line and an exit status.
+
+It imports nothing heavy at the top: the fork server's children import the main module again.
+Exit status: 0 done, 1 refused or failed, 2 wrong arguments, 3 a job ended without a version that serves or may serve, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+Command: TypeAlias = Callable[[argparse.Namespace], int]
+Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+EXAMPLES: Final = """\
+start:
+  hone demo                                    a server with a model that reads digits, and a worker
+  hone serve --repository models --port 8000   serve a folder: models/NAME/1/model.onnx
+  hone worker                                  what builds better versions (same --state as the server)
+
+use:
+  hone deploy resnet.onnx --name resnet        hand a model to a running server
+  hone infer digits digit.png                  one answer
+  hone optimize digits --with int8-static,tune --wait
+  hone status                                  what serves, and how
+  hone rollback digits                         back to the version before
+
+Each sub-command has its own --help. Settings of server and worker: HONE_… variables, listed in the README.
+"""
+SERVER_FLAGS: Final = (
+    ("repository", "FOLDER", "models in Triton's layout: NAME/1/model.onnx (HONE_REPOSITORY, models)"),
+    ("state", "FOLDER", "what Hone itself writes (HONE_STATE, .hone)"),
+    ("store", "URL", "redis://… for several hosts; SQLite in the state folder otherwise (HONE_STORE)"),
+    ("host", "HOST", "address to listen on (HONE_HOST, 127.0.0.1)"),
+    ("port", "PORT", "port of inference, admin and metrics (HONE_PORT, 8000)"),
+    ("admin-port", "PORT", "a port of its own for the admin side (HONE_ADMIN_PORT)"),
+    ("cores", "N", "cores for models; default: affinity and cgroup quota (HONE_CORES)"),
+    ("log-level", "LEVEL", "debug, info, warning or error (HONE_LOG_LEVEL, info)"),
+)
+WORKER_FLAGS: Final = frozenset({"repository", "state", "store", "log-level"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    command: Command = arguments.run
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
+        return 1
+    except Exception as error:
+        if not _is_told(error):
+            raise
+        print(f"hone: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="hone",
+        description="A model server that keeps its models sharp: serves, rebuilds, proves and swaps them under load.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_processes(commands)
+    _add_reading(commands)
+    _add_models(commands)
+    _add_versions(commands)
+    _add_jobs(commands)
+    return top
+
+
+def _add_processes(commands: Parsers) -> None:
+    serve = _command(commands, "serve", "serve a folder of models", _serve, "hone serve --repository models --host 0.0.0.0 --port 8000")
+    worker = _command(commands, "worker", "claim jobs and build versions", _worker, "hone worker --state .hone")
+    for name, placeholder, text in SERVER_FLAGS:
+        kind = int if name in ("port", "admin-port", "cores") else str
+        serve.add_argument(f"--{name}", metavar=placeholder, type=kind, help=text)
+        if name in WORKER_FLAGS:
+            worker.add_argument(f"--{name}", metavar=placeholder, help=text)
+    worker.add_argument("--port", metavar="PORT", type=int, dest="worker_port", help="port of the worker's own /metrics (HONE_WORKER_PORT)")
+    demo = _command(commands, "demo", "a server, a worker and a model that reads digits", _demo, "hone demo", "HONE_PORT=9000 hone demo")
+    for name, placeholder, text in SERVER_FLAGS:
+        if name in ("state", "host", "port"):
+            demo.add_argument(f"--{name}", metavar=placeholder, type=int if name == "port" else str, help=text)
+
+
+def _add_reading(commands: Parsers) -> None:
+    status = _asking(
+        commands, "status", "what serves, and how", "status", "hone status", "hone status digits", "hone status --health && echo ready"
+    )
+    status.add_argument("model", nargs="?", metavar="MODEL", help="one model in full")
+    status.add_argument(
+        "--health",
+        nargs="?",
+        const="ready",
+        choices=("ready", "live"),
+        help="for health checks: exit 0 when the server is ready (default) or live; needs no token",
+    )
+    versions = _asking(commands, "versions", "the lineage of a model, with fidelity and speed", "versions", "hone versions digits")
+    versions.add_argument("model", metavar="MODEL")
+    timeline = _asking(
+        commands, "timeline", "what happened, and why", "timeline", "hone timeline", "hone timeline digits -n 20", "hone timeline -f"
+    )
+    timeline.add_argument("model", nargs="?", default="", metavar="MODEL")
+    timeline.add_argument("-f", "--follow", action="store_true", help="go on with events as they happen, until Ctrl-C")
+    timeline.add_argument("-n", "--limit", type=int, default=50, metavar="N", help="the newest N events (50)")
+    infer = _asking(
+        commands,
+        "infer",
+        "one answer of a model",
+        "infer",
+        "hone infer digits digit.png",
+        "hone infer digits request.json",
+        """echo '{"image": [[[...]]]}' | hone infer digits -""",
+    )
+    infer.add_argument("model", metavar="MODEL[:VERSION]", help="a version only for protocol requests (JSON with `inputs`)")
+    infer.add_argument(
+        "file", metavar="FILE", help="a PNG or JPEG, a .txt, a .json (friendly, or a protocol request with `inputs`), or - for stdin"
+    )
+
+
+def _add_models(commands: Parsers) -> None:
+    deploy = _asking(
+        commands,
+        "deploy",
+        "hand a model to a running server",
+        "deploy",
+        "hone deploy resnet.onnx --name resnet",
+        "hone deploy models/resnet            # a folder with model.yaml and 1/model.onnx",
+    )
+    deploy.add_argument("path", metavar="PATH", help="an .onnx file (its external data beside it), or a model's folder")
+    deploy.add_argument("--name", metavar="NAME", help="name to serve it under; default: the file's or folder's")
+    deploy.add_argument("--config", metavar="FILE", help="its model.yaml; default: the folder's")
+    remove = _asking(
+        commands, "remove", "remove a model, or the weights of a built version", "remove", "hone remove digits:1.2", "hone remove digits"
+    )
+    remove.add_argument("model", metavar="MODEL[:VERSION]", help="never the golden or the active version")
+    settings = _asking(
+        commands,
+        "settings",
+        "change run-time settings on the live server: a new generation, undone by rollback",
+        "settings",
+        "hone settings digits batch_limit=16 instances=2",
+    )
+    settings.add_argument("model", metavar="MODEL")
+    settings.add_argument(
+        "changes",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us (whole numbers)",
+    )
+    mode = _asking(commands, "mode", "how far the loop may go by itself", "mode", "hone mode digits approve")
+    mode.add_argument("model", metavar="MODEL")
+    mode.add_argument("mode", choices=("auto", "approve", "observe"))
+    capture = _asking(commands, "capture", "delete a model's captured inputs", "capture", "hone capture digits --clear")
+    capture.add_argument("model", metavar="MODEL")
+    capture.add_argument("--clear", action="store_true", required=True, help="delete them")
+    _asking(commands, "freeze", "stop all change (rollback stays possible)", "freeze", "hone freeze")
+    _asking(commands, "unfreeze", "allow change again", "unfreeze", "hone unfreeze")
+
+
+def _add_versions(commands: Parsers) -> None:
+    promote = _asking(
+        commands, "promote", "let a proven version take over", "promote", "hone promote digits 1.2", "hone promote digits:1.2"
+    )
+    promote.add_argument("model", metavar="MODEL[:VERSION]")
+    promote.add_argument("version", nargs="?", metavar="VERSION")
+    promote.add_argument("--force", action="store_true", help="even without a proof on this class of host")
+    rollback = _asking(commands, "rollback", "back to what was before, at once", "rollback", "hone rollback digits")
+    rollback.add_argument("model", metavar="MODEL")
+    verify = _asking(
+        commands,
+        "verify",
+        "prove a version on this class of host, against golden",
+        "verify",
+        "hone verify digits",
+        "hone verify digits:1.2",
+    )
+    verify.add_argument("model", metavar="MODEL[:VERSION]")
+    load = _asking(commands, "load", "keep a version loaded, so that it answers by its number", "load", "hone load digits:1.1")
+    load.add_argument("model", metavar="MODEL:VERSION")
+    for command in (promote, rollback, verify):
+        command.add_argument("--reason", default="asked for", metavar="TEXT", help="stands in the timeline")
+
+
+def _add_jobs(commands: Parsers) -> None:
+    optimize = _asking(
+        commands,
+        "optimize",
+        "ask for a better version",
+        "optimize",
+        "hone optimize digits --wait                         # the server's own choice",
+        "hone optimize digits --with graph,int8-static",
+        "hone optimize digits --try int8-static --try graph,tune --promote manual",
+        "hone optimize digits --with 'int8-static(calibration=entropy)' --wait",
+    )
+    optimize.add_argument("model", metavar="MODEL")
+    optimize.add_argument("--with", dest="recipe", metavar="A,B", help="methods in order; options in brackets: name(option=value,…)")
+    optimize.add_argument(
+        "--try", dest="tries", action="append", metavar="A,B", help="an alternative to --with; may be given several times"
+    )
+    optimize.add_argument(
+        "--promote", choices=("auto", "manual"), default="auto", help="auto (default): a proven gain takes over by itself"
+    )
+    optimize.add_argument("--reason", default="asked for", metavar="TEXT", help="stands in the timeline")
+    optimize.add_argument(
+        "--wait", action="store_true", help="show progress until the job ends; exit 0 if its version serves or may, else 3"
+    )
+    jobs = _asking(commands, "jobs", "jobs, or one in full", "jobs", "hone jobs", "hone jobs digits-1f3a9c2e")
+    jobs.add_argument("job", nargs="?", metavar="JOB")
+    jobs.add_argument("--open", action="store_true", help="only those that are not finished")
+    cancel = _asking(commands, "cancel", "cancel a job", "cancel", "hone cancel digits-1f3a9c2e")
+    cancel.add_argument("job", metavar="JOB")
+
+
+def _command(commands: Parsers, name: str, text: str, run: Command, *examples: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _asking(commands: Parsers, name: str, text: str, action: str, *examples: str) -> argparse.ArgumentParser:
+    """A sub-command that asks a running server."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        from app import actions
+
+        perform: Command = getattr(actions, action)
+        return perform(arguments)
+
+    command = _command(commands, name, text, run, *examples)
+    server = command.add_argument_group("the server")
+    server.add_argument("--url", metavar="URL", help="where it is (HONE_URL, else http://HONE_HOST:HONE_PORT, 127.0.0.1:8000)")
+    server.add_argument("--token", metavar="TOKEN", help="admin token (HONE_TOKEN, HONE_ADMIN_TOKEN, else STATE/admin-token)")
+    server.add_argument("--state", metavar="FOLDER", help="the server's state folder, for its token (HONE_STATE, .hone)")
+    server.add_argument("--timeout", metavar="SECONDS", type=float, help="how long to wait for an answer (180; health checks 5)")
+    command.add_argument("--json", action="store_true", help="JSON for programs instead of text for people")
+    return command
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from app.main import run_server
+
+    return run_server(_settings(arguments)) or 0
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from app.control.worker import run_worker
+
+    return run_worker(_settings(arguments)) or 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from app.demo import run_demo
+
+    return run_demo(_settings(arguments))
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    from app.settings import Settings
+
+    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "command")}
+    return Settings.from_env(os.environ, **_as_settings(given))
+
+
+def _as_settings(given: dict[str, Any]) -> dict[str, Any]:
+    from pathlib import Path
+
+    return {key: Path(value) if value is not None and key in ("repository", "state") else value for key, value in given.items()}
+
+
+def _is_told(error: Exception) -> bool:
+    """Errors whose text is meant for the person at the terminal; anything else is a mistake of ours and keeps its traceback."""
+    from app.errors import HoneError
+
+    if isinstance(error, HoneError | OSError):
+        return True
+    client = sys.modules.get("app.client")
+    return client is not None and isinstance(error, client.ClientError)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
+        print(f"hone {importlib.metadata.version('hone-server')}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""`hone demo`: a repository with one model, a server and a worker as child processes, and one line for each event, until Ctrl-C.
+
+It knows how to start, watch and stop processes, and what to tell a newcomer; it serves nothing itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Final
+
+from app import tables
+from app.client import Address, Client, ClientError
+from app.errors import HoneError
+from app.settings import Settings
+
+SHIPPED: Final = Path(__file__).parent / "demo_models"
+MODEL: Final = "digits"
+START_S: Final = 120.0
+POLL_S: Final = 0.3
+LOG_LINES: Final = 15
+PR_SET_PDEATHSIG: Final = 1
+
+
+class Ended(HoneError):
+    """A child process ended by itself; the text says which, how, and what it said last."""
+
+
+def run_demo(settings: Settings) -> int:
+    """Runs until a signal (status 0) or until a child dies (HoneError)."""
+    refuse_taken_port(settings.host, settings.port)
+    repository = copy_repository(settings.state)
+    picture = settings.state / "digit.png"
+    shutil.copyfile(SHIPPED / "digit.png", picture)
+    with stop_on_signal() as stop, Children(settings, child_environment(settings, repository)) as children:
+        children.start("serve")
+        children.start("worker")
+        return watch(settings, children, stop, picture)
+
+
+def watch(settings: Settings, children: Children, stop: Stop, picture: Path) -> int:
+    """Greet when the model answers, then show events. Returns at a signal."""
+    environment = children.environment
+    started_at, last, greeted = time.monotonic(), 0, False
+    with Client(Address.from_env(environment, state=str(settings.state)), timeout_s=10.0) as client:
+        while not stop.asked:
+            children.check()
+            try:
+                if not greeted and client.model_ready(MODEL):
+                    print(greeting(settings, client.address.url, picture), flush=True)
+                    last = start_of_this_life(client)
+                    greeted = True
+                if greeted:
+                    last = show_events(client, last)
+            except ClientError as error:
+                if greeted and not stop.asked:
+                    print(f"(no events for the moment: {error})", flush=True)
+                    stop.wait(2.0)
+            if not greeted and time.monotonic() - started_at > START_S:
+                raise Ended(f"the model did not answer within {START_S:.0f} s; see {children.logs}")
+            stop.wait(POLL_S)
+    print("\nstopping ...", flush=True)
+    return 0
+
+
+def show_events(client: Client, last: int) -> int:
+    for event in client.timeline(after=last, limit=1000)["events"] if last else client.timeline(limit=20)["events"]:
+        print(tables.event_line(event), flush=True)
+        last = event["seq"]
+    return last
+
+
+def start_of_this_life(client: Client) -> int:
+    """The event before the server's latest start: older ones belong to earlier runs on the same state folder."""
+    events = client.timeline(limit=200)["events"]
+    starts = [event["seq"] for event in events if event["kind"] == "server.started"]
+    return starts[-1] - 1 if starts else 0
+
+
+def greeting(settings: Settings, url: str, picture: Path) -> str:
+    hone = command_name()
+    shown = _shown(picture)
+    return f"""
+Hone serves the model {MODEL!r} at {url}   (API: {url}/docs   metrics: {url}/metrics)
+
+  which digit is it?  curl -s --data-binary @{shown} {url}/models/{MODEL}/predict
+  make it faster      {hone} optimize {MODEL} --with int8-static --wait
+  what serves         {hone} status
+  admin token         {_shown(settings.state / "admin-token")}
+  models, logs        {_shown(settings.state / "demo")}, {_shown(settings.state / "logs")}
+
+Ctrl-C stops it. What happens:
+"""
+
+
+def command_name() -> str:
+    """How this very command was called, so that the next one can be pasted."""
+    called = Path(sys.argv[0])
+    return "hone" if called.name != "hone" or shutil.which("hone") == str(called) else _shown(called)
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Raises HoneError where something listens there already, before anything is started."""
+    if port == 0:
+        raise HoneError("HONE_PORT=0: the demo tells its address, so it needs a port of its own, such as HONE_PORT=8001")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise HoneError(
+                    f"port {port} on {host} is in use: stop what listens there, or choose another with HONE_PORT={port + 1}"
+                ) from None
+            raise HoneError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with HONE_HOST or HONE_PORT") from None
+
+
+def copy_repository(state: Path) -> Path:
+    """The demo's models in the state folder; files that are there stay, so that what was tried out in them stays too."""
+    target = state / "demo"
+    source = SHIPPED / "repository"
+    for path in sorted(path for path in source.rglob("*") if path.is_file() and path.name[0] != "."):
+        copy = target / path.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    return target
+
+
+def child_environment(settings: Settings, repository: Path) -> dict[str, str]:
+    factories = [str(SHIPPED / "factories"), *map(str, settings.factories)]
+    return os.environ | {
+        "HONE_STATE": str(settings.state),
+        "HONE_REPOSITORY": str(repository),
+        "HONE_FACTORIES": ":".join(factories),
+        "HONE_HOST": settings.host,
+        "HONE_PORT": str(settings.port),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@dataclass
+class Stop:
+    """Set by SIGINT or SIGTERM; `wait` ends early then."""
+
+    asked: bool = False
+
+    def ask(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+    def wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.asked and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    stop = Stop()
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Children:
+    """The demo's processes, each in a session of its own, so that the terminal's Ctrl-C reaches only us. Leaving stops them all."""
+
+    settings: Settings
+    environment: Mapping[str, str]
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    files: list[IO[bytes]] = field(default_factory=list)
+
+    @property
+    def logs(self) -> Path:
+        return self.settings.state / "logs"
+
+    def __enter__(self) -> Children:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The worker first: the server then has no job to wait for. SIGTERM, then SIGKILL after the server's grace time."""
+        for name in ("worker", "serve"):
+            process = self.running.get(name)
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self.settings.lame_duck_s + self.settings.grace_s + 5.0
+        for process in self.running.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for file in self.files:
+            file.close()
+
+    def start(self, name: str) -> None:
+        log = (self.logs / f"{name}.log").open("wb")
+        self.files.append(log)
+        self.running[name] = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", name],
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+
+    def check(self) -> None:
+        """Raises Ended for the first child that is gone."""
+        for name, process in self.running.items():
+            status = process.poll()
+            if status is not None:
+                raise Ended(
+                    f"`hone {name}` {how_it_ended(status)}; its last words ({_shown(self.logs / name)}.log):\n{self.last_words(name)}"
+                )
+
+    def last_words(self, name: str) -> str:
+        text = (self.logs / f"{name}.log").read_bytes()[-16384:].decode("utf-8", "replace")
+        return "\n".join(f"  {line}" for line in text.splitlines()[-LOG_LINES:]) or "  (none)"
+
+
+def how_it_ended(status: int) -> str:
+    return f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+
+
+def die_with_parent() -> None:
+    """In the child, before exec: a SIGTERM when the demo is killed, however it is."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _shown(path: Path) -> str:
+    """Relative to where the person is, where that is shorter."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
