@@ -66,7 +66,10 @@ class InferenceRequest:
 
 @dataclass(slots=True)
 class InferenceResult:
-    """The answer. Output buffers are owned by the caller (they have left shared memory). Times in seconds."""
+    """The answer. Output buffers are owned by the caller (they have left shared memory); requests of one batch share one buffer.
+
+    Times in seconds: `compute_s` is the whole call's, `cpu_s` and `wait_s` (for a core) are this request's share of it.
+    """
 
     outputs: list[Tensor]
     model: str
@@ -75,6 +78,8 @@ class InferenceResult:
     queue_s: float
     compute_s: float
     batch_rows: int
+    cpu_s: float = 0.0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

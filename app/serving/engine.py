@@ -1,0 +1,326 @@
+"""One loaded version: its runner, its queue, and what happens when the runner fails it.
+
+A runner that ends unasked is replaced; what was in it is tried again, one request at a time and alone, so that a row which kills runners
+is found and quarantined. It knows no HTTP, and nothing of other versions: cores are shared through the ledger alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Final
+
+from app.domain import InferenceRequest, InferenceResult, RuntimeSettings
+from app.errors import Conflict, HoneError, NotReady, Quarantined, RunnerLost
+from app.serving import procfs
+from app.serving.batcher import Work
+from app.serving.dispatcher import LARGE_BYTES, BatchReport, Dispatcher
+from app.serving.forkserver import ForkServer
+from app.serving.ledger import CoreLedger
+from app.serving.runners import Ending, Opened, Runner, RunnerSpec
+from app.serving.shm import size_of
+
+__all__ = ["BatchReport", "Death", "Engine", "Quarantine", "RunnerSpec", "hash_inputs"]
+
+ANSWER_S: Final = 1.8
+"""Callers whose runner was lost have their answer, or a 503, after this long."""
+_PAUSES_S: Final = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
+"""Before the n-th start in a row that no finished batch separates from the last end."""
+_TRIES: Final = 3
+_log = logging.getLogger("hone.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """One unasked end of a runner and the hashes of the inputs that were in it."""
+
+    reason: str
+    pid: int
+    hashes: tuple[str, ...]
+    at: float
+
+
+class Quarantine:
+    """Inputs, by hash, that killed a runner when run alone; the oldest are forgotten."""
+
+    def __init__(self, limit: int = 1024) -> None:
+        self._limit = limit
+        self._hashes: OrderedDict[str, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def add(self, digest: str, reason: str) -> None:
+        self._hashes[digest] = reason
+        if len(self._hashes) > self._limit:
+            self._hashes.popitem(last=False)
+
+    def reason(self, digest: str) -> str | None:
+        return self._hashes.get(digest)
+
+
+def hash_inputs(request: InferenceRequest) -> str:
+    """sha256 over names, datatypes, shapes and data."""
+    digest = hashlib.sha256()
+    for tensor in request.inputs:
+        digest.update(f"{tensor.name}\0{tensor.datatype}\0{tensor.shape}\0".encode())
+        digest.update(tensor.data)
+    return digest.hexdigest()
+
+
+class Engine:
+    """Made by start(). `on_death(reason, pid, hashes)` is called for each unasked end of a runner."""
+
+    def __init__(
+        self,
+        spec: RunnerSpec,
+        forkserver: ForkServer,
+        ledger: CoreLedger,
+        observer: Callable[[BatchReport], None] | None,
+        on_death: Callable[[str, int, tuple[str, ...]], None] | None,
+        quarantine: Quarantine | None,
+    ) -> None:
+        self.spec = spec
+        self.inflight = 0
+        self.deaths: deque[Death] = deque(maxlen=64)
+        self.killers: set[str] = set()
+        self.restarts = 0
+        self.quarantine = quarantine if quarantine is not None else Quarantine()
+        self._forkserver = forkserver
+        self._on_death = on_death
+        self._dispatcher = Dispatcher(spec, ledger, observer)
+        self._runner: Runner | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._down = ""
+        self._closed = ""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._past_cpu_s = 0.0
+        self._failures = 0
+        self._completed_at_death = 0
+
+    @classmethod
+    async def start(
+        cls,
+        spec: RunnerSpec,
+        *,
+        forkserver: ForkServer,
+        ledger: CoreLedger,
+        observer: Callable[[BatchReport], None] | None = None,
+        on_death: Callable[[str, int, tuple[str, ...]], None] | None = None,
+        quarantine: Quarantine | None = None,
+        timeout_s: float = 300.0,
+    ) -> Engine:
+        """Session open and warm. Raises ModelRejected, Unsupported or NotReady with the reason; nothing is left behind then."""
+        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine)
+        try:
+            engine._adopt(await Runner.start(spec, forkserver, engine._on_exit, timeout_s))
+        except BaseException:
+            engine._dispatcher.close()
+            raise
+        return engine
+
+    # ---- facts
+
+    @property
+    def alive(self) -> bool:
+        """A runner is there and takes work."""
+        return self._runner is not None and self._runner.alive and not self._closed
+
+    @property
+    def pid(self) -> int:
+        return self._runner.pid if self._runner is not None else 0
+
+    @property
+    def queued(self) -> int:
+        return self._dispatcher.queue.length + len(self._dispatcher.suspects)
+
+    @property
+    def settings(self) -> RuntimeSettings:
+        return self._dispatcher.settings
+
+    @property
+    def opened(self) -> Opened:
+        """What the (latest) runner said of its start."""
+        return self._runner.opened if self._runner is not None else Opened(0.0, 0.0, ())
+
+    @property
+    def distinct_killers(self) -> int:
+        """How many different inputs killed a runner when run alone."""
+        return len(self.killers)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should know of how it is served."""
+        why = self._dispatcher.unbatchable_because
+        return (f"served unbatched: {why}",) if why else ()
+
+    def memory_bytes(self) -> int:
+        """PSS of the runner; 0 while there is none. For polls, off the event loop."""
+        return procfs.pss_bytes(self.pid) or 0 if self.pid else 0
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all runners this engine ever had."""
+        facts = procfs.facts(self.pid) if self.pid else None
+        return self._past_cpu_s + (facts.cpu_s if facts is not None else 0.0)
+
+    # ---- the hot path
+
+    async def infer(self, request: InferenceRequest) -> InferenceResult:
+        """Answer one validated request. Raises the errors of app.errors; cancelling the caller drops what is still queued."""
+        if self._closed or self._down:
+            raise self._unavailable()
+        if self.quarantine:
+            await self._refuse_quarantined(request)
+        work = self._dispatcher.submit(request)
+        self.inflight += 1
+        self._idle.clear()
+        try:
+            return await work.future
+        except asyncio.CancelledError:
+            self._dispatcher.drop(work)
+            raise
+        finally:
+            self.inflight -= 1
+            if not self.inflight:
+                self._idle.set()
+
+    def _unavailable(self) -> HoneError:
+        if self._closed:
+            return NotReady(f"{self.spec.name} {self._closed}")
+        return RunnerLost(f"the runner of {self.spec.name} is down: {self._down}", retry_after_s=self._pause_s() + 1)
+
+    async def _refuse_quarantined(self, request: InferenceRequest) -> None:
+        digest = await _hashed(request)
+        reason = self.quarantine.reason(digest)
+        if reason is not None:
+            raise Quarantined(f"this very input ended a runner of {self.spec.name} when run alone ({reason}); it is not tried again")
+
+    # ---- settings and end
+
+    def apply(self, settings: RuntimeSettings) -> None:
+        """Change batch limit, instances and queue limit on the live runner. Raises Conflict where the change needs a new session."""
+        if self.spec.settings.needs_new_session(settings):
+            raise Conflict("threads, spinning, graph level and session options need a new session: start another engine and swap")
+        self.spec = replace(self.spec, settings=settings)
+        self._dispatcher.resize(settings)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for those inside; False where some are left after `timeout_s`."""
+        self._closed = self._closed or "is being replaced"
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """End the runner; whoever still waits gets NotReady."""
+        self._closed = "was unloaded"
+        if self._recovery is not None:
+            self._recovery.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._recovery
+        self._dispatcher.fail_waiting(NotReady(f"{self.spec.name} was unloaded"))
+        for batch in self._dispatcher.detach():
+            for work in batch.work:
+                if not work.future.done():
+                    work.future.set_exception(NotReady(f"{self.spec.name} was unloaded"))
+        self._dispatcher.close()
+        if self._runner is not None:
+            self._keep_cpu(self._runner)
+            await self._runner.end()
+            self._runner = None
+
+    # ---- life and death of runners
+
+    def _adopt(self, runner: Runner) -> None:
+        self._runner = runner
+        if not runner.alive:
+            self._on_exit(runner)
+            return
+        self._down = ""
+        self._dispatcher.attach(runner)
+
+    def _keep_cpu(self, runner: Runner) -> None:
+        facts = procfs.facts(runner.pid)
+        self._past_cpu_s += facts.cpu_s if facts is not None else 0.0
+
+    def _on_exit(self, runner: Runner) -> None:
+        if runner is not self._runner or self._closed:
+            return
+        lost = [batch.work for batch in self._dispatcher.detach()]
+        self._runner = None
+        loop = asyncio.get_running_loop()
+        waiting = {work for group in lost for work in group} | set(self._dispatcher.queue)
+        loop.call_later(ANSWER_S, self._give_up, waiting)
+        self._recovery = loop.create_task(self._recover(runner, lost), name=f"recovery of {self.spec.name}")
+
+    def _give_up(self, waiting: set[Work]) -> None:
+        error = RunnerLost(f"the runner of {self.spec.name} ended and no other answered in time; try again")
+        for work in waiting:
+            if not work.future.done():
+                self._dispatcher.drop(work)
+                work.future.set_exception(error)
+
+    async def _recover(self, runner: Runner, lost: list[list[Work]]) -> None:
+        ending = await runner.ending()
+        await runner.end(0.0)
+        await self._judge(ending, runner.pid, lost)
+        while not self._closed:
+            pause_s = self._pause_s()
+            if pause_s:
+                self._down = f"{ending.reason}; the next start is in {pause_s:g} s"
+                self._dispatcher.fail_waiting(self._unavailable())
+                await asyncio.sleep(pause_s)
+            self._failures += 1
+            self.restarts += 1
+            try:
+                self._adopt(await Runner.start(self.spec, self._forkserver, self._on_exit))
+                return
+            except HoneError as error:
+                ending = Ending(str(error), None)
+
+    def _pause_s(self) -> float:
+        return _PAUSES_S[min(self._failures, len(_PAUSES_S) - 1)]
+
+    async def _judge(self, ending: Ending, pid: int, lost: list[list[Work]]) -> None:
+        """Write the death down, quarantine a row that was alone twice, and put the others up for another try."""
+        if self._dispatcher.completed > self._completed_at_death:
+            self._failures = 0
+        self._completed_at_death = self._dispatcher.completed
+        works = [work for group in lost for work in group]
+        hashes = tuple([await _hashed(work.request) for work in works])
+        self.deaths.append(Death(ending.reason, pid, hashes, monotonic()))
+        _log.warning("%s: %s (pid %d, %d requests in it)", self.spec.name, ending.reason, pid, len(works))
+        if self._on_death is not None:
+            self._on_death(ending.reason, pid, hashes)
+        again: list[Work] = []
+        for work, digest in zip(works, hashes, strict=True):
+            work.tries += 1
+            if len(works) == 1 and ending.own_fault and work.tries > 1:
+                self.killers.add(digest)
+                self.quarantine.add(digest, ending.reason)
+                _fail(work, Quarantined(f"this input ended a runner of {self.spec.name} twice, the second time alone ({ending.reason})"))
+            elif work.tries >= _TRIES:
+                _fail(work, RunnerLost(f"the runner of {self.spec.name} ended {work.tries} times with this request in it: {ending.reason}"))
+            elif not work.future.done() or ending.own_fault:
+                again.append(work)
+        self._dispatcher.retry(again)
+
+
+async def _hashed(request: InferenceRequest) -> str:
+    if sum(size_of(tensor.data) for tensor in request.inputs) > LARGE_BYTES:
+        return await asyncio.to_thread(hash_inputs, request)
+    return hash_inputs(request)
+
+
+def _fail(work: Work, error: HoneError) -> None:
+    if not work.future.done():
+        work.future.set_exception(error)

@@ -1,0 +1,521 @@
+"""The runner: a process of its own that holds one version's session and computes batches from shared memory.
+
+The only serving module that imports onnxruntime or torch. It knows nothing of HTTP, queues, or which requests make up a batch.
+Each instance is a thread with its own socket and arena on the one session (`run` releases the GIL), so weights are held once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import importlib.util
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, Protocol
+
+import numpy as np
+import orjson
+
+from app.domain import BYTES
+from app.errors import HoneError, InvalidRequest, ModelRejected, Unsupported
+from app.serving.runner_tensors import DTYPES, Array, Described, describe, strings, view
+from app.serving.shm import Mapping, write_all
+
+MESSAGE_BYTES: Final = 64 << 10
+"""Longer descriptions of a batch travel through the arena."""
+_CACHED_CALLS: Final = 64
+_FDS: Final = 4
+
+Named = tuple[str, str, Array]
+
+
+class Model(Protocol):
+    """What a runner needs from a version, whatever computes it."""
+
+    def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
+        """All or the named outputs as (name, datatype, array)."""
+
+
+# ---- one batch ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Call:
+    """A batch's description, understood. Views stay valid while the arena's mapping does; BYTES are decoded at each call."""
+
+    feeds: dict[str, Array]
+    texts: list[tuple[str, list[int], int, int]]
+    outputs: list[str] | None
+    end: int
+    rows: list[int] | None
+
+
+class Instance:
+    """One thread's loop: read a description, compute, write outputs behind the inputs, answer."""
+
+    def __init__(self, model: Model, sock: socket.socket, arena: int, own_clock: bool) -> None:
+        self._model = model
+        self._sock = sock
+        self._mapping = Mapping(arena)
+        self._calls: dict[bytes, Call] = {}
+        self._clock = time.thread_time_ns if own_clock else time.process_time_ns
+
+    def serve(self) -> None:
+        """Answer batches until the server closes the socket."""
+        waits = _open_waits()
+        buffer = bytearray(MESSAGE_BYTES)
+        window = memoryview(buffer)
+        while size := self._sock.recv_into(buffer):
+            wall, cpu, wait = time.perf_counter_ns(), self._clock(), _waited(waits)
+            try:
+                described, base, total = self._compute(bytes(window[:size]))
+                times = time.perf_counter_ns() - wall, self._clock() - cpu, _waited(waits) - wait
+                self._answer([0, *times, base, total, described], base + total)
+            except Exception as error:  # noqa: BLE001 - the loop's boundary: whatever a model raises is that batch's answer
+                times = time.perf_counter_ns() - wall, self._clock() - cpu, _waited(waits) - wait
+                self._answer([1, *times, *_explained(error)], 0)
+        if waits >= 0:
+            os.close(waits)
+        os.close(self._mapping.fd)
+        self._sock.close()
+
+    def _compute(self, message: bytes) -> tuple[list[Described], int, int]:
+        call = self._calls.get(message) or self._understood(message)
+        feeds = call.feeds
+        if call.texts:
+            memory, _ = self._mapping.reach(call.end)
+            feeds = dict(feeds)
+            for name, shape, offset, size in call.texts:
+                feeds[name] = strings(memory[offset : offset + size], name, shape)
+        described, buffers, total = describe(self._model.run(call.outputs, feeds), call.rows)
+        if buffers:
+            write_all(self._mapping.fd, buffers, call.end)
+        return described, call.end, total
+
+    def _understood(self, message: bytes) -> Call:
+        body = message
+        if message[:1] == b"@":
+            start, size = map(int, message[1:].split(b","))
+            body = os.pread(self._mapping.fd, size, start)
+        inputs, outputs, end, rows = orjson.loads(body)
+        memory, fresh = self._mapping.reach(end)
+        if fresh or len(self._calls) >= _CACHED_CALLS:
+            self._calls.clear()
+        fixed = {name: view(memory, datatype, shape, offset) for name, datatype, shape, offset, _ in inputs if datatype != BYTES}
+        texts = [(name, shape, offset, size) for name, datatype, shape, offset, size in inputs if datatype == BYTES]
+        call = Call(fixed, texts, outputs, end, rows)
+        if body is message:
+            self._calls[message] = call
+        return call
+
+    def _answer(self, reply: list[Any], end: int) -> None:
+        message = orjson.dumps(reply)
+        if len(message) > MESSAGE_BYTES:
+            os.pwrite(self._mapping.fd, message, end)
+            message = b"@%d,%d" % (end, len(message))
+        self._sock.send(message)
+
+
+def _open_waits() -> int:
+    """This thread's scheduler statistics; -1 where the kernel keeps none."""
+    try:
+        return os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _waited(fd: int) -> int:
+    """Nanoseconds that this thread was ready to run but had no core (proc(5), second field)."""
+    if fd < 0:
+        return 0
+    return int(os.pread(fd, 96, 0).split()[1])
+
+
+_SOURCE = re.compile(r"(?:\S*[/\\])?[\w.]+\.(?:cc|h|cpp|hpp):\d+ (?:[^\n]*?\) (?:const )?(?:\[[^\]]*\] ?)?|\w+ |operator\(\)\S* )?")
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_PATH = re.compile(r"(?<![\w.])/(?:[\w.@+~-]+/)+")
+
+
+def cleaned(text: str) -> str:
+    """A runtime's message without source files, C++ signatures and folders: what a caller may see."""
+    text = _PREFIX.sub("", text.strip())
+    text = _SOURCE.sub("", text)
+    return _PATH.sub("", text)[:2000]
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    if isinstance(error, InvalidRequest):
+        return "InvalidRequest", str(error)
+    if isinstance(error, MemoryError) or _is_memory(str(error)):
+        return "OutOfMemory", cleaned(str(error) or "memory ran out")
+    return "ModelFailed", cleaned(str(error) or type(error).__name__)
+
+
+def _is_memory(text: str) -> bool:
+    lowered = text.lower()
+    return any(word in lowered for word in ("bad_alloc", "bad allocation", "failed to allocate", "allocate memory", "out of memory"))
+
+
+# ---- ONNX Runtime ---------------------------------------------------------------------------------------------------
+
+_ONNX_TYPES: Final = {
+    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64", "tensor(float16)": "FP16", "tensor(bfloat16)": "BF16", "tensor(float)": "FP32",
+    "tensor(double)": "FP64", "tensor(string)": BYTES,
+}  # fmt: skip
+_BFLOAT16: Final = 16
+_LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+
+
+class OnnxModel:
+    """A session of ONNX Runtime on the CPU. Threads are always explicit: left alone it sizes them to the host, not to the quota."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import onnxruntime as ort
+
+        self._ort = ort
+        signature = spec["signature"]
+        try:
+            self._session = ort.InferenceSession(
+                spec["path"], self._options(spec["settings"], signature), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ORT raises a class of its own for each status code, sharing no base but Exception
+            raise ModelRejected(f"ONNX Runtime refuses {os.path.basename(spec['path'])}: {cleaned(str(error))}") from error
+        known = {output.name: _ONNX_TYPES.get(output.type, output.type) for output in self._session.get_outputs()}
+        self._outputs = [output["name"] for output in signature["outputs"]] or list(known)
+        for name in self._outputs:
+            if name not in known:
+                raise ModelRejected(f"output {name!r} is not in the file; it has {', '.join(known)}")
+            if known[name] not in DTYPES and known[name] != BYTES:
+                raise ModelRejected(f"output {name!r} is a {known[name]}, which the protocol cannot carry; serve its tensors only")
+        self._types = known
+        self._half = {i.name for i in self._session.get_inputs() if i.type == "tensor(bfloat16)"}
+        self._plain = not self._half and "BF16" not in self._types.values()
+
+    def _options(self, settings: dict[str, Any], signature: dict[str, Any]) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = max(1, settings["intra_op_threads"])
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[settings["graph_level"]])
+        spin_us = settings["spin_duration_us"]
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
+        if spin_us:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        if any(-1 in spec["shape"][1:] for spec in signature["inputs"]):
+            # Case 51 (many shapes): patterns and the arena keep the largest of everything they ever saw.
+            options.enable_mem_pattern = False
+            options.enable_cpu_mem_arena = False
+        for key, value in settings["session_options"]:
+            options.add_session_config_entry(key, value)
+        return options
+
+    def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
+        names = self._outputs if outputs is None else list(outputs)
+        if self._plain:
+            values = self._session.run(names, feeds)
+            return [(name, self._types[name], _array(name, value)) for name, value in zip(names, values, strict=True)]
+        return self._run_half(names, feeds)
+
+    def _run_half(self, names: list[str], feeds: dict[str, Array]) -> list[Named]:
+        """BF16 is no numpy type: it goes in as OrtValue over uint16 and comes out as memory at an address."""
+        value_of = self._ort.OrtValue
+        given = {
+            name: value_of.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+            if name in self._half
+            else value_of.ortvalue_from_numpy(array)
+            for name, array in feeds.items()
+        }
+        results = self._session.run_with_ort_values(names, given)
+        return [(name, self._types[name], _half_array(value)) for name, value in zip(names, results, strict=True)]
+
+
+def _array(name: str, value: Any) -> Array:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"output {name!r} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def _half_array(value: Any) -> Array:
+    if value.element_type() != _BFLOAT16:
+        array: Array = value.numpy()
+        return array
+    import ctypes
+
+    size = value.tensor_size_in_bytes()
+    raw = ctypes.string_at(value.data_ptr(), size) if size else b""
+    return np.frombuffer(raw, np.uint16).reshape(value.shape())
+
+
+# ---- torch ----------------------------------------------------------------------------------------------------------
+
+
+class TorchModel:
+    """A module from an operator's factory and a .safetensors state dict. Inputs are passed by position, in the signature's order."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        try:
+            torch = importlib.import_module("torch")
+        except ImportError:
+            raise Unsupported("this version is a PyTorch model and torch is not installed: pip install hone-server[optimize]") from None
+        self._torch = torch
+        torch.set_num_threads(max(1, spec["settings"]["intra_op_threads"]))
+        signature = spec["signature"]
+        self._inputs: list[tuple[str, str]] = [(i["name"], i["datatype"]) for i in signature["inputs"]]
+        self._outputs: list[tuple[str, str]] = [(o["name"], o["datatype"]) for o in signature["outputs"]]
+        module = _made(spec["factory"])
+        _load_weights(module, spec["path"])
+        self._module = module.eval()
+
+    def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
+        torch = self._torch
+        tensors = [self._tensor(feeds[name], datatype) for name, datatype in self._inputs if name in feeds]
+        with torch.inference_mode():
+            result = self._module(*tensors)
+        named = self._named(result)
+        wanted = None if outputs is None else set(outputs)
+        return [(n, t, self._back(named[n])) for n, t in self._outputs if wanted is None or n in wanted]
+
+    def _tensor(self, array: Array, datatype: str) -> Any:
+        if datatype == BYTES:
+            raise InvalidRequest("PyTorch models take no BYTES inputs")
+        tensor = self._torch.from_numpy(array)
+        return tensor.view(self._torch.bfloat16) if datatype == "BF16" else tensor
+
+    def _named(self, result: Any) -> dict[str, Any]:
+        if isinstance(result, dict):
+            return result
+        values = result if isinstance(result, tuple | list) else (result,)
+        if len(values) < len(self._outputs):
+            raise TypeError(f"the module returned {len(values)} outputs, its signature names {len(self._outputs)}")
+        return dict(zip((name for name, _ in self._outputs), values, strict=False))
+
+    def _back(self, tensor: Any) -> Array:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == self._torch.bfloat16:
+            tensor = tensor.view(self._torch.uint16)
+        array: Array = tensor.numpy()
+        return array
+
+
+def _made(factory: str) -> Any:
+    """Call 'file.py:function', loaded by path: it need not be importable, and nothing beside it is."""
+    path, _, function = factory.rpartition(":")
+    spec = importlib.util.spec_from_file_location("hone_factory", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise ModelRejected(f"factory {factory!r} names no Python file; write it as FILE.py:FUNCTION")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, function)()
+    except Exception as error:  # an operator's code: anything may come out of it
+        raise ModelRejected(f"factory {os.path.basename(path)}:{function} failed: {type(error).__name__}: {error}") from error
+
+
+def _load_weights(module: Any, path: str) -> None:
+    """Load strictly, but let tied weights share one name (safetensors keeps one of two names of the same memory).
+
+    Raises ModelRejected listing the names that are missing and not tied, and those the module does not know.
+    """
+    load_file = importlib.import_module("safetensors.torch").load_file
+    own = module.state_dict(keep_vars=True)
+    try:
+        result = module.load_state_dict(load_file(path), strict=False)
+    except Exception as error:  # torch and safetensors raise many kinds, all of them about this file
+        raise ModelRejected(f"{os.path.basename(path)}: {error}") from error
+    missing = set(result.missing_keys)
+    given = {_place(tensor) for name, tensor in own.items() if name not in missing}
+    lacking = sorted(name for name in missing if _place(own[name]) not in given)
+    if lacking or result.unexpected_keys:
+        parts = [f"misses {', '.join(lacking)}"] if lacking else []
+        parts += [f"has {', '.join(sorted(result.unexpected_keys))}, unknown to the module"] if result.unexpected_keys else []
+        raise ModelRejected(
+            f"{os.path.basename(path)} does not fit its factory: it {' and it '.join(parts)}; save it with safetensors' save_model"
+        )
+
+
+def _place(tensor: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
+
+
+def main(control_fd: int, lifeline_fd: int) -> NoReturn:
+    """Serve the control socket until the server closes it. Never returns: the process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd sends it to all; the server drains first and then ends its runners
+    _end_with_server(lifeline_fd)
+    control = socket.socket(fileno=control_fd)
+    code = 0
+    try:
+        _report(control, {"hello": os.getpid()})
+        _control(control)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    except BaseException:  # noqa: BLE001 - the boundary of a process
+        sys.excepthook(*sys.exc_info())
+        code = 70
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_with_server(lifeline_fd: int) -> None:
+    """Let the kernel end this process when the server's end of the pipe closes, also in the midst of a long run that holds the GIL.
+
+    The server never writes to it, so SIGIO (default action: terminate) means that the server is gone.
+    """
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+    try:
+        if os.read(lifeline_fd, 1) == b"":
+            os._exit(0)
+    except BlockingIOError:
+        pass
+
+
+def _control(control: socket.socket) -> None:
+    model: Model | None = None
+    own_clock = True
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES * 16, _FDS)
+        if not message:
+            return
+        order = orjson.loads(message)
+        match order["do"]:
+            case "open":
+                spec = orjson.loads(os.pread(fds[0], order["size"], 0))
+                os.close(fds[0])
+                own_clock = spec["settings"]["intra_op_threads"] <= 1 and spec["kind"] == "onnx"
+                model = _opened(control, spec)
+            case "instance" if model is not None:
+                instance = Instance(model, socket.socket(fileno=fds[0]), fds[1], own_clock)
+                thread = threading.Thread(target=_serve, args=(instance, control, order["id"]), daemon=True)
+                thread.start()
+            case "trim":
+                _trim()
+            case "stop":
+                return
+
+
+def _serve(instance: Instance, control: socket.socket, number: int) -> None:
+    _report(control, {"instance": number, "tid": threading.get_native_id()})
+    try:
+        instance.serve()
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    except BaseException:  # noqa: BLE001 - the boundary of a process
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(70)
+
+
+def _report(control: socket.socket, report: dict[str, Any]) -> None:
+    control.send(orjson.dumps(report))
+
+
+def _trim() -> None:
+    """Hand freed memory back to the kernel."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _opened(control: socket.socket, spec: dict[str, Any]) -> Model | None:
+    """Open the session and run it once or twice; report what came of it."""
+    started = time.monotonic()
+    try:
+        _name_and_bound(spec)
+        model: Model = TorchModel(spec) if spec["kind"] == "torch" else OnnxModel(spec)
+        load_s = time.monotonic() - started
+        warm = _warm_up(model, spec)
+    except MemoryError:
+        _report(control, {"failed": "ModelRejected", "text": _too_large(spec)})
+        return None
+    except HoneError as error:
+        text = _too_large(spec) if _is_memory(str(error)) and spec["memory_limit_bytes"] else str(error)
+        _report(control, {"failed": type(error).__name__, "text": text})
+        return None
+    _report(control, {"opened": True, "load_s": load_s, "warm_up": warm})
+    return model
+
+
+def _name_and_bound(spec: dict[str, Any]) -> None:
+    """Name the process for ps, set who dies first, and bound its private memory where the spec does.
+
+    RLIMIT_DATA counts what is mapped, not what is touched (thread stacks, allocator slack), hence the margin; the server's sampler
+    looks at what is touched.
+    """
+    with open("/proc/self/comm", "w") as comm:
+        comm.write("hone-runner")
+    with open("/proc/self/oom_score_adj", "w") as adj:
+        adj.write(str(spec["oom_score_adj"]))
+    if limit := spec["memory_limit_bytes"]:
+        with open("/proc/self/statm") as statm:
+            mapped = int(statm.read().split()[5]) * resource.getpagesize()
+        bound = mapped + limit + limit // 4 + (256 << 20)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+
+
+def _too_large(spec: dict[str, Any]) -> str:
+    return (
+        f"{os.path.basename(spec['path'])} needs more memory than the {spec['memory_limit_bytes'] >> 20} MiB it may take here; "
+        "give the server more memory or serve a smaller version"
+    )
+
+
+def _warm_up(model: Model, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run once at batch 1 and once at the batch limit, on ones (else zeros). Data that a model cannot take is no reason to refuse it."""
+    signature = spec["signature"]
+    batches = [1]
+    if signature["batchable"] and spec["settings"]["batch_limit"] > 1:
+        batches.append(spec["settings"]["batch_limit"])
+    done: list[dict[str, Any]] = []
+    for rows in batches:
+        for value in (1, 0):
+            error = _tried(model, _made_up(signature, rows, value, signature["batchable"]))
+            done.append({"rows": rows, "value": value, "error": error})
+            if not error:
+                break
+    return done
+
+
+def _tried(model: Model, feeds: dict[str, Array]) -> str:
+    try:
+        model.run(None, feeds)
+    except Exception as error:  # a model's own complaint about made-up data
+        if isinstance(error, MemoryError) or _is_memory(str(error)):
+            raise MemoryError from error
+        return cleaned(str(error))
+    return ""
+
+
+def _made_up(signature: dict[str, Any], rows: int, value: int, batchable: bool) -> dict[str, Array]:
+    feeds: dict[str, Array] = {}
+    for spec in signature["inputs"]:
+        if spec["optional"]:
+            continue
+        shape = [1 if size < 0 else size for size in spec["shape"]]
+        if batchable and shape:
+            shape[0] = rows
+        if spec["datatype"] == BYTES:
+            feeds[spec["name"]] = np.full(shape, "a", object)
+        elif spec["datatype"] == "BF16":
+            feeds[spec["name"]] = np.full(shape, 0x3F80 * value, np.uint16)
+        else:
+            feeds[spec["name"]] = np.full(shape, value, DTYPES[spec["datatype"]])
+    return feeds
