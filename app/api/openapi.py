@@ -9,7 +9,7 @@ import re
 from typing import Any, Final
 
 from app import __version__
-from app.api.openapi_operations import BINARY_TYPE, JSON_TYPE, Example, Operation, operations
+from app.api.openapi_operations import JSON_TYPE, Example, Operation, operations
 from app.api.openapi_schemas import Schema, all_schemas, ref
 
 __all__ = ["Example", "build_openapi"]
@@ -85,8 +85,8 @@ def _describe(operation: Operation, path: str, example: Example) -> dict[str, An
         content: Schema = {operation.answer_type: {"schema": ref(schema) if schema else {"type": "string"}}}
         if operation.sample is not None:
             content[operation.answer_type]["example"] = operation.sample
-        if operation.also_binary:
-            content[BINARY_TYPE] = {}
+        if operation.also:
+            content[operation.also] = {}
         answers[str(status)] = {"description": description, "headers": headers, "content": content}
     for failure in operation.errors.split():
         answers.setdefault(failure, {"$ref": f"#/components/responses/Error{failure}"})

@@ -61,7 +61,8 @@ class Operation:
     details: str = ""
     answer_type: str = JSON_TYPE
     either: bool = False
-    also_binary: bool = False
+    also: str = ""
+    """Another content type of the good answer."""
     sample: Any = None
     """An example of the good answer."""
 
@@ -105,7 +106,7 @@ def operations(example: Example) -> list[Operation]:
         Operation(
             "POST", "/v2/models/{model}{either}/infer", "inference", "Infer", ((200, "The outputs.", "InferResponse"),), INFER_ERRORS,
             ((JSON_TYPE, ref("InferRequest"), infer), (BINARY_TYPE, {}, None)),
-            headers=("Inference-Header-Content-Length", "Content-Encoding", "Accept-Encoding", "X-Request-Id"), also_binary=True, either=True, sample=inferred,
+            headers=("Inference-Header-Content-Length", "Content-Encoding", "Accept-Encoding", "X-Request-Id"), also=BINARY_TYPE, either=True, sample=inferred,
             details="Binary form: the JSON, then the raw little-endian tensors in the order of the inputs; the header "
             "Inference-Header-Content-Length says where the JSON ends, `binary_data_size` how long each tensor is. With the header 0 the body "
             "is the model's one input alone. Without it the body is JSON.",
@@ -147,7 +148,6 @@ def operations(example: Example) -> list[Operation]:
         Operation(
             "GET", "/v2/health/ready", "operation", "Whether requests should come here", ((200, "Yes.", "Ready"), (503, "Not now.", "Ready")),
         ),
-        Operation("GET", "/health", "operation", "The same for people and balancers", ((200, "Yes.", "Ready"), (503, "Not now.", "Ready"))),
         Operation(
             "GET", "/metrics", "operation", "Metrics in Prometheus' text form", ((200, "Metrics.", ""),), "401 404",
             answer_type="text/plain", details="Open, unless HONE_METRICS says otherwise.",
@@ -199,7 +199,7 @@ def _admin(example: Example) -> list[Operation]:
         read("/admin/jobs/{job}", "One job", "Job", "401 404"),
         change("DELETE", "/admin/jobs/{job}", "Cancel a job", 202, "404 409", said="Asked for.", schema="Job"),
         read(
-            "/admin/timeline", "What was decided, by whom and why", "Timeline", "400 401",
+            "/admin/timeline", "What was decided, by whom and why", "Timeline", "400 401", also="text/event-stream",
             query=(
                 ("model", {"type": "string"}, "Only this model's."),
                 ("after", {"type": "integer", "minimum": 0}, "Only later events; without it the newest."),
