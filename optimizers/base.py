@@ -6,10 +6,12 @@ To add a method, write a frozen dataclass that derives from Config and a functio
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from optimizers.artifact import Artifact
@@ -59,6 +61,8 @@ class Config:
     lossless: ClassVar[bool] = False
     extra: ClassVar[str] = ""
     """Name of the pip extra the method needs ('optimize' for torch), or ''."""
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Field to the values that a search over this method may try."""
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, **dataclasses.asdict(self)}
@@ -89,6 +93,12 @@ class Budget:
     on_progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
     started: float = field(default_factory=time.monotonic)
+
+    def folder(self, name: str) -> Path:
+        """A new folder of its own for one step, inside `scratch` (or the system's temporary folder)."""
+        parent = Path(self.scratch) if self.scratch else Path(tempfile.gettempdir())
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
 
     @property
     def left_s(self) -> float:

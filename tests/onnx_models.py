@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def mlp(sizes: Sequence[int] = (16, 32, 10), seed: int = 0, opset: int = 17) -> 
     nodes: list[NodeProto] = []
     tensors: list[TensorProto] = []
     name = "x"
-    for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         last = i == len(sizes) - 2
         tensors += weights(
             **{f"w{i}": normal(seed + i, fan_in, fan_out, scale=fan_in**-0.5), f"b{i}": normal(seed + 100 + i, fan_out, scale=0.1)}

@@ -17,7 +17,7 @@ from optimizers.host import host_class
 from optimizers.inspect import Report, Request, inspect
 from optimizers.samples import Samples
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task_sync
-from tests.onnx_models import F, I64, encoder, mlp, model, node, normal, resnet, value, weights, write
+from tests.onnx_models import I64, F, encoder, mlp, model, node, normal, resnet, value, weights, write
 
 
 def check(built: onnx.ModelProto, folder: Path, **request: Any) -> Report:
@@ -196,7 +196,7 @@ def test_external_data_hidden_in_a_subgraph_or_attribute_is_found(tmp_path: Path
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x08", b"\0" * 1000, b"<html>404</html>", b"\x3a\xff\xff\xff\xff\x0f"])
 def test_what_is_no_model_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(Rejected, match="model.onnx"):
+    with pytest.raises(Rejected, match=r"model\.onnx"):
         inspect(Request(str(tmp_path / "model.onnx")), Budget())
 
 
@@ -234,7 +234,7 @@ def test_unknown_operators_and_types_are_refused_with_the_reason(tmp_path: Path)
         check(custom, tmp_path / "a")
     sequence = helper.make_tensor_sequence_value_info("y", F, None)
     built = model([node("SequenceConstruct", ["x"], ["y"])], [value("x", F, ["N"])], [sequence])
-    with pytest.raises(Rejected, match="'y' is a seq.*tensors only"):
+    with pytest.raises(Rejected, match=r"'y' is a seq.*tensors only"):
         check(built, tmp_path / "b")
 
 
