@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Final
 
 import httptools
 import orjson
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from app.api.http_sweeper import Sweeper
@@ -43,13 +43,13 @@ class LameDuck:
     closing: bool = False
 
 
-class Stage(IntEnum):
-    """What the connection's next bytes belong to. AWAITED: to a request that ought to come soon (a new connection, blank lines)."""
-
-    IDLE = 0
-    AWAITED = 1
-    HEAD = 2
-    BODY = 3
+# What the connection's next bytes belong to: nothing (or the next request), a request that ought to come soon (a new connection, blank
+# lines), a head, a body, or nothing any more. Plain integers, for an enum's members cost a look-up each on every request.
+_IDLE: Final = 0
+_AWAITED: Final = 1
+_HEAD: Final = 2
+_BODY: Final = 3
+_REFUSED: Final = 4
 
 
 class _Refused(Exception):
@@ -67,7 +67,7 @@ class HoneProtocol(HttpToolsProtocol):
         self.url = b""
         self.lost = False
         self.on_lost: Callable[[], object] | None = None
-        self._stage = Stage.AWAITED
+        self._stage = _AWAITED
         self._since = self.loop.time()
         self._head_bytes = 0
         self._begun = 0
@@ -75,67 +75,62 @@ class HoneProtocol(HttpToolsProtocol):
         self._chunked = False
         self._body_bytes = self._wire_bytes = self._gap_bytes = 0
         self._refusal: tuple[int, str] | None = None
-        self._refused = False
         self._discarded = 0
         self._stuck_since = 0.0
 
     # ---- bytes in ----------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            self._discard(len(data))
-            return
-        self._unset_keepalive_if_required()
         stage, begun, body_bytes = self._stage, self._begun, self._body_bytes
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
             self._refuse(*(self._refusal or (400, f"malformed HTTP: {error}")))
-            return
-        if self._stage is Stage.IDLE and (self._begun != begun or stage >= Stage.HEAD):
-            return
-        self._count(len(data), stage, self._begun - begun, body_bytes)
+        if self._stage != _IDLE or (self._begun == begun and stage < _HEAD):
+            self._count(len(data), stage, self._begun - begun, body_bytes)
 
     def _feed(self, data: bytes | memoryview) -> None:
-        while data:
-            room = self.limits.header_bytes - self._head_bytes
+        while data and self._stage != _REFUSED:
             try:
-                if self._stage is Stage.BODY:
+                if self._stage == _BODY:
                     self._inexact = True
-                elif len(data) > room:
+                elif len(data) > (room := self.limits.header_bytes - self._head_bytes):
                     data = self._feed_head(memoryview(data), room)
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as offer:
-                lines = framing(self.headers) if self._stage is Stage.BODY else b""
+                lines = framing(self.headers) if self._stage == _BODY else b""
                 self.parser = parser_within_body(self, lines) if lines else httptools.HttpRequestParser(self)
                 data = memoryview(data)[offer.args[0] :]
 
     def _feed_head(self, data: memoryview, room: int) -> memoryview:
         """Feed as much of `data` as a header block may have; the rest, if that was no more than one, comes back."""
-        fresh, begun = self._stage is not Stage.HEAD, self._begun
+        fresh, begun = self._stage != _HEAD, self._begun
         self.parser.feed_data(data[:room])
-        if self._stage in (Stage.AWAITED, Stage.HEAD) and self._begun - begun <= fresh:
+        if self._stage in (_AWAITED, _HEAD) and self._begun - begun <= fresh:
             self._head_too_large()
             raise httptools.HttpParserError
         self._inexact = True
         return data[room:]
 
-    def _count(self, size: int, stage: Stage, begun: int, body_bytes: int) -> None:
+    def _count(self, size: int, stage: int, begun: int, body_bytes: int) -> None:
         """After data that did not end with a request's end: bound what is still open, and note since when it is."""
-        if self._stage is Stage.BODY:
-            if stage is not Stage.BODY:
+        if self._stage == _REFUSED:
+            self._discard(size)
+            return
+        if self._stage == _BODY:
+            if stage != _BODY:
                 self._since = self.loop.time()
             if self.cycle.response_complete:
                 self._discard(size)
             elif self._chunked:
                 self._count_chunks(size, body_bytes)
             return
-        if stage is Stage.IDLE or stage is Stage.BODY or begun > 1:
+        if stage in (_IDLE, _BODY) or begun > 1:
             self._since = self.loop.time()
-        if self._stage is Stage.IDLE:
-            self._stage = Stage.AWAITED  # blank lines before a request count as its head
-        if begun > (stage < Stage.HEAD):  # where in the data it began is not known; on_headers_complete measures it
+        if self._stage == _IDLE:
+            self._stage = _AWAITED  # blank lines before a request count as its head
+        if begun > (stage < _HEAD):  # where in the data it began is not known; on_headers_complete measures it
             self._head_bytes, self._inexact = 0, True
         else:
             self._head_bytes += size
@@ -145,8 +140,8 @@ class HoneProtocol(HttpToolsProtocol):
         self._wire_bytes += size
         self._gap_bytes = self._gap_bytes + size if body_bytes == self._body_bytes else 0
         allowed = self.limits.header_bytes
-        framing = self._wire_bytes - self._body_bytes
-        if self._gap_bytes > allowed or framing > allowed + _READ_BYTES + _CHUNK_OVERHEAD * self._body_bytes:
+        overhead = self._wire_bytes - self._body_bytes
+        if self._gap_bytes > allowed or overhead > allowed + _READ_BYTES + _CHUNK_OVERHEAD * self._body_bytes:
             self._refuse(431, f"chunk extensions and trailers have more than {allowed} bytes, the limit of a header block; send fewer")
 
     def _head_too_large(self) -> None:
@@ -160,36 +155,50 @@ class HoneProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         HttpToolsProtocol.on_message_begin(self)
         self.scope["hone.connection"] = self  # type: ignore[typeddict-unknown-key]
-        self._stage = Stage.HEAD
+        self._stage = _HEAD
         self._begun += 1
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._stage is Stage.HEAD:  # trailers come this way too, and are dropped
-            HttpToolsProtocol.on_header(self, name, value)
+        if self._stage != _HEAD:
+            return  # a trailer: what came after the body does not change what came before it
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if len(self.url) > self.limits.url_bytes or (self._inexact and self._head_size() > self.limits.header_bytes):
             self._head_too_large()
             raise _Refused
-        self._stage = Stage.BODY
+        self._stage = _BODY
         self._inexact = self._chunked = False
-        self._head_bytes = self._body_bytes = self._wire_bytes = self._gap_bytes = self._discarded = 0
+        self._head_bytes = self._body_bytes = 0
         HttpToolsProtocol.on_headers_complete(self)
         if self.lame_duck.closing:
             self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:
-        self._chunked = True
+        if not self._chunked:
+            self._chunked = True
+            self._wire_bytes = self._gap_bytes = 0
 
     def on_body(self, body: bytes) -> None:
+        cycle = self.cycle
         self._body_bytes += len(body)
-        HttpToolsProtocol.on_body(self, body)
+        if not cycle.response_complete:
+            cycle.body += body
+            if len(cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade() and framing(self.headers):
             return  # its body is still to come: see _feed
-        self._stage = Stage.IDLE
-        HttpToolsProtocol.on_message_complete(self)
+        self._stage = _IDLE
+        cycle = self.cycle
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
 
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -198,9 +207,8 @@ class HoneProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, text: str) -> None:
         """Answer with a JSON error and close; where an earlier request is still being answered, close after that answer instead."""
-        self._refused = True
+        self._stage = _REFUSED
         self._since = self.loop.time()
-        self._unset_keepalive_if_required()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
             if self.pipeline or not cycle.more_body:
@@ -243,32 +251,35 @@ class HoneProtocol(HttpToolsProtocol):
         HttpToolsProtocol.resume_writing(self)
 
     def on_response_complete(self) -> None:
-        if self._stage is Stage.BODY:
-            self._since = self.loop.time()  # the rest of an unread body is read away, for a while
-        HttpToolsProtocol.on_response_complete(self)
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self._stage in (_IDLE, _BODY):  # a kept connection, or the rest of an unread body: each for a while
+            self._since = self.loop.time()
+            self._discarded = 0
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
 
     def check(self, now: float) -> None:
         """End what takes too long. Called by the sweeper, some times a second."""
-        open_s = now - self._since
-        if self._stuck_since and now - self._stuck_since > self.limits.body_timeout_s:
+        stage, open_s, limits = self._stage, now - self._since, self.limits
+        answered = self.cycle is None or self.cycle.response_complete or self.cycle.disconnected
+        if self._stuck_since and now - self._stuck_since > limits.body_timeout_s:
             self.transport.abort()
         elif self.transport.is_closing():
             self._stuck_since = self._stuck_since or now
-        elif self._refused:
-            if open_s > LINGER_S and (self.cycle is None or self.cycle.response_complete or self.cycle.disconnected):
-                self.transport.close()
-        elif self._stage in (Stage.AWAITED, Stage.HEAD) and open_s > self.limits.header_timeout_s:
-            if self._head_bytes:
-                self._refuse(408, f"the headers took longer than {self.limits.header_timeout_s:g} seconds, the limit")
+        elif stage == _IDLE and answered and open_s > self.timeout_keep_alive:
+            self.transport.close()
+        elif stage in (_AWAITED, _HEAD) and open_s > limits.header_timeout_s:
+            if self._head_bytes or not answered:
+                self._refuse(408, f"the headers took longer than {limits.header_timeout_s:g} seconds, the limit")
             else:
                 self.transport.close()
-        elif self._stage is Stage.BODY and self.cycle.response_complete:
-            if open_s > LINGER_S:
-                self.transport.close()
-        elif self._stage is Stage.BODY and open_s > self.limits.body_timeout_s:
-            self._refuse(
-                408, f"the body took longer than {self.limits.body_timeout_s:g} seconds, the limit; send it faster, or less at once"
-            )
+        elif stage in (_BODY, _REFUSED) and answered and open_s > LINGER_S:
+            self.transport.close()
+        elif stage == _BODY and open_s > limits.body_timeout_s:
+            self._refuse(408, f"the body took longer than {limits.body_timeout_s:g} seconds, the limit; send it faster, or less at once")
 
     # ---- losing the client -------------------------------------------------------------------------------------------
 
