@@ -108,7 +108,7 @@ def event_line(event: JSON) -> str:
     actor = event.get("actor", "")
     by = f"(by {actor})" if actor not in ("", "hone") else ""
     parts = [clock(event.get("at")), str(event.get("kind", "")).ljust(18), subject, event.get("job", ""), first, reason, rest, by]
-    return "  ".join(str(part) for part in parts if part)
+    return "  ".join(_clean(part) for part in parts if part)
 
 
 def clock(at: float | None) -> str:
@@ -135,7 +135,12 @@ def _text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return _inline(value) if isinstance(value, dict | list | tuple) else " ".join(str(value).split())
+    return _inline(value) if isinstance(value, dict | list | tuple) else _clean(value)
+
+
+def _clean(value: object) -> str:
+    """Nothing that moves a terminal: names and reasons come from whoever wrote them."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 
 def _inline(value: Any) -> str:

@@ -1,0 +1,189 @@
+"""The command `hone` without a server: arguments, what a person typed, tables, addresses and tokens, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from app import tables
+from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
+from app.cli import main, parser
+from app.client import Address, ClientError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    choices = next(action.choices for action in parser()._actions if isinstance(action.choices, dict))
+    return dict(choices)
+
+
+@pytest.mark.parametrize("name", subcommands())
+def test_every_sub_command_explains_itself_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: hone {name}" in text and "examples:" in text and f"hone {name}" in text.split("examples:")[1]
+
+
+def test_the_main_module_imports_nothing_heavy() -> None:
+    code = "import sys, app.cli; print([m for m in ('fastapi', 'numpy', 'httpx', 'onnx', 'onnxruntime', 'pydantic', 'asyncio') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("graph", ["graph"]),
+        ("graph, int8-static ,tune", ["graph", "int8-static", "tune"]),
+        ("int8-static(calibration=entropy)", [{"method": "int8-static", "calibration": "entropy"}]),
+        (
+            "int8-static(percentile=99.99, per_channel=true),tune",
+            [{"method": "int8-static", "percentile": 99.99, "per_channel": True}, "tune"],
+        ),
+    ],
+)
+def test_recipes_are_names_with_options(text: str, steps: list[Any]) -> None:
+    assert steps_of(text) == steps
+
+
+@pytest.mark.parametrize("text", ["", ",", "graph,,tune", "int8-static(", "int8-static(entropy)", "(x=1)"])
+def test_a_recipe_that_is_none_says_what_was_expected(text: str) -> None:
+    with pytest.raises(ClientError, match=r"expected|needs at least|not closed"):
+        steps_of(text)
+
+
+def test_settings_are_names_with_whole_numbers() -> None:
+    assert settings_of(["batch_limit=16", "spin_duration_us=0"]) == {"batch_limit": 16, "spin_duration_us": 0}
+    with pytest.raises(ClientError, match="batch_limit=many"):
+        settings_of(["batch_limit=many"])
+
+
+def test_a_model_may_name_its_version() -> None:
+    assert named("digits:1.2") == ("digits", "1.2") and named("digits") == ("digits", "")
+
+
+def test_a_file_is_sent_as_what_its_name_says(tmp_path: Path) -> None:
+    for name, kind in (
+        ("a.PNG", "image/png"),
+        ("a.jpeg", "image/jpeg"),
+        ("a.json", "application/json"),
+        ("a.bin", "application/octet-stream"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        assert request_body(str(tmp_path / name)) == (b"x", kind)
+    assert is_protocol(b'{"inputs": []}') and not is_protocol(b'{"image": []}') and not is_protocol(b"[1]") and not is_protocol(b"{")
+
+
+def test_deploying_takes_the_newest_version_its_data_and_what_model_yaml_names(tmp_path: Path) -> None:
+    for number in ("2", "10"):
+        (tmp_path / "resnet" / number).mkdir(parents=True)
+        save_with_external_data(tmp_path / "resnet" / number / "model.onnx", f"weights{number}.bin")
+    (tmp_path / "resnet" / "model.yaml").write_text("task: classification\npostprocess: {labels: labels.txt}\n")
+    (tmp_path / "resnet" / "labels.txt").write_text("cat\ndog\n")
+    name, files = files_to_deploy(tmp_path / "resnet", None, None)
+    assert name == "resnet" and set(files) == {"model.onnx", "weights10.bin", "model.yaml", "labels.txt"}
+    assert files["model.onnx"] == tmp_path / "resnet" / "10" / "model.onnx"
+
+
+def test_a_data_file_that_was_left_behind_is_named(tmp_path: Path) -> None:
+    save_with_external_data(tmp_path / "net.onnx", "net.onnx.data")
+    (tmp_path / "net.onnx.data").unlink()
+    with pytest.raises(ClientError, match=r"net\.onnx\.data does not exist"):
+        files_to_deploy(tmp_path / "net.onnx", None, None)
+
+
+def test_what_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="does not exist"):
+        files_to_deploy(tmp_path / "nothing.onnx", None, None)
+    with pytest.raises(ClientError, match=r"expected .*1/model\.onnx"):
+        files_to_deploy(tmp_path, None, None)
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(ClientError, match=r"no \.onnx file"):
+        files_to_deploy(tmp_path / "model.pt", None, None)
+
+
+def test_the_address_comes_from_arguments_then_from_the_environment() -> None:
+    assert Address.from_env({"HONE_TOKEN": "t"}).url == "http://127.0.0.1:8000"
+    assert Address.from_env({"HONE_TOKEN": "t", "HONE_HOST": "0.0.0.0", "HONE_PORT": "9000"}).url == "http://127.0.0.1:9000"
+    assert Address.from_env({"HONE_TOKEN": "t", "HONE_HOST": "::"}).url == "http://[::1]:8000"
+    assert Address.from_env({"HONE_TOKEN": "t", "HONE_URL": "https://hone.example/"}).url == "https://hone.example"
+    assert Address.from_env({"HONE_TOKEN": "t", "HONE_URL": "x"}, url="box:1").url == "http://box:1"
+    with_port = Address.from_env({"HONE_TOKEN": "t", "HONE_ADMIN_PORT": "9001"})
+    assert (with_port.url, with_port.admin) == ("http://127.0.0.1:8000", "http://127.0.0.1:9001")
+
+
+def test_the_token_comes_from_the_state_folder_where_none_is_given(tmp_path: Path) -> None:
+    (tmp_path / "admin-token").write_text("secret\n")
+    assert Address.from_env({}, state=str(tmp_path)).token == "secret"
+    assert Address.from_env({"HONE_STATE": str(tmp_path)}).token == "secret"
+    assert Address.from_env({"HONE_STATE": str(tmp_path), "HONE_ADMIN_TOKEN": "other"}).token == "other"
+    missing = Address.from_env({"HONE_STATE": str(tmp_path / "elsewhere")})
+    assert missing.token == "" and "admin-token does not exist" in missing.token_problem and "--token" in missing.token_problem
+
+
+def test_without_a_server_one_line_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--url", "http://127.0.0.1:9"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no server answers at http://127.0.0.1:9" in error and "hone serve" in error
+
+
+def test_the_health_check_fails_quietly_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--health", "--url", "http://127.0.0.1:9"]) == 1
+    assert capsys.readouterr().out.startswith("not live: no server answers")
+
+
+def test_a_wrong_setting_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HONE_PROT", "9000")
+    assert main(["demo"]) == 1
+    assert "did you mean HONE_PORT?" in capsys.readouterr().err
+
+
+def test_a_table_is_aligned_and_leaves_out_what_is_empty() -> None:
+    rows = [{"name": "digits", "active": "1.1", "state": "ready"}, {"name": "a", "active": "", "state": "loading"}]
+    assert tables.models(rows).splitlines() == ["MODEL   ACTIVE  STATE", "digits  1.1     ready", "a       -       loading"]
+
+
+def test_an_event_is_one_line_with_what_of_whom_and_why() -> None:
+    event = {
+        "kind": "desired.changed", "model": "digits", "version": "1.1", "job": "", "actor": "admin:eve", "seq": 7, "at": 0.0,
+        "data": {"version": "1.1", "from": "1", "reason": "asked\nfor\x1b[31m", "sha256": "ab"},
+    }  # fmt: skip
+    line = tables.event_line(event)
+    assert line.isprintable()
+    for part in ("desired.changed", "digits:1.1", "asked for", "from=1", "(by admin:eve)"):
+        assert part in line
+    assert "sha256" not in line
+
+
+def test_an_event_of_an_unknown_kind_is_shown_all_the_same() -> None:
+    assert tables.event_line({"kind": "thing.happened", "data": {"a": [1, 2], "b": {"c": True}}}).split() == [
+        "-", "thing.happened", "a=1,2,", "b=c=yes",
+    ]  # fmt: skip
+
+
+def test_sizes_and_nested_fields_are_readable() -> None:
+    assert [tables.size(n) for n in (0, 900, 1_900_000, 2_500_000_000)] == ["-", "900 B", "1.9 MB", "2.5 GB"]
+    assert tables.fields_of({"a": 1, "long": {"x": 0.123456, "none": None}}) == "a     1\nlong\n  x  0.1235"
+
+
+def save_with_external_data(path: Path, data: str) -> None:
+    weight = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64])],
+        [weight],
+    )
+    onnx.save_model(helper.make_model(graph), str(path), save_as_external_data=True, location=data, size_threshold=0)
