@@ -15,7 +15,7 @@ from app.errors import Conflict
 from app.store import fold_jobs, merge
 from app.store.codec import enum_or_none, settings_from_json, state_from_json
 from app.store.kinds import SCHEMA, problem, version_of
-from app.store.transient import closed, drop, opened, put
+from app.store.transient import closed, drop, opened, put, with_model
 
 FOLD_VERSION: Final = 1
 """Changes whenever the same events fold to another state: snapshots of another version are not used."""
@@ -31,8 +31,8 @@ def fold(state: State, event: Event) -> State:
         return state
     after = _apply(state, event)
     model = after.models.get(event.model)
-    if model is not None:
-        after = replace(after, models=put(after.models, event.model, replace(model, last_event=event.seq)))
+    if model is not None and model.last_event != event.seq:
+        after = with_model(after, replace(model, last_event=event.seq))
     return replace(after, seq=event.seq)
 
 
@@ -69,7 +69,7 @@ def _apply(state: State, event: Event) -> State:
 
 
 def _changed(state: State, event: Event, model: ModelState) -> State:
-    return replace(state, models=put(state.models, model.name, replace(model, stamp=(state.epoch, event.seq))))
+    return with_model(state, replace(model, stamp=(state.epoch, event.seq), last_event=event.seq))
 
 
 def _next(model: ModelState, state: State) -> Generation:
@@ -244,7 +244,10 @@ def _version_verified(state: State, event: Event) -> State:
 
 
 def _find(model: ModelState, version: str) -> BuiltVersion | None:
-    return next((built for built in model.built if built.version == version), None)
+    for built in reversed(model.built):  # events speak of the latest
+        if built.version == version:
+            return built
+    return None
 
 
 def _with_built(model: ModelState, renewed: BuiltVersion) -> ModelState:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from app.domain import Event, Job, JobState, State
-from app.store.transient import put
+from app.store.transient import with_job
 
 KEPT_FINISHED_JOBS: Final = 200
 """Finished jobs that stay in memory, per model; their events stay in the journal."""
@@ -133,4 +133,4 @@ def _finish(state: State, event: Event, job: Job) -> State:
 
 
 def _put(state: State, job: Job) -> State:
-    return replace(state, jobs=put(state.jobs, job.id, job))
+    return with_job(state, job)

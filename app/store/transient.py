@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
-from app.domain import State
+from app.domain import Job, ModelState, State
 
 V = TypeVar("V")
 
@@ -29,6 +29,16 @@ def drop(entries: dict[str, V], key: str) -> dict[str, V]:
         entries.pop(key, None)
         return entries
     return {name: value for name, value in entries.items() if name != key}
+
+
+def with_model(state: State, model: ModelState) -> State:
+    models = put(state.models, model.name, model)
+    return state if models is state.models else replace(state, models=models)
+
+
+def with_job(state: State, job: Job) -> State:
+    jobs = put(state.jobs, job.id, job)
+    return state if jobs is state.jobs else replace(state, jobs=jobs)
 
 
 def opened(state: State) -> State:
