@@ -41,6 +41,7 @@ class Settings:
     metrics: str = setting("open", "/metrics and statistics: open, admin (token needed) or off")
     show_internals: bool = setting(True, "send Server-Timing and version headers with every answer")
     max_body_bytes: int = setting(128 << 20, "largest request body, compressed or unpacked")
+    max_upload_bytes: int = setting(8 << 30, "largest model that POST /admin/models takes")
     body_budget_bytes: int = setting(4 << 30, "all request bodies in memory together; more wait")
     max_header_bytes: int = setting(32 << 10, "largest header block of a request")
     header_timeout_s: float = setting(30.0, "a request whose headers take longer is closed")

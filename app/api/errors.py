@@ -15,6 +15,7 @@ _STATUS: Final[tuple[tuple[type[errors.HoneError], int], ...]] = (
     (errors.Quarantined, 422),
     (errors.ModelFailed, 400),
     (errors.ModelRejected, 400),
+    (errors.UnsupportedMediaType, 415),
     (errors.InvalidRequest, 400),
     (errors.Unauthorized, 401),
     (errors.NotAllowed, 403),
@@ -41,11 +42,15 @@ def error_response(status: int, text: str, headers: dict[str, str] | None = None
     return Response(orjson.dumps({"error": text}), status, headers, "application/json")
 
 
-def response_of(error: errors.HoneError) -> Response:
-    """The answer to `error`, with Retry-After or WWW-Authenticate where they belong."""
+def headers_of(error: errors.HoneError) -> dict[str, str]:
+    """Retry-After or WWW-Authenticate where they belong."""
     headers: dict[str, str] = {}
     if isinstance(error, errors.QueueFull | errors.NotReady | errors.RunnerLost):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="hone"'
-    return error_response(status_of(error), str(error), headers)
+    return headers
+
+
+def response_of(error: errors.HoneError) -> Response:
+    return error_response(status_of(error), str(error), headers_of(error))

@@ -37,7 +37,9 @@ class Commands:
         if found.removed:
             raise Conflict(f"version {version} of {model.name!r} was removed; its weights are gone")
         if found.golden_sha256 != model.golden_sha256:
-            raise Conflict(f"version {version} of {model.name!r} was built from an earlier golden; build it again with: hone optimize {model.name}")
+            raise Conflict(
+                f"version {version} of {model.name!r} was built from an earlier golden; build it again with: hone optimize {model.name}"
+            )
         return found
 
     def optimize(self, name: str, tries: Sequence[Sequence[JSON]], reason: str, promote: str, actor: str) -> Job:
@@ -76,7 +78,9 @@ class Commands:
             raise NotFound(f"no job {identity!r}; GET /admin/jobs lists them")
         return job
 
-    def promote(self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None) -> Event:
+    def promote(
+        self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None
+    ) -> Event:
         """Make `version` the desired one. Without `force` only a version proven on this class of host may be."""
         model = self.model(name)
         if self._journal.state().frozen and not force:
@@ -103,10 +107,12 @@ class Commands:
             raise Conflict(f"model {name!r} has nothing to go back to: version {model.desired} was never preceded by another")
         return self._desire(model, model.previous, actor, reason, None)
 
-    def change_settings(self, name: str, settings: RuntimeSettings, actor: str, reason: str) -> Event:
-        """New run-time settings for the desired version: a new generation, not a new version."""
+    def change_settings(self, name: str, settings: RuntimeSettings, actor: str, reason: str, stood: RuntimeSettings | None = None) -> Event:
+        """New run-time settings for the desired version: a new generation, not a new version. `stood` are those it ran with, to go back to."""
         model = self.model(name)
-        data = {"version": model.desired, "settings": asdict(settings), "reason": reason}
+        data: dict[str, Any] = {"version": model.desired, "settings": asdict(settings), "reason": reason}
+        if stood is not None:
+            data["from"] = asdict(stood)
         return self._journal.append(Event("settings.changed", name, model.desired, "", actor, data), expect=model.generation)
 
     def set_loaded(self, name: str, loaded: bool, actor: str) -> Event:

@@ -62,7 +62,8 @@ def built(state: State, event: Event) -> State:
         return state
     if job.cancel_asked:
         return _cancelled(state, event, job, "cancelled")
-    return _put(state, replace(job, state=JobState.BUILT, candidates=tuple(event.data.get("candidates", ()))))
+    report = dict(event.data.get("report") or {})
+    return _put(state, replace(job, state=JobState.BUILT, candidates=tuple(event.data.get("candidates", ())), report=report))
 
 
 def verifying(state: State, event: Event) -> State:

@@ -1,0 +1,217 @@
+"""The admin side: what there is, and what may be asked for. Closed by default; every change records who made it. Translate and call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal, Protocol
+
+import orjson
+from fastapi import APIRouter, Body, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.api.auth import Guard
+from app.domain import JSON, Mode
+from app.errors import InvalidRequest
+
+
+class Asked(BaseModel):
+    """Base of all admin bodies: unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+Step = str | dict[str, Any]
+
+
+class OptimizeBody(Asked):
+    """`recipe`: steps in order; `try`: alternatives, each a recipe; neither: the planner's. A step is a method's name or {"method": …, options}."""
+
+    recipe: list[Step] | None = None
+    alternatives: list[list[Step]] | None = Field(None, alias="try")
+    reason: str = Field("asked for", max_length=1000)
+    promote: Literal["auto", "manual"] = "auto"
+    target: str = Field("", max_length=200)
+
+
+class PromoteBody(Asked):
+    version: str = Field(max_length=64)
+    reason: str = Field("asked for", max_length=1000)
+    force: bool = False
+
+
+class ReasonBody(Asked):
+    reason: str = Field("asked for", max_length=1000)
+    version: str | None = Field(None, max_length=64)
+
+
+class SettingsBody(Asked):
+    """Run-time settings; what is not given stays. They make a new generation, not a new version."""
+
+    batch_limit: int | None = Field(None, ge=1, le=4096)
+    instances: int | None = Field(None, ge=1, le=256)
+    queue_limit: int | None = Field(None, ge=1, le=1_000_000)
+    intra_op_threads: int | None = Field(None, ge=1, le=1024)
+    spin_duration_us: int | None = Field(None, ge=0, le=1_000_000)
+    reason: str = Field("asked for", max_length=1000)
+
+
+class ModeBody(Asked):
+    mode: Mode
+
+
+class Operations(Protocol):
+    """What the admin side needs of the server; all answers are JSON-able. Raises the errors of app.errors."""
+
+    def models(self) -> list[JSON]: ...
+    def model(self, name: str) -> JSON: ...
+    async def versions(self, name: str) -> list[JSON]: ...
+    async def upload(self, request: Request, actor: str) -> JSON: ...
+    async def remove_model(self, name: str, actor: str) -> JSON: ...
+    async def remove_version(self, name: str, version: str, actor: str) -> JSON: ...
+    async def load_version(self, name: str, version: str, actor: str) -> JSON: ...
+    async def optimize(self, name: str, tries: list[list[Step]] | None, reason: str, promote: str, target: str, actor: str) -> JSON: ...
+    async def promote(self, name: str, version: str, reason: str, force: bool, actor: str) -> JSON: ...
+    async def rollback(self, name: str, reason: str, actor: str) -> JSON: ...
+    async def verify(self, name: str, version: str | None, reason: str, actor: str) -> JSON: ...
+    async def settings(self, name: str, changes: dict[str, int], reason: str, actor: str) -> JSON: ...
+    async def set_mode(self, name: str, mode: Mode, actor: str) -> JSON: ...
+    async def clear_capture(self, name: str, actor: str) -> JSON: ...
+    async def freeze(self, frozen: bool, actor: str) -> JSON: ...
+    def jobs(self, model: str, open_only: bool) -> list[JSON]: ...
+    def job(self, identity: str) -> JSON: ...
+    async def cancel(self, identity: str, actor: str) -> JSON: ...
+    async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[JSON]: ...
+    async def wait_for_events(self, after: int, timeout_s: float) -> None: ...
+    def status(self) -> JSON: ...
+
+
+def answer(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS), status, media_type="application/json")
+
+
+class Admin:
+    """All admin handlers over one Operations."""
+
+    def __init__(self, operations: Operations, guard: Guard) -> None:
+        self._do, self._guard = operations, guard
+
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix="/admin", include_in_schema=False)
+        for method, path, handler in (
+            ("GET", "/status", self.status), ("GET", "/models", self.models), ("POST", "/models", self.upload),
+            ("GET", "/models/{name}", self.model), ("DELETE", "/models/{name}", self.remove_model),
+            ("GET", "/models/{name}/versions", self.versions), ("DELETE", "/models/{name}/versions/{version}", self.remove_version),
+            ("POST", "/models/{name}/versions/{version}/load", self.load_version),
+            ("POST", "/models/{name}/optimize", self.optimize), ("POST", "/models/{name}/promote", self.promote),
+            ("POST", "/models/{name}/rollback", self.rollback), ("POST", "/models/{name}/verify", self.verify),
+            ("PATCH", "/models/{name}/settings", self.settings), ("PUT", "/models/{name}/mode", self.mode),
+            ("DELETE", "/models/{name}/capture", self.clear_capture), ("POST", "/freeze", self.freeze), ("POST", "/unfreeze", self.unfreeze),
+            ("GET", "/jobs", self.jobs), ("GET", "/jobs/{identity}", self.job), ("DELETE", "/jobs/{identity}", self.cancel),
+            ("GET", "/timeline", self.timeline),
+        ):  # fmt: skip
+            router.add_api_route(path, handler, methods=[method], response_model=None)
+        return router
+
+    async def status(self, request: Request) -> Response:
+        self._guard.may_read(request)
+        return answer(self._do.status())
+
+    async def models(self, request: Request) -> Response:
+        self._guard.may_read(request)
+        return answer({"models": self._do.models()})
+
+    async def model(self, request: Request, name: str) -> Response:
+        self._guard.may_read(request)
+        return answer(self._do.model(name))
+
+    async def versions(self, request: Request, name: str) -> Response:
+        self._guard.may_read(request)
+        return answer({"model": name, "versions": await self._do.versions(name)})
+
+    async def upload(self, request: Request) -> Response:
+        return answer(await self._do.upload(request, self._guard.may_change(request)), 201)
+
+    async def remove_model(self, request: Request, name: str) -> Response:
+        return answer(await self._do.remove_model(name, self._guard.may_change(request)))
+
+    async def remove_version(self, request: Request, name: str, version: str) -> Response:
+        return answer(await self._do.remove_version(name, version, self._guard.may_change(request)))
+
+    async def load_version(self, request: Request, name: str, version: str) -> Response:
+        return answer(await self._do.load_version(name, version, self._guard.may_change(request)))
+
+    async def optimize(self, request: Request, name: str, body: Annotated[OptimizeBody | None, Body()] = None) -> Response:
+        actor = self._guard.may_change(request)
+        asked = body or OptimizeBody.model_validate({})
+        if asked.recipe is not None and asked.alternatives is not None:
+            raise InvalidRequest("give either `recipe` (steps in order) or `try` (alternatives, each a list of steps), not both")
+        tries = [asked.recipe] if asked.recipe is not None else asked.alternatives
+        if tries is not None and not all(tries):
+            raise InvalidRequest("a recipe needs at least one step; leave `recipe` and `try` out for the planner's choice")
+        return answer(await self._do.optimize(name, tries, asked.reason, asked.promote, asked.target, actor), 202)
+
+    async def promote(self, request: Request, name: str, body: PromoteBody) -> Response:
+        return answer(await self._do.promote(name, body.version, body.reason, body.force, self._guard.may_change(request)))
+
+    async def rollback(self, request: Request, name: str, body: Annotated[ReasonBody | None, Body()] = None) -> Response:
+        actor = self._guard.may_change(request)
+        return answer(await self._do.rollback(name, body.reason if body else "asked for", actor))
+
+    async def verify(self, request: Request, name: str, body: Annotated[ReasonBody | None, Body()] = None) -> Response:
+        actor = self._guard.may_change(request)
+        asked = body or ReasonBody.model_validate({})
+        return answer(await self._do.verify(name, asked.version, asked.reason, actor), 202)
+
+    async def settings(self, request: Request, name: str, body: SettingsBody) -> Response:
+        actor = self._guard.may_change(request)
+        changes = {key: value for key, value in body.model_dump(exclude={"reason"}).items() if value is not None}
+        if not changes:
+            raise InvalidRequest(
+                "no setting was given; name one of batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us"
+            )
+        return answer(await self._do.settings(name, changes, body.reason, actor))
+
+    async def mode(self, request: Request, name: str, body: ModeBody) -> Response:
+        return answer(await self._do.set_mode(name, body.mode, self._guard.may_change(request)))
+
+    async def clear_capture(self, request: Request, name: str) -> Response:
+        return answer(await self._do.clear_capture(name, self._guard.may_change(request)))
+
+    async def freeze(self, request: Request) -> Response:
+        return answer(await self._do.freeze(True, self._guard.may_change(request)))
+
+    async def unfreeze(self, request: Request) -> Response:
+        return answer(await self._do.freeze(False, self._guard.may_change(request)))
+
+    async def jobs(self, request: Request, model: str = "", open: bool = False) -> Response:
+        self._guard.may_read(request)
+        return answer({"jobs": self._do.jobs(model, open)})
+
+    async def job(self, request: Request, identity: str) -> Response:
+        self._guard.may_read(request)
+        return answer(self._do.job(identity))
+
+    async def cancel(self, request: Request, identity: str) -> Response:
+        return answer(await self._do.cancel(identity, self._guard.may_change(request)), 202)
+
+    async def timeline(
+        self, request: Request, model: str = "", after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        follow: bool = False,
+    ) -> Response:  # fmt: skip
+        """The newest `limit` events, oldest first; with `after` those that follow it; with `follow` server-sent events until you leave."""
+        self._guard.may_read(request)
+        if not follow:
+            events = await self._do.timeline(model, after, limit, newest_first=not after)
+            return answer({"events": events if after else events[::-1]})
+        return StreamingResponse(self._follow(model, after), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def _follow(self, model: str, after: int) -> AsyncIterator[bytes]:
+        while True:
+            for event in await self._do.timeline(model, after, 1000, newest_first=False):
+                after = event["seq"]
+                yield b"id: %d\ndata: %s\n\n" % (after, orjson.dumps(event))
+            yield b": alive\n\n"
+            await self._do.wait_for_events(after, 10.0)
+            await asyncio.sleep(0)

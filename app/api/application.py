@@ -1,0 +1,156 @@
+"""The ASGI application: all doors in one place, errors as JSON for every route, and a gate before the admin side.
+
+It is handed its parts; app.main makes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import __version__
+from app.api.admin import Admin
+from app.api.auth import Guard
+from app.api.errors import error_response, response_of
+from app.api.exchange import Door, request_id
+from app.api.infer import Infer
+from app.api.offload import Offload
+from app.api.docs import docs_routes
+from app.api.oip import Protocol2
+from app.api.openapi import build_openapi
+from app.api.predict import PATHS, Predict
+from app.errors import HoneError
+from app.serving.service import InferenceService
+from app.telemetry.prometheus import Exporter
+
+log = logging.getLogger("hone.http")
+ADMIN_PREFIX: Final = "/admin"
+REPOSITORY_PREFIX: Final = "/v2/repository/models/"
+
+
+@dataclass(frozen=True)
+class Surfaces:
+    """Which sides one port shows."""
+
+    inference: bool = True
+    admin: bool = True
+
+
+def build_app(
+    surfaces: Surfaces, service: InferenceService, offload: Offload, protocol: Protocol2, admin: Admin, guard: Guard, exporter: Exporter,
+    metrics: str, show_internals: bool, lifespan: Callable[[FastAPI], Any] | None = None,
+) -> ASGIApp:  # fmt: skip
+    """One port's application. `metrics` is open, admin or off."""
+    app = FastAPI(title="Hone", version=__version__, openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    routes: list[BaseRoute] = []
+    if surfaces.inference:
+        infer = Door(Infer(service, offload), service, show_internals)
+        predict = Door(
+            Predict(service, offload, lambda exchange: offload.read_unpacked(exchange.headers, exchange.receive)), service, show_internals
+        )  # fmt: skip
+        routes += protocol.routes(infer)
+        routes += [Route(path, predict, methods=["POST"]) for path in PATHS]
+    else:
+        routes += [Route("/v2/health/live", protocol.live), Route("/v2/health/ready", protocol.ready)]
+    if surfaces.admin:
+        routes += protocol.repository_routes()
+    routes += operation_routes(guard, exporter, metrics)
+    app.router.routes[:0] = routes
+    if surfaces.admin:
+        app.include_router(admin.router())
+    _answer_errors_as_json(app)
+    return Gate(app, guard, surfaces)
+
+
+def operation_routes(guard: Guard, exporter: Exporter, metrics: str) -> Sequence[BaseRoute]:
+    """/metrics, and the documentation that works without internet."""
+
+    async def show_metrics(request: Request) -> Response:
+        if metrics == "admin":
+            guard.may_read(request)
+        body, content_type = exporter.render(request.headers.get("accept", ""))
+        return Response(body, media_type=None, headers={"Content-Type": content_type})
+
+    shown = [] if metrics == "off" else [Route("/metrics", show_metrics, methods=["GET"])]
+    return [*shown, *docs_routes(build_openapi())]
+
+
+class Gate:
+    """Before everything else: who may come to the admin side, and a request id on every answer. Inference passes straight through."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, surfaces: Surfaces) -> None:
+        self._app, self._guard, self._surfaces = app, guard, surfaces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        path: str = scope["path"]
+        if path.endswith(("/infer", "/predict")):
+            return await self._app(scope, receive, send)
+        identity = request_id(dict(scope["headers"])).encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", identity)]
+            await send(message)
+
+        if path.startswith((ADMIN_PREFIX, REPOSITORY_PREFIX)):
+            try:
+                self._admit(scope)
+            except HoneError as error:
+                return await response_of(error)(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id)
+
+    def _admit(self, scope: Scope) -> None:
+        """Checked before a byte of the body is read: without a token 401 and nothing else."""
+        if not self._surfaces.admin:
+            return
+        connection = HTTPConnection(scope)
+        if scope["method"] in {"GET", "HEAD"}:
+            self._guard.may_read(connection)
+        else:
+            self._guard.may_change(connection)
+
+
+def _answer_errors_as_json(app: FastAPI) -> None:
+    async def known(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HoneError)
+        return response_of(error)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        text = error.detail
+        if error.status_code == 404 and text == HTTPStatus.NOT_FOUND.phrase:
+            text = f"nothing is at {request.url.path[:200]}; /docs describes all there is"
+        if error.status_code == 405:
+            text = f"{request.method} is not possible at {request.url.path[:200]}; /docs describes what is"
+        return error_response(error.status_code, str(text), dict(error.headers or {}))
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(400, "; ".join(_problem(problem) for problem in error.errors()[:5]))
+
+    async def unexpected(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed inside the server", request.method, request.url.path, exc_info=error)
+        return error_response(500, "internal error; the server's log tells more")
+
+    app.add_exception_handler(HoneError, known)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _problem(problem: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in problem.get("loc", ()) if part != "body")
+    return f"{place or 'body'}: {problem.get('msg', 'is wrong')}"

@@ -1,0 +1,164 @@
+"""What every inference door does around a call: request id, headers of the answer, the one Observation, disconnects. Raw ASGI, no framework.
+
+It knows the HTTP side of one exchange, and nothing of the protocol inside the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from itertools import count
+from time import perf_counter
+from typing import Any, Final, Protocol
+
+import orjson
+from starlette.types import Receive, Scope, Send
+
+from app import errors
+from app.api.errors import headers_of, status_of
+from app.api.wire.reply import Reply
+from app.domain import InferenceResult, Observation
+
+log = logging.getLogger("hone.http")
+_PREFIX: Final = os.urandom(6).hex()
+_numbers: Final = count(1)
+MAX_ID: Final = 128
+
+
+def header_map(scope: Scope) -> dict[bytes, bytes]:
+    """Headers by lower-case name; of a repeated one the last."""
+    return dict(scope["headers"])
+
+
+def request_id(headers: dict[bytes, bytes]) -> str:
+    """The caller's X-Request-Id where it is printable and not too long, else a new one."""
+    given = headers.get(b"x-request-id")
+    if given and len(given) <= MAX_ID and given.isascii() and given.decode().isprintable():
+        return given.decode()
+    return f"{_PREFIX}-{next(_numbers):x}"
+
+
+class Exchange:
+    """One request to a model, from its first byte to its answer."""
+
+    __slots__ = ("_receive", "_send", "_show", "decoded", "headers", "id", "model", "result", "rows", "scope", "started", "version")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, show_internals: bool) -> None:
+        self.started = perf_counter()
+        self.decoded = 0.0
+        self.scope, self._receive, self._send, self._show = scope, receive, send, show_internals
+        self.headers = header_map(scope)
+        self.id = request_id(self.headers)
+        parameters = scope["path_params"]
+        self.model: str = parameters["model"]
+        self.version: str | None = parameters.get("version")
+        self.result: InferenceResult | None = None
+        self.rows = 1
+
+    @property
+    def receive(self) -> Receive:
+        return self._receive
+
+    @property
+    def caller(self) -> str:
+        """Whom to count this request for: the client's address."""
+        client = self.scope.get("client")
+        return client[0] if client else ""
+
+    async def answer(self, reply: Reply) -> Observation:
+        """Send a good answer; the Observation ends where the answer is encoded, not where a slow client has read it."""
+        result = self.result
+        assert result is not None
+        now = perf_counter()
+        total = now - self.started
+        decode = self.decoded - self.started if self.decoded else 0.0
+        encode = max(0.0, total - decode - result.queue_s - result.compute_s)
+        head = reply.headers
+        head.append((b"x-request-id", self.id.encode()))
+        if self._show:
+            timing = b"decode;dur=%.3f, queue;dur=%.3f, compute;dur=%.3f, encode;dur=%.3f, batch;desc=%d" % (
+                decode * 1e3, result.queue_s * 1e3, result.compute_s * 1e3, encode * 1e3, result.batch_rows,
+            )  # fmt: skip
+            head.append((b"server-timing", timing))
+            head.append((b"hone-version", result.version.encode()))
+            head.append((b"hone-generation", b"%d" % result.generation))
+        seen = Observation(
+            self.model, result.version, 200, total, decode, result.queue_s, result.compute_s, encode,
+            result.batch_rows, self.rows, result.cpu_s, result.wait_s,
+        )  # fmt: skip
+        await self._send({"type": "http.response.start", "status": 200, "headers": head})
+        last = len(reply.parts) - 1
+        for at, part in enumerate(reply.parts):
+            await self._send({"type": "http.response.body", "body": part, "more_body": at < last})
+        return seen
+
+    async def refuse(self, error: errors.HoneError, model: str, version: str) -> Observation:
+        """Answer with an error; a caller that left gets none, but is counted (499)."""
+        status = status_of(error)
+        if not isinstance(error, errors.Cancelled):
+            body = orjson.dumps({"error": str(error)})
+            head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"x-request-id", self.id.encode())]
+            head += [(name.lower().encode(), value.encode()) for name, value in headers_of(error).items()]
+            await self._send({"type": "http.response.start", "status": status, "headers": head})
+            await self._send({"type": "http.response.body", "body": body})
+        total = perf_counter() - self.started
+        return Observation(model, version, status, total, 0.0, 0.0, 0.0, 0.0, 0, self.rows, 0.0, 0.0)
+
+
+async def until_done_or_gone(exchange: Exchange, work: Awaitable[Any]) -> Any:
+    """Await `work` in this task; when the client's connection is lost meanwhile, drop it and raise Cancelled.
+
+    The protocol class calls `on_lost` (app.api.http_protocol); no second task waits per request.
+    """
+    connection = exchange.scope.get("hone.connection")
+    if connection is None:
+        return await work
+    task = asyncio.current_task()
+    assert task is not None
+    connection.on_lost = task.cancel
+    try:
+        if connection.lost:
+            raise errors.Cancelled("the client left before its request could be queued")
+        return await work
+    except asyncio.CancelledError:
+        if not connection.lost:
+            raise
+        task.uncancel()
+        raise errors.Cancelled("the client left before its answer was ready") from None
+    finally:
+        connection.on_lost = None
+
+
+class Sink(Protocol):
+    """Who is told how each exchange ended (app.serving.service)."""
+
+    def observe(self, observation: Observation) -> None: ...
+    def refused(self, observation: Observation, error: errors.HoneError) -> None: ...
+    def saw_non_finite(self, model: str, version: str) -> None: ...
+    def label(self, model: str, version: str | None) -> tuple[str, str]: ...
+
+
+class Door:
+    """A raw ASGI endpoint around `handler`: whatever happens, one answer and one Observation."""
+
+    def __init__(self, handler: Callable[[Exchange], Awaitable[Reply]], sink: Sink, show_internals: bool) -> None:
+        self._handler, self._sink, self._show = handler, sink, show_internals
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send, self._show)
+        sink = self._sink
+        try:
+            reply = await self._handler(exchange)
+            if reply.non_finite:
+                sink.saw_non_finite(exchange.model, exchange.result.version if exchange.result else "")
+            seen = await exchange.answer(reply)
+        except errors.HoneError as error:
+            seen = await exchange.refuse(error, *sink.label(exchange.model, exchange.version))
+            sink.refused(seen, error)
+        except Exception:
+            log.exception("request %s to %s failed inside the server", exchange.id, exchange.model)
+            failure = errors.HoneError(f"internal error; the server's log tells more under request {exchange.id}")
+            seen = await exchange.refuse(failure, *sink.label(exchange.model, exchange.version))
+        sink.observe(seen)

@@ -1,0 +1,103 @@
+"""What a job needs of one model: its files, samples and settings, gathered from repository, cards and references. Blocks on the disk.
+
+Shared by the worker, which builds, and the keeper, which verifies; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from app.domain import JSON, ModelState, RuntimeSettings
+from app.errors import Conflict, HoneError
+from app.serving import durable
+from app.serving.cards import BuiltCard, Card, Cards, GoldenCard
+from app.serving.model_config import ModelConfig
+from app.serving.processing import Processor
+from app.serving.repository import FoundModel, Repository
+from app.serving.sample_sources import SampleReader
+from app.serving.samples import References, SampleSets, assemble
+from app.serving.state_folder import StateFolder
+
+
+@dataclass(frozen=True)
+class Workpiece:
+    """One model as a job sees it."""
+
+    found: FoundModel
+    config: ModelConfig
+    golden: GoldenCard
+    golden_path: Path
+    samples: SampleSets
+
+    @property
+    def quality(self) -> JSON:
+        quality = self.config.quality
+        return {
+            "metric": quality.metric, "floor": quality.floor, "per_class_floor": quality.per_class_floor, "min_samples": quality.min_samples,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The files of all models."""
+
+    repository: Repository
+    state: StateFolder
+    cards: Cards
+
+    def workpiece(self, model: str, golden: str, golden_sha256: str) -> Workpiece:
+        """Raises Conflict when golden changed or the model is gone, and what reading samples raises."""
+        found = self.repository.find(model)
+        version = next((v for v in found.versions if v.number == golden), None)
+        card = self.cards.golden(model, golden)
+        if version is None or version.path is None or card is None or card.sha256 != golden_sha256:
+            raise Conflict(f"golden {golden} of {model!r} changed or is gone; ask for the job again")
+        config = found.config or ModelConfig()
+        processor = Processor(card.signature, config.preprocess, config.postprocess, found.folder, config.task)
+        reader = SampleReader(
+            found.folder, card.signature, self.repository.policy, self.state.captured(model), processor, self.repository.factories
+        )  # fmt: skip
+        reference = References(self.state.reference(model)).load()
+        if reference is not None and reference.meta.golden_sha256 != golden_sha256:
+            reference = None
+        return Workpiece(found, config, card, version.path, assemble(config.samples, reader, reference))
+
+    def model_path(self, piece: Workpiece, version: str) -> Path:
+        """The model file of golden or of a built version. Raises NotFound."""
+        if version == piece.golden.version:
+            return piece.golden_path
+        card = self.cards.card(piece.found.name, version)
+        assert isinstance(card, BuiltCard)
+        return self.cards.path(card)
+
+    def card(self, piece: Workpiece, version: str) -> Card:
+        return piece.golden if version == piece.golden.version else self.cards.card(piece.found.name, version)
+
+    def settings(self, piece: Workpiece, want: ModelState, version: str, host_class: str, fallback: RuntimeSettings) -> RuntimeSettings:
+        """What a version runs with here: what was decided, else proven, else the fallback (with the graph level that inspection found)."""
+        given = want.settings_of(version)
+        if given is not None:
+            return given
+        card = self.card(piece, version)
+        proof = self.cards.proof(card, want.golden_sha256, host_class)
+        if proof is not None and proof.settings is not None:
+            return proof.settings
+        return fallback
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for one job's files, gone at the end; swept at the next start if this process is killed."""
+        self.state.scratch.mkdir(parents=True, exist_ok=True)
+        with durable.temporary_folder(self.state.scratch, 0o700) as folder:
+            yield folder
+
+
+def settings_json(settings: RuntimeSettings) -> JSON:
+    return asdict(settings)
+
+
+def report_of(error: HoneError) -> JSON:
+    return {"error": str(error)}

@@ -1,0 +1,324 @@
+"""Brings jobs to their end on the server that serves: verifies what workers built, tunes, promotes what passed, says why the rest did not.
+
+One per server, active where it holds the store's lease. Every step is an event, so that the next holder goes on after a crash.
+Judging runs in task children of lowest priority inside this server's own quota; rollback never needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from time import monotonic
+from typing import Any, Final
+
+from app.control.bench import Bench, Workpiece
+from app.control.commands import Commands
+from app.control.verification import (
+    SERVER_SIDE,
+    TUNE_S,
+    VERIFY_S,
+    Judged,
+    best,
+    judged,
+    may_promote_alone,
+    proof_of,
+    question,
+)  # fmt: skip
+from app.domain import JSON, Event, Job, JobState, ModelState, RuntimeSettings, State, Verdict
+from app.errors import Conflict, HoneError
+from app.serving.cards import BuiltCard, Cards
+from app.serving.repository import Repository
+from app.serving.state_folder import StateFolder
+from app.settings import Settings
+from app.store.base import Journal, StoreUnavailable
+from app.store.codec import settings_from_json
+from app.telemetry.metrics import Metrics
+from optimizers.base import Progress
+from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
+
+log = logging.getLogger("hone.control")
+LEASE: Final = "control"
+LEASE_S: Final = 15.0
+LOOK_S: Final = 0.3
+PROGRESS_S: Final = 30.0
+ACTIVATION_S: Final = 180.0
+
+
+class JobKeeper:
+    """Owns jobs between the worker's `built` and the end."""
+
+    def __init__(
+        self, journal: Journal, commands: Commands, repository: Repository, state: StateFolder, cards: Cards, host_class: str, cores: int,
+        settings: Settings, metrics: Metrics, replica: str,
+    ) -> None:  # fmt: skip
+        self._journal, self._commands, self._bench = journal, commands, Bench(repository, state, cards)
+        self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
+        self._replica = replica
+        self._fallback = RuntimeSettings(cores, 1, 16, 512)
+        self._counted: set[str] | None = None
+
+    async def run(self) -> None:
+        while True:
+            try:
+                if await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S):
+                    await self._pass(await asyncio.to_thread(self._journal.state))
+            except StoreUnavailable:
+                await asyncio.sleep(2.0)
+            except HoneError as error:
+                log.warning("%s", error)
+            except Exception:
+                log.exception("a pass of the job keeper failed")
+                await asyncio.sleep(2.0)
+            await asyncio.sleep(LOOK_S)
+
+    async def _pass(self, state: State) -> None:
+        self._count_finished(state)
+        for job in [job for job in state.jobs.values() if job.state is not JobState.FINISHED]:
+            await self._advance(job)
+
+    async def _advance(self, job: Job) -> None:
+        """One step of one job."""
+        if job.state is JobState.REQUESTED and is_server_side(job):
+            await self._say("job.claimed", job, worker=f"server {self._replica}", attempt=job.attempt + 1)
+            await self._say("job.built", job, attempt=job.attempt + 1, candidates=[], report={})
+        elif job.state is JobState.BUILDING and (job.cancel_asked or job.worker.startswith("server ")):
+            if await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self._replica, LEASE_S):
+                await asyncio.to_thread(self._journal.release, f"job:{job.id}", self._replica)
+                outcome = "cancelled" if job.cancel_asked else "failed"
+                await self._say("job.finished", job, outcome=outcome, report={"reason": "its worker is gone"})
+        elif job.state in (JobState.BUILT, JobState.VERIFYING):
+            await self._conclude(job)
+
+    # ---- the end of a job
+    async def _conclude(self, job: Job) -> None:
+        if job.state is JobState.BUILT:
+            await self._say("job.verifying", job)
+        stop = asyncio.Event()
+        watch = asyncio.create_task(self._watch(job, stop), name=f"watch-{job.id}")
+        try:
+            outcome, candidate, report = await self._judge(job, stop)
+        except TaskFailed as failure:
+            cancelled = failure.kind is Failure.CANCELLED
+            outcome, candidate, report = "cancelled" if cancelled else "failed", "", {"reason": failure.text}
+        except (HoneError, OSError) as error:
+            outcome, candidate, report = "failed", "", {"reason": str(error)}
+        finally:
+            watch.cancel()
+        report = {**job.report, **report}
+        await self._say("job.finished", job, outcome=outcome, candidate=candidate, report=report)
+
+    async def _judge(self, job: Job, stop: asyncio.Event) -> tuple[str, str, JSON]:
+        """(outcome, version, report) of everything that the job built or asked for."""
+        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256)
+        seen = [await self._verify(job, piece, version, stop, proof_only=True) for version in self._versions_to_prove(job)]
+        if seen:
+            passed = all(one.verdict is Verdict.PASSED for one in seen)
+            return "proven" if passed else seen[0].verdict.value, seen[0].version, {"verdicts": [_told(one) for one in seen]}
+        seen = [await self._verify(job, piece, version, stop, proof_only=False) for version in job.candidates]
+        winner = best(seen)
+        report: JSON = {"verdicts": [_told(one) for one in seen]}
+        if winner is not None:
+            settings = await self._tuned_candidate(job, piece, winner, stop, report)
+            return await self._take(job, piece, winner, settings, report)
+        if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):
+            return await self._tune_active(job, piece, stop, report)
+        return _outcome_without_winner(seen, job), "", report
+
+    def _versions_to_prove(self, job: Job) -> list[str]:
+        return [str(step["version"]) for recipe in job.tries for step in recipe if step["method"] == "verify"]
+
+    async def _verify(self, job: Job, piece: Workpiece, version: str, stop: asyncio.Event, proof_only: bool) -> Judged:
+        """Judge one version here; its proof and the event are written before this returns."""
+        want = await self._want(job)
+        card = await asyncio.to_thread(self._bench.card, piece, version)
+        lossless = isinstance(card, BuiltCard) and bool(card.draft.facts) and all(fact.get("lossless") for fact in card.draft.facts)
+        with self._bench.scratch() as folder:
+            request = await asyncio.to_thread(
+                question, self._bench, piece, want, version, self._host_class, self._fallback, folder, proof_only, lossless
+            )  # fmt: skip
+            report = await self._task("verify", request, VERIFY_S + 120, job, stop)
+        before = self._bench.settings(piece, want, version, self._host_class, self._fallback)
+        proof = proof_of(card, want.golden_sha256, self._host_class, report, before)
+        await asyncio.to_thread(self._cards.write_proof, card, proof)
+        found = judged(version, report, lossless)
+        if version != piece.golden.version:
+            data = {"version": version, "host_class": self._host_class, "verdict": found.verdict.value, "summary": found.summary}
+            await asyncio.to_thread(self._journal.append, Event("version.verified", job.model, version, job.id, data=data))
+        return found
+
+    async def _take(
+        self, job: Job, piece: Workpiece, winner: Judged, settings: RuntimeSettings | None, report: JSON
+    ) -> tuple[str, str, JSON]:
+        """Promote the winner, or leave it for a person to."""
+        waits = may_promote_alone(winner, piece) if job.promote == "auto" else "promotion was asked to be manual"
+        if waits:
+            return "kept", winner.version, report | {"waits": waits}
+        reason = f"job {job.id}: {winner.summary}"
+        await asyncio.to_thread(self._commands.promote, job.model, winner.version, "hone", reason, False, settings)
+        active = await self._activated(job.model, winner.version)
+        if not active:
+            await self._undo(job, winner.version)
+            return (
+                "failed",
+                winner.version,
+                report | {"reason": f"version {winner.version} passed, but did not load; the version before goes on serving"},
+            )
+        return "promoted", winner.version, report
+
+    async def _undo(self, job: Job, version: str) -> None:
+        want = await self._want(job)
+        if want.desired == version and want.previous:
+            await asyncio.to_thread(self._commands.rollback, job.model, "hone", f"version {version} did not load")
+
+    async def _activated(self, model: str, version: str) -> bool:
+        """Wait, bounded, for the data plane to say that it serves `version`, or that it does not load."""
+        state = await asyncio.to_thread(self._journal.state)
+        after, until = max(0, state.seq - 50), monotonic() + ACTIVATION_S
+        change = 0
+        while monotonic() < until:
+            for event in await asyncio.to_thread(self._journal.read, after, 500, model):
+                after = event.seq
+                if event.kind == "desired.changed" and event.data.get("version") == version:
+                    change = event.seq
+                if change and event.version == version and event.kind == "version.activated":
+                    return True
+                if change and event.version == version and event.kind == "version.failed":
+                    return False
+            await asyncio.to_thread(self._journal.wait, after, 1.0)
+        return False
+
+    # ---- tuning
+    async def _tuned_candidate(
+        self, job: Job, piece: Workpiece, winner: Judged, stop: asyncio.Event, report: JSON
+    ) -> RuntimeSettings | None:
+        """Settings for the winner, where its recipe ends with tune."""
+        card = await asyncio.to_thread(self._cards.card, job.model, winner.version)
+        recipe = job.tries[card.draft.try_index] if isinstance(card, BuiltCard) else ()
+        if not recipe or recipe[-1]["method"] != "tune":
+            return None
+        want = await self._want(job)
+        before = self._bench.settings(piece, want, winner.version, self._host_class, self._fallback)
+        tuned, report["tune"] = await self._tune(job, piece, winner.version, before, recipe[-1], stop)
+        return tuned
+
+    async def _tune_active(self, job: Job, piece: Workpiece, stop: asyncio.Event, report: JSON) -> tuple[str, str, JSON]:
+        """Better settings for what serves now: a new generation, not a new version."""
+        want = await self._want(job)
+        before = self._bench.settings(piece, want, want.desired, self._host_class, self._fallback)
+        step = next(recipe[-1] for recipe in job.tries if recipe and recipe[-1]["method"] == "tune")
+        tuned, report["tune"] = await self._tune(job, piece, want.desired, before, step, stop)
+        if tuned is None or tuned == before:
+            return "nothing_changed", want.desired, report
+        if job.promote != "auto":
+            return "kept", want.desired, report | {"settings": asdict(tuned), "waits": "promotion was asked to be manual"}
+        reason = f"job {job.id}: {report['tune'].get('summary', 'tuned')}"
+        await asyncio.to_thread(self._commands.change_settings, job.model, tuned, "hone", reason, before)
+        return "promoted", want.desired, report
+
+    async def _tune(
+        self, job: Job, piece: Workpiece, version: str, before: RuntimeSettings, step: Mapping[str, Any], stop: asyncio.Event
+    ) -> tuple[RuntimeSettings | None, JSON]:  # fmt: skip
+        """Measured settings, and the report; None where nothing better was found."""
+        fixed = piece.config.runtime
+        with self._bench.scratch() as folder:
+            paths = await asyncio.to_thread(piece.samples.save, folder)
+            request = {
+                "path": str(self._bench.model_path(piece, version)),
+                "samples": paths.get("reference") or paths.get("live") or paths.get("calibration", ""),
+                "stacked": piece.samples.calibration.stacked,
+                "settings": asdict(before),
+                "batchable": piece.golden.rows.independent,
+                "fixed": {
+                    key: value
+                    for key, value in (
+                        ("intra_op_threads", fixed.threads), ("instances", fixed.instances), ("spin_duration_us", fixed.spin_us),
+                        ("batch_limit", piece.config.batching.limit),
+                    )
+                    if value is not None
+                },
+                "config": {"objective": piece.config.tune_for, **{k: v for k, v in step.items() if k not in {"method", "target"} and v}},
+            }  # fmt: skip
+            report = await self._task("tune", request, TUNE_S * 4 + 60, job, stop)
+        settings = report.get("settings")
+        if not report.get("changed", True) or not settings:
+            return None, report
+        return settings_from_json({**asdict(before), **settings}), report
+
+    # ---- helpers
+    async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:
+        limits = TaskLimits(
+            seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scheduler="other",
+            scratch=str(self._bench.state.scratch),
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        began = monotonic()
+
+        def progress(seen: Progress) -> None:
+            loop.run_in_executor(None, self._post, job, seen)
+
+        try:
+            return await run_task(kind, request, limits, progress, stop)
+        finally:
+            self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
+
+    def _post(self, job: Job, seen: Progress) -> None:
+        try:
+            self._journal.post(f"job:{job.id}", asdict(seen), PROGRESS_S)
+        except StoreUnavailable:
+            log.debug("the progress of %s could not be shown", job.id)
+
+    async def _watch(self, job: Job, stop: asyncio.Event) -> None:
+        """Keep the lease, and set `stop` when the job is cancelled or superseded meanwhile."""
+        while not stop.is_set():
+            try:
+                held = await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S)
+                now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+                if not held or now is None or now.cancel_asked or now.state is JobState.FINISHED:
+                    stop.set()
+            except StoreUnavailable:
+                log.warning("the journal is away while %s is judged", job.id)
+            await asyncio.sleep(1.0)
+
+    async def _want(self, job: Job) -> ModelState:
+        state = (await asyncio.to_thread(self._journal.state)).models.get(job.model)
+        if state is None or state.golden_sha256 != job.golden_sha256:
+            raise Conflict(f"golden of {job.model!r} changed or the model is gone while job {job.id} ran; nothing is published")
+        return state
+
+    async def _say(self, kind: str, job: Job, **data: Any) -> None:
+        await asyncio.to_thread(self._journal.append, Event(kind, job.model, "", job.id, data=data))
+
+    def _count_finished(self, state: State) -> None:
+        """Count each finished job once, here where it was finished; those from before this process are not ours."""
+        finished = {job.id: job for job in state.jobs.values() if job.state is JobState.FINISHED}
+        if self._counted is None:
+            self._counted = set(finished)
+        for identity in finished.keys() - self._counted:
+            job = finished[identity]
+            method = "+".join(str(step["method"]) for step in job.tries[0]) if job.tries else ""
+            self._metrics.count("hone_jobs", method, job.outcome)
+            self._metrics.time("hone_job_duration_seconds", method, seconds=max(0.0, job.finished_at - job.requested_at))
+        self._counted |= set(finished)
+
+
+def is_server_side(job: Job) -> bool:
+    """True where nothing has to be built: only tuning or proving, which run where the model is served."""
+    return all(step["method"] in SERVER_SIDE for recipe in job.tries for step in recipe)
+
+
+def _told(one: Judged) -> JSON:
+    return {
+        "version": one.version, "verdict": one.verdict.value, "summary": one.summary, "gain": round(one.gain, 4), "evidence": one.evidence,
+        "lossless": one.lossless, "report": one.report,
+    }  # fmt: skip
+
+
+def _outcome_without_winner(seen: list[Judged], job: Job) -> str:
+    if not seen:
+        return "not_applicable" if job.report.get("skipped") else "failed"
+    if all(one.nothing_changed for one in seen):
+        return "nothing_changed"
+    verdicts = {one.verdict for one in seen}
+    return "inconclusive" if Verdict.INCONCLUSIVE in verdicts or Verdict.NO_DATA in verdicts else "refused"

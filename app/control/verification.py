@@ -1,0 +1,112 @@
+"""Turns a workpiece into questions for the judge (optimizers.judge, optimizers.tune) and their answers into proofs. It promotes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from app.control.bench import Bench, Workpiece, settings_json
+from app.domain import JSON, ModelState, RuntimeSettings, Verdict
+from app.serving.cards import BuiltCard, Card, Proof
+from app.store.codec import settings_from_json
+
+VERIFY_S: Final = 180.0
+TUNE_S: Final = 30.0
+SERVER_SIDE: Final = frozenset({"tune", "verify"})
+"""Steps that run where the model is served, never in a worker."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One candidate's verdict here."""
+
+    version: str
+    verdict: Verdict
+    summary: str
+    gain: float
+    lossless: bool
+    evidence: str
+    nothing_changed: bool
+    report: JSON
+
+
+def question(
+    bench: Bench, piece: Workpiece, want: ModelState, version: str, host_class: str, fallback: RuntimeSettings, folder: Path,
+    proof_only: bool, lossless: bool,
+) -> JSON:  # fmt: skip
+    """The request of the task `verify` for one version, judged by golden and against what serves now. Writes samples into `folder`."""
+    paths = piece.samples.save(folder)
+    sets: dict[str, JSON] = {}
+    for name in ("reference", "live", "labelled"):
+        samples = getattr(piece.samples, name)
+        if name in paths and samples is not None:
+            sets[name] = {"path": paths[name], "origin": samples.origin, "stacked": samples.stacked}
+    incumbent = want.desired
+    return {
+        "golden": str(piece.golden_path),
+        "candidate": str(bench.model_path(piece, version)),
+        "incumbent": str(bench.model_path(piece, incumbent)),
+        "parent": str(bench.model_path(piece, _parent(bench, piece, version))),
+        "sets": sets,
+        "task": piece.config.task,
+        "quality": piece.quality,
+        "goal": {"objective": piece.config.tune_for, "least_gain": piece.config.least_gain},
+        "candidate_settings": settings_json(bench.settings(piece, want, version, host_class, fallback)),
+        "incumbent_settings": settings_json(bench.settings(piece, want, incumbent, host_class, fallback)),
+        "golden_settings": settings_json(replace(fallback, graph_level="none")),
+        "batchable": piece.golden.rows.independent,
+        "lossless": lossless,
+        "purpose": "proof" if proof_only or version == incumbent else "swap",
+        "exclude": sorted(set(piece.samples.calibration.hashes())),
+        "seconds": VERIFY_S,
+    }
+
+
+def proof_of(card: Card, golden_sha256: str, host_class: str, report: Mapping[str, Any], before: RuntimeSettings) -> Proof:
+    """The judge's report as the proof that lies beside the card."""
+    serve = dict(report.get("serve") or {})
+    settings = settings_from_json({**settings_json(before), **{k: v for k, v in serve.items() if k in settings_json(before)}})
+    quiet = report.get("quiet") or {}
+    waiting = quiet.get("waiting_ratio")
+    return Proof(
+        host_class, card.sha256, golden_sha256, Verdict(report["verdict"]), str(report["summary"]), dict(report.get("fidelity") or {}),
+        {"latency": report.get("latency") or {}, "capacity": report.get("capacity") or {}}, settings, None,
+        1 - float(waiting) if isinstance(waiting, int | float) else None,
+        {key: report.get(key) for key in ("reasons", "notes", "evidence", "bit_close", "rows", "shapes", "seconds")},
+    )  # fmt: skip
+
+
+def judged(version: str, report: Mapping[str, Any], lossless: bool) -> Judged:
+    return Judged(
+        version, Verdict(report["verdict"]), str(report["summary"]), gain_of(report), lossless or bool(report.get("bit_close")),
+        str(report.get("evidence") or ""), bool(report.get("nothing_changed")), dict(report),
+    )  # fmt: skip
+
+
+def gain_of(report: Mapping[str, Any]) -> float:
+    """How much faster a row is: 0.5 is twice as fast; 0 where it was not measured."""
+    ratio = ((report.get("latency") or {}).get("rows_ratio") or {}).get("estimate")
+    return 1.0 - float(ratio) if isinstance(ratio, int | float) and math.isfinite(ratio) else 0.0
+
+
+def best(candidates: list[Judged]) -> Judged | None:
+    """Of those that passed, the one with the largest gain."""
+    passed = [candidate for candidate in candidates if candidate.verdict is Verdict.PASSED]
+    return max(passed, key=lambda candidate: candidate.gain, default=None)
+
+
+def may_promote_alone(winner: Judged, piece: Workpiece) -> str:
+    """Why a passed candidate must wait for a person; '' where it need not: lossy changes need real evidence that the owner named."""
+    if winner.lossless:
+        return ""
+    if winner.evidence == "synthetic":
+        return "it changes answers, and was judged on made-up inputs only: name samples in model.yaml, or promote it by hand"
+    return ""
+
+
+def _parent(bench: Bench, piece: Workpiece, version: str) -> str:
+    card = bench.card(piece, version)
+    return card.draft.parent if isinstance(card, BuiltCard) else piece.golden.version

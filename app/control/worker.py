@@ -1,0 +1,286 @@
+"""`hone worker`: claims jobs from the journal, builds each in a bounded child, publishes the result as a version, and goes on.
+
+It never judges and never promotes. Killed at any moment it loses nothing: the claim's lease runs out, another attempt begins, and a try
+that was published already is found by its card.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from app.control.bench import Bench, Workpiece
+from app.control.keeper import is_server_side
+from app.control.verification import SERVER_SIDE
+from app.domain import JSON, Event, Job, JobState
+from app.errors import Conflict, HoneError
+from app.serving.admission import signature_of
+from app.serving.cards import Cards, Draft, RowsProof
+from app.serving.repository import Repository
+from app.serving.state_folder import StateFolder
+from app.settings import Settings
+from app.store.base import Journal, StoreUnavailable
+from app.store.open import open_journal
+from app.telemetry.exposition import serve_metrics
+from app.telemetry.metrics import Metrics
+from optimizers.base import Progress
+from optimizers.host import memory_budget
+from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
+
+log = logging.getLogger("hone.worker")
+LEASE_S: Final = 20.0
+RENEW_S: Final = 5.0
+BOARD_S: Final = 15.0
+SETTLE_S: Final = 0.5
+
+
+class Worker:
+    """One building process. `name` is unique; its leases carry it."""
+
+    def __init__(self, settings: Settings, journal: Journal, bench: Bench, metrics: Metrics) -> None:
+        self._settings, self._journal, self._bench, self._metrics = settings, journal, bench, metrics
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._stopping = asyncio.Event()
+        self._doing = ""
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def run(self) -> None:
+        board = asyncio.create_task(self._show_alive(), name="board")
+        try:
+            while not self._stopping.is_set():
+                try:
+                    job = await self._claim()
+                    if job is not None:
+                        await self._work(job)
+                        continue
+                except StoreUnavailable as error:
+                    log.warning("the journal is away: %s", error)
+                    await self._rest(2.0)
+                except Exception:
+                    log.exception("a pass of the worker failed")
+                    await self._rest(2.0)
+                await self._rest(SETTLE_S)
+        finally:
+            board.cancel()
+
+    # ---- claiming
+    async def _claim(self) -> Job | None:
+        """The oldest job that needs building and that nobody builds; claimed by lease, then by the log's order."""
+        state = await asyncio.to_thread(self._journal.state)
+        if state.frozen:
+            return None
+        for job in sorted(state.jobs.values(), key=lambda job: job.requested_at):
+            if job.state not in (JobState.REQUESTED, JobState.BUILDING) or is_server_side(job) or job.worker.startswith("server "):
+                continue
+            if not await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self.name, LEASE_S):
+                continue
+            attempt = job.attempt + 1
+            data = {"worker": self.name, "attempt": attempt}
+            await asyncio.to_thread(self._journal.append, Event("job.claimed", job.model, "", job.id, data=data))
+            now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+            if now is not None and (now.worker, now.attempt, now.state) == (self.name, attempt, JobState.BUILDING):
+                return now
+            await asyncio.to_thread(self._journal.release, f"job:{job.id}", self.name)
+        return None
+
+    # ---- building
+    async def _work(self, job: Job) -> None:
+        log.info("job %s: %s for %s (attempt %d)", job.id, _tries(job), job.model, job.attempt)
+        self._doing = job.id
+        self._metrics.gauge("hone_worker_busy", value=1)
+        stop = asyncio.Event()
+        watch = asyncio.create_task(self._watch(job, stop), name=f"watch-{job.id}")
+        try:
+            candidates, report = await self._build(job, stop)
+            if stop.is_set() and not self._stopping.is_set():
+                await self._say("job.finished", job, outcome="cancelled", report={"reason": "cancelled", **report})
+            elif not self._stopping.is_set():
+                await self._say("job.built", job, candidates=candidates, report=report)
+        except (HoneError, OSError) as error:
+            await self._say("job.finished", job, outcome="failed", report={"reason": str(error)})
+        finally:
+            watch.cancel()
+            self._doing = ""
+            self._metrics.gauge("hone_worker_busy", value=0)
+            await asyncio.to_thread(self._journal.release, f"job:{job.id}", self.name)
+
+    async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
+        """Candidates of all tries, and what became of each try."""
+        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256)
+        await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
+        candidates: list[str] = []
+        skipped: list[JSON] = []
+        tries: list[JSON] = []
+        for index, recipe in enumerate(job.tries):
+            steps = [dict(step) for step in recipe if step["method"] not in SERVER_SIDE]
+            if not steps or stop.is_set():
+                continue
+            try:
+                version, facts = await self._try(job, piece, index, steps, stop)
+            except TaskFailed as failure:
+                if failure.kind is Failure.CANCELLED:
+                    break
+                said = {"try": [step["method"] for step in recipe], "kind": failure.kind.value, "reason": failure.text}
+                skipped.append(said)
+                log.info("job %s: %s: %s", job.id, "+".join(said["try"]), failure.text)
+                continue
+            candidates.append(version)
+            tries.append({"try": [step["method"] for step in recipe], "version": version, "facts": facts})
+        return candidates, {"built": tries, "skipped": skipped}
+
+    async def _try(self, job: Job, piece: Workpiece, index: int, steps: list[JSON], stop: asyncio.Event) -> tuple[str, JSON]:
+        known = [
+            card
+            for card in await asyncio.to_thread(self._bench.cards.built, job.model)
+            if (card.draft.job, card.draft.try_index) == (job.id, index)
+        ]
+        if known:
+            await self._announce(job, known[0].version, known[0].sha256, known[0].bytes, known[0].draft)
+            return known[0].version, {"published": "by an earlier attempt"}
+        with self._bench.scratch() as folder:
+            request = await asyncio.to_thread(self._request, job, piece, steps, folder)
+            result = await self._task("optimize", request, job, stop)
+            built = folder / "built"
+            await asyncio.to_thread(_collect, Path(str(result["path"])), [str(f) for f in result.get("files", [])], built)
+            inspected = await self._task("inspect", {"path": str(built / "model.onnx"), "rows": "auto"}, job, stop)
+            signature = signature_of(inspected)
+            rows = RowsProof(bool(inspected["rows"]["independent"]), str(inspected["rows"]["reason"]))
+            facts = [dict(fact) for fact in result.get("facts", [])]
+            facts.append({"serving": inspected["serving"], "lossless": all(bool(f.get("lossless")) for f in facts), "method": "inspect"})
+            recipe = tuple(dict(step) for step in result.get("recipe", steps))
+            draft = Draft(
+                job.id, index, job.golden, job.golden_sha256, job.golden, recipe, signature, rows, job.reason, tuple(facts)
+            )  # fmt: skip
+            state = (await asyncio.to_thread(self._journal.state)).models.get(job.model)
+            if state is None or state.golden_sha256 != job.golden_sha256:
+                raise Conflict(f"golden of {job.model!r} changed or the model is gone; nothing is published")
+            taken = [version.version for version in state.built]
+            card = await asyncio.to_thread(self._bench.cards.publish, job.model, built, draft, taken)
+        await self._announce(job, card.version, card.sha256, card.bytes, draft)
+        return card.version, {"facts": facts, "bytes": card.bytes}
+
+    async def _announce(self, job: Job, version: str, sha256: str, size: int, draft: Draft) -> None:
+        data = {
+            "version": version, "parent": draft.parent, "golden_sha256": job.golden_sha256, "recipe": [dict(step) for step in draft.recipe],
+            "sha256": sha256, "bytes": size,
+        }  # fmt: skip
+        await asyncio.to_thread(self._journal.append, Event("version.published", job.model, version, job.id, data=data))
+
+    def _request(self, job: Job, piece: Workpiece, steps: list[JSON], folder: Path) -> JSON:
+        paths = piece.samples.save(folder)
+        source = piece.config.source
+        described: JSON | None = None
+        if source is not None:
+            file, function = self._bench.repository.factory(piece.config) if self._bench.repository.factories else ("", "")
+            weights = piece.golden_path.parent / source.weights
+            described = {"factory": f"{file}:{function}", "weights": str(weights)} if file and weights.is_file() else None
+        origins = {name: getattr(piece.samples, name).origin for name in paths}
+        return {
+            "path": str(piece.golden_path), "task": piece.config.task, "recipe": steps, "samples": paths, "origins": origins,
+            "stacked": piece.samples.calibration.stacked, "source": described, "scratch": str(folder),
+        }  # fmt: skip
+
+    async def _task(self, kind: str, request: Mapping[str, Any], job: Job, stop: asyncio.Event) -> dict[str, Any]:
+        memory = min(self._settings.job_memory_bytes, max(512 << 20, memory_budget().available_bytes))
+        limits = TaskLimits(
+            seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19, scheduler="batch",
+            scratch=str(self._bench.state.scratch),
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+
+        def progress(seen: Progress) -> None:
+            loop.run_in_executor(None, self._post, f"job:{job.id}", asdict(seen), 60.0)
+
+        return await run_task(kind, request, limits, progress, stop)
+
+    # ---- staying known
+    async def _watch(self, job: Job, stop: asyncio.Event) -> None:
+        """Keep the claim while the job is built, and stop it when it is cancelled, superseded or the worker ends."""
+        while not stop.is_set():
+            try:
+                held = await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self.name, LEASE_S)
+                now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+                gone = now is None or now.state is not JobState.BUILDING or now.attempt != job.attempt
+                if not held or gone or (now is not None and now.cancel_asked) or self._stopping.is_set():
+                    stop.set()
+            except StoreUnavailable:
+                log.warning("the journal is away while %s is built", job.id)
+            await asyncio.sleep(1.0)
+
+    async def _show_alive(self) -> None:
+        while True:
+            facts = {"name": self.name, "pid": os.getpid(), "job": self._doing, "methods": _methods()}
+            await asyncio.to_thread(self._post, f"worker:{self.name}", facts, BOARD_S)
+            await asyncio.sleep(RENEW_S)
+
+    def _post(self, key: str, value: JSON, ttl_s: float) -> None:
+        try:
+            self._journal.post(key, value, ttl_s)
+        except StoreUnavailable:
+            log.debug("the board is away")
+
+    async def _say(self, kind: str, job: Job, **data: Any) -> None:
+        event = Event(kind, job.model, "", job.id, f"worker {self.name}", {"attempt": job.attempt, **data})
+        await asyncio.to_thread(self._journal.append, event)
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        except TimeoutError:
+            pass
+
+
+def _collect(path: Path, beside: list[str], folder: Path) -> None:
+    """The built model under its served name, with what lies beside it."""
+    folder.mkdir()
+    shutil.move(path, folder / "model.onnx")
+    for name in beside:
+        source = path.parent / Path(name).name
+        if source.is_file() and source.name != path.name:
+            shutil.move(source, folder / source.name)
+
+
+def _tries(job: Job) -> str:
+    return " | ".join("+".join(str(step["method"]) for step in recipe) for recipe in job.tries)
+
+
+def _methods() -> list[str]:
+    from optimizers.catalogue import catalogue
+
+    return sorted(entry.method for entry in catalogue() if entry.available)
+
+
+def run_worker(settings: Settings) -> int:
+    """Work until a signal; the job in hand is given back. Returns the exit status."""
+    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    state = StateFolder(settings.state).prepare()
+    repository = Repository(settings.repository, settings.allowed_roots, settings.factories)
+    journal = open_journal(settings.journal)
+    metrics = Metrics()
+    metrics.gauge("hone_worker_busy", value=0)
+    worker = Worker(settings, journal, Bench(repository, state, Cards(state)), metrics)
+    asyncio.run(_run(worker, settings, metrics))
+    journal.close()
+    return 0
+
+
+async def _run(worker: Worker, settings: Settings, metrics: Metrics) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, worker.stop)
+    if settings.worker_port:
+        serve_metrics(settings.host, settings.worker_port, metrics)
+    log.info("worker %s waits for jobs", worker.name)
+    await worker.run()

@@ -1,0 +1,281 @@
+"""The only place where all parts meet: makes them from Settings, starts them in order, and ends them in reverse.
+
+`run_server` is `hone serve`. The fork server is started before the event loop, and this process never imports a numerics runtime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.api.admin import Admin
+from app.api.application import Surfaces, build_app
+from app.api.auth import Guard
+from app.api.http_protocol import HttpLimits, LameDuck, protocol_class
+from app.api.offload import Offload
+from app.api.oip import Protocol2
+from app.control.commands import Commands
+from app.control.keeper import JobKeeper
+from app.domain import JSON, Event
+from app.errors import NotAllowed
+from app.operations import ServerOperations
+from app.serving.admission import Admission
+from app.serving.cards import Cards
+from app.serving.fleet import Fleet, Recorder
+from app.serving.forkserver import ForkServer
+from app.serving.ledger import CoreLedger
+from app.serving.loader import Loader
+from app.serving.repository import Repository
+from app.serving.reservoir import Reservoir
+from app.serving.service import InferenceService
+from app.serving.state_folder import StateFolder
+from app.settings import Settings
+from app.store import last_state
+from app.store.open import open_journal
+from app.telemetry.metrics import Metrics
+from app.telemetry.poll import Poller
+from app.telemetry.prometheus import Exporter
+from optimizers.host import cpu_budget, host_class, memory_budget
+from optimizers.task import TaskLimits, run_task
+
+log = logging.getLogger("hone")
+
+
+@dataclass
+class Parts:
+    """Everything that a running server is made of."""
+
+    settings: Settings
+    service: InferenceService
+    fleet: Fleet
+    recorder: Recorder
+    keeper: JobKeeper
+    poller: Poller
+    offload: Offload
+    metrics: Metrics
+    guard: Guard
+    protocol: Protocol2
+    admin: Admin
+    exporter: Exporter
+    lame_duck: LameDuck
+
+
+def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) -> Parts:
+    """Make all parts and connect them; nothing runs yet. Raises the errors of app.errors with the remedy."""
+    cores = settings.cores or cpu_budget().cores
+    memory = settings.memory_bytes or memory_budget().available_bytes
+    host = host_class()
+    state = StateFolder(settings.state).prepare()
+    journal = open_journal(settings.journal)
+    known = last_state.load(settings.state / "last-state.json")
+    if known is not None:
+        journal.recover(known)
+    metrics = Metrics()
+    metrics.replace_gauge("hone_host_info", [((host.key,), 1.0)])
+    metrics.gauge("hone_cores", value=cores)
+    metrics.gauge("hone_server_ready", value=0)
+    service = InferenceService(settings.request_timeout_s, metrics)
+    service.watch(metrics.observe)
+    repository = Repository(settings.repository, settings.allowed_roots, settings.factories)
+    cards = Cards(state)
+    recorder = Recorder(journal, metrics)
+    commands = Commands(journal, host.key)
+
+    async def look(kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        limits = TaskLimits(
+            seconds=300,
+            threads=1,
+            memory_bytes=min(memory, settings.job_memory_bytes),
+            nice=5,
+            scheduler="other",
+            scratch=str(state.scratch),
+        )
+        return await run_task(kind, request, limits)
+
+    def died(model: str, version: str, reason: str, pid: int, hashes: tuple[str, ...]) -> None:
+        metrics.count("hone_runner_deaths", model, version, _short(reason))
+        recorder(Event("runner.died", model, version, data={"reason": reason, "pid": pid, "requests": len(hashes)}))
+
+    admission = Admission(repository, state, cards, host.key, cores, look)
+    loader = Loader(forkserver, CoreLedger(cores), metrics, host.key, memory, died)
+    fleet = Fleet(
+        service, repository, admission, loader, journal, recorder, metrics,
+        lambda name, config: Reservoir(state.captured(name), config.capture), settings.poll_s,
+        lambda folded: last_state.save(settings.state / "last-state.json", folded),
+    )  # fmt: skip
+    keeper = JobKeeper(journal, commands, repository, state, cards, host.key, cores, settings, metrics, loader.replica)
+    facts: JSON = {
+        "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "repository": str(settings.repository),
+        "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
+    }  # fmt: skip
+    operations = ServerOperations(settings, service, fleet, admission, commands, journal, repository, state, cards, facts)
+    guard = Guard.from_settings(settings)
+    offload = Offload(multiprocessing.get_context("forkserver"), settings.max_body_bytes, settings.body_budget_bytes)
+
+    def ready() -> tuple[bool, str]:
+        if lame_duck.closing:
+            return False, "the server is shutting down"
+        if not fleet.ready:
+            return False, "the server is starting: its models are being loaded"
+        return True, fleet.store_error and f"the journal is away, change pauses: {fleet.store_error}"
+
+    protocol = Protocol2(service, metrics, operations, guard, ready, settings.metrics, settings.allow_file_parameters)
+    exporter = Exporter(metrics, service.loaded_keys)
+    recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
+    poller = Poller(service, metrics)
+    return Parts(
+        settings, service, fleet, recorder, keeper, poller, offload, metrics, guard, protocol, Admin(operations, guard), exporter, lame_duck
+    )  # fmt: skip
+
+
+def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> Any:
+    """The ASGI application of one port; the one that owns the lifespan starts and ends the server's tasks."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [
+            asyncio.create_task(parts.recorder.run(), name="recorder"),
+            asyncio.create_task(parts.fleet.run(), name="fleet"),
+            asyncio.create_task(parts.keeper.run(), name="job-keeper"),
+            asyncio.create_task(parts.poller.run(), name="poller"),
+        ]
+        for task in tasks:
+            task.add_done_callback(_report_death)
+        try:
+            yield
+        finally:
+            for task in tasks[1:]:
+                task.cancel()
+            await asyncio.gather(*tasks[1:], return_exceptions=True)
+            await parts.fleet.close()
+            await parts.recorder.flush(2.0)
+            tasks[0].cancel()
+            await parts.offload.close()
+
+    return build_app(
+        surfaces, parts.service, parts.offload, parts.protocol, parts.admin, parts.guard, parts.exporter, parts.settings.metrics,
+        parts.settings.show_internals, lifespan if owns_lifespan else None,
+    )  # fmt: skip
+
+
+def _report_death(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("task %s ended: the server goes on serving, but not changing", task.get_name(), exc_info=task.exception())
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a lame duck: on the first signal not ready at once, still accepting for a while; on the second it ends now."""
+
+    def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
+        super().__init__(config)
+        self._parts = parts
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        duck = self._parts.lame_duck
+        if duck.closing or self.should_exit:
+            self.force_exit = sig == signal.SIGINT
+            self.should_exit = True
+            return
+        duck.closing = True
+        self._parts.metrics.gauge("hone_server_ready", value=0)
+        self._captured_signals.append(sig)
+        asyncio.get_running_loop().call_later(self._parts.settings.lame_duck_s, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+def run_server(settings: Settings) -> int:
+    """Serve until a signal. Returns the exit status; raises HoneError with the remedy when it cannot start."""
+    _log_to_stderr(settings.log_level)
+    sockets = [_listen(settings.host, settings.port)]
+    if settings.admin_port:
+        sockets.append(_listen(settings.admin_host or settings.host, settings.admin_port))
+    forkserver = ForkServer()
+    forkserver.start()
+    try:
+        lame_duck = LameDuck()
+        parts = assemble(settings, forkserver, lame_duck)
+        _announce(settings, sockets)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(_serve(parts, sockets))
+    finally:
+        forkserver.close()
+    return 0
+
+
+async def _serve(parts: Parts, sockets: list[socket.socket]) -> None:
+    settings = parts.settings
+    limits = HttpLimits(settings.max_header_bytes, header_timeout_s=settings.header_timeout_s, body_timeout_s=settings.body_timeout_s)
+
+    def config(app: Any) -> uvicorn.Config:
+        return uvicorn.Config(
+            app, http=protocol_class(limits, parts.lame_duck), ws="none", lifespan="on", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False, timeout_keep_alive=75, timeout_graceful_shutdown=max(1, int(settings.grace_s)), backlog=2048,
+        )  # fmt: skip
+
+    apart = len(sockets) > 1
+    main = Server(config(create_app(parts, Surfaces(admin=not apart))), parts)
+    if not apart:
+        await main.serve(sockets=sockets)
+        return
+    admin = uvicorn.Server(config(create_app(parts, Surfaces(inference=False), owns_lifespan=False)))
+    admin.config.lifespan = "off"
+    side = asyncio.create_task(admin._serve(sockets[1:]), name="admin-port")
+    await main.serve(sockets=sockets[:1])
+    admin.should_exit = True
+    await side
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, or NotAllowed with the remedy: a port in use must not be found out after models were loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise NotAllowed(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port or HONE_PORT") from None
+    listener.listen(2048)
+    listener.set_inheritable(True)
+    return listener
+
+
+def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
+    host, port = sockets[0].getsockname()[:2]
+    log.info("serving %s on http://%s:%d (docs at /docs)", settings.repository, host, port)
+    if len(sockets) > 1:
+        log.info("admin side on http://%s:%d", *sockets[1].getsockname()[:2])
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def _loop_factory() -> Any:
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def _short(reason: str) -> str:
+    """A reason as a label: few values."""
+    text = reason.lower()
+    for word, label in (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("sigkill", "killed"), ("sig", "crashed")):
+        if word in text:
+            return label
+    return "ended"

@@ -1,0 +1,408 @@
+"""The admin side's operations on a running server: reads what fleet, journal and cards know, and turns requests into commands.
+
+It speaks JSON-able facts; HTTP is app.api.admin's, decisions are app.control.commands', files are the repository's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+
+from optimizers.catalogue import parse_recipe
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+
+from app import __version__
+from app.control.commands import Commands
+from app.control.planner import default_tries
+from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
+from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
+from app.serving.admission import Admission
+from app.serving.cards import BuiltCard, Card, Cards, Proof
+from app.serving.deploy import deploy, remove
+from app.serving.fleet import Fleet
+from app.serving.repository import FoundModel, Repository
+from app.serving.service import InferenceService
+from app.serving.slot import Loaded, Slot
+from app.serving.state_folder import StateFolder
+from app.serving.uploads import stage_upload
+from app.settings import Settings
+from app.store.base import Journal
+from app.store.codec import settings_from_json
+from optimizers.base import NotApplicable
+
+LOAD_WAIT_S: Final = 120.0
+"""How long a load call waits for the model to answer; loading goes on after that."""
+
+
+class ServerOperations:
+    """Everything that a person may see or ask for. Blocking work runs in threads."""
+
+    def __init__(
+        self, settings: Settings, service: InferenceService, fleet: Fleet, admission: Admission, commands: Commands, journal: Journal,
+        repository: Repository, state: StateFolder, cards: Cards, host: JSON,
+    ) -> None:  # fmt: skip
+        self._settings, self._service, self._fleet, self._admission = settings, service, fleet, admission
+        self._commands, self._journal, self._repository, self._state, self._cards = commands, journal, repository, state, cards
+        self._host = host
+        self._started = monotonic()
+
+    # ---- reading
+    def status(self) -> JSON:
+        workers = [value for key, value in self._fleet.board.items() if key.startswith("worker:")]
+        return {
+            "version": __version__,
+            "ready": self._fleet.ready,
+            "uptime_s": round(monotonic() - self._started, 1),
+            "host": self._host,
+            "frozen": self._fleet.state.frozen,
+            "frozen_because": self._fleet.state.frozen_because,
+            "store_error": self._fleet.store_error,
+            "repository_error": self._fleet.repository_error,
+            "warnings": self._fleet.warnings,
+            "workers": workers,
+            "models": self.models(),
+            "jobs": self.jobs("", True),
+        }
+
+    def models(self) -> list[JSON]:
+        return [self._model(slot) for slot in sorted(self._service.slots.values(), key=lambda slot: slot.name)]
+
+    def model(self, name: str) -> JSON:
+        slot = self._service.slot(name)
+        return self._model(slot) | {
+            "objective": slot.config.objective.model_dump(exclude_none=True),
+            "description": slot.config.description,
+            "jobs": self.jobs(name, False)[:20],
+        }
+
+    async def versions(self, name: str) -> list[JSON]:
+        """Lineage: golden first, then what was built from it, each with fidelity and speed as proven on this class of host."""
+        slot = self._service.slot(name)
+        want = self._fleet.state.models.get(name)
+        if want is None:
+            return []
+        return await asyncio.to_thread(self._lineage, slot, want)
+
+    def jobs(self, model: str, open_only: bool) -> list[JSON]:
+        jobs = sorted(self._fleet.state.jobs.values(), key=lambda job: job.requested_at, reverse=True)
+        chosen = [j for j in jobs if model in ("", j.model) and not (open_only and j.state is JobState.FINISHED)]
+        return [self._job(job) for job in chosen]
+
+    def job(self, identity: str) -> JSON:
+        job = self._fleet.state.jobs.get(identity)
+        if job is None:
+            raise NotFound(f"no job {identity!r}; GET /admin/jobs lists them")
+        return self._job(job) | {"report": job.report}
+
+    async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[JSON]:
+        events = await asyncio.to_thread(self._journal.read, after, limit, model, newest_first)
+        return [asdict(event) for event in events]
+
+    async def wait_for_events(self, after: int, timeout_s: float) -> None:
+        await asyncio.to_thread(self._journal.wait, after, timeout_s)
+
+    # ---- changing
+    async def optimize(
+        self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
+    ) -> JSON:  # fmt: skip
+        slot = self._service.slot(name)
+        wanted = tries if tries is not None else default_tries(slot.config)
+        try:
+            steps = [[config.to_json() for config in parse_recipe(list(recipe))] for recipe in wanted]
+        except (ValueError, NotApplicable) as error:
+            raise InvalidRequest(str(error)) from None
+        allowed = slot.config.allow
+        for step in (step for recipe in steps for step in recipe):
+            if allowed is not None and step["method"] not in allowed:
+                raise NotAllowed(f"model.yaml of {name!r} allows {', '.join(allowed)}; {step['method']} is not among them")
+        if target:
+            steps = [
+                [{**step, "target": target} if index == len(recipe) - 1 else step for index, step in enumerate(recipe)] for recipe in steps
+            ]
+        job = await self._do(self._commands.optimize, name, steps, reason, promote, actor)
+        return self._job(job)
+
+    async def verify(self, name: str, version: str | None, reason: str, actor: str) -> JSON:
+        model = await asyncio.to_thread(self._commands.model, name)
+        chosen = version or model.desired
+        if chosen != model.golden:
+            await asyncio.to_thread(self._commands.built, model, chosen)
+        job = await self._do(self._commands.optimize, name, [[{"method": "verify", "version": chosen}]], reason, "manual", actor)
+        return self._job(job)
+
+    async def promote(self, name: str, version: str, reason: str, force: bool, actor: str) -> JSON:
+        event = await self._do(self._commands.promote, name, version, actor, reason, force)
+        return await self._reached(name, event)
+
+    async def rollback(self, name: str, reason: str, actor: str) -> JSON:
+        event = await self._do(self._commands.rollback, name, actor, reason)
+        return await self._reached(name, event)
+
+    async def settings(self, name: str, changes: Mapping[str, int], reason: str, actor: str) -> JSON:
+        loaded = self._service.loaded(name, None)
+        settings = settings_from_json({**asdict(loaded.settings), **changes})
+        self._check_settings(loaded, settings)
+        event = await self._do(self._commands.change_settings, name, settings, actor, reason, loaded.settings)
+        return await self._reached(name, event)
+
+    async def set_mode(self, name: str, mode: Mode, actor: str) -> JSON:
+        await self._do(self._commands.set_mode, name, mode, actor)
+        return {"model": name, "mode": mode.value}
+
+    async def freeze(self, frozen: bool, actor: str) -> JSON:
+        await self._do(self._commands.freeze, frozen, actor)
+        return {"frozen": frozen}
+
+    async def cancel(self, identity: str, actor: str) -> JSON:
+        return self._job(await self._do(self._commands.cancel, identity, actor))
+
+    async def clear_capture(self, name: str, actor: str) -> JSON:
+        slot = self._service.slot(name)
+        return {"model": name, "deleted": await asyncio.to_thread(slot.reservoir.clear)}
+
+    async def remove_version(self, name: str, version: str, actor: str) -> JSON:
+        await self._do(self._commands.forget_version, name, version, actor)
+        await self._fleet.settle(name, lambda slot: version not in slot.versions, 30.0)
+        await asyncio.to_thread(self._cards.remove_weights, name, version)
+        return {"model": name, "version": version, "removed": True}
+
+    async def remove_model(self, name: str, actor: str) -> JSON:
+        await asyncio.to_thread(remove, self._repository, name)
+        await self._do(self._commands.forget_model, name, actor)
+        self._fleet.poke(scan=True)
+        await asyncio.to_thread(self._cards.remove_model, name)
+        return {"model": name, "removed": True}
+
+    async def load_version(self, name: str, version: str, actor: str) -> JSON:
+        loaded = await self._fleet.reconciler(name).load_version(version)
+        return _loaded(loaded)
+
+    async def upload(self, request: Request, actor: str) -> JSON:
+        """Receive a model as a form, check it fully in a task child, and only then put it into the repository."""
+        if not self._settings.allow_uploads:
+            raise NotAllowed("uploads are switched off here (HONE_ALLOW_UPLOADS=false); put the model into the repository folder")
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._settings.max_upload_bytes:
+            raise PayloadTooLarge(
+                f"the upload has {length} bytes; at most {self._settings.max_upload_bytes} are taken (HONE_MAX_UPLOAD_BYTES)"
+            )
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, "", "upload-", self._state.staging))
+        try:
+            name, files = await self._received(request, folder)
+            return await self.deploy_files(name, files, actor)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    async def deploy_files(self, name: str, files: Mapping[str, Path], actor: str) -> JSON:
+        with await asyncio.to_thread(stage_upload, self._state, files, self._repository) as staged:
+            data_files = staged.data_files
+            if staged.model.suffix == ".onnx":
+                report = await self._admission.inspect({"path": str(staged.model), "rows": "auto"})
+                data_files = tuple(file for file in report["files"] if file != staged.model.name)
+            known = self._fleet.state.models.get(name)
+            taken = [known.golden] if known is not None else []
+            found = await asyncio.to_thread(deploy, self._repository, staged.model, name, staged.config, data_files, taken)
+        return await self.serve_found(found)
+
+    async def serve_found(self, found: FoundModel) -> JSON:
+        """Wait, bounded, until the newest version of `found` answers, and say how it went."""
+        number = found.versions[-1].number
+        self._fleet.poke(scan=True)
+        ready = await self._fleet.settle(
+            found.name, lambda slot: number in slot.versions or number in slot.failed, LOAD_WAIT_S
+        )  # fmt: skip
+        slot = self._service.slots.get(found.name)
+        if slot is not None and number in slot.failed:
+            raise ModelRejected(f"{found.name}:{number} is in the repository but does not load: {slot.failed[number]}")
+        return {"model": found.name, "version": number, "ready": ready, "notes": list(found.notes)}
+
+    # ---- the protocol's repository extension
+    async def load(self, model: str, files: Mapping[str, bytes], actor: str) -> None:
+        if files:
+            await self._load_files(model, files, actor)
+        await self._fleet.rescan()
+        if model not in self._fleet.state.models:
+            broken = self._service.slots.get(model)
+            if broken is not None:
+                raise ModelRejected(f"model {model!r} does not load: {broken.reason}")
+            raise NotFound(f"no model {model!r} in the repository; put it into {model}/1/model.onnx, or upload it with POST /admin/models")
+        await self._do(self._commands.set_loaded, model, True, actor)
+        await self._fleet.settle(model, lambda slot: slot.active is not None or bool(slot.failed), LOAD_WAIT_S)
+        slot = self._service.slot(model)
+        if slot.active is None:
+            raise NotReady(f"model {model!r} is not ready: {slot.reason}")
+
+    async def unload(self, model: str, actor: str) -> None:
+        self._service.slot(model)
+        await self._do(self._commands.set_loaded, model, False, actor)
+        await self._fleet.settle(model, lambda slot: slot.unloaded and not slot.versions, 60.0)
+
+    async def _load_files(self, model: str, files: Mapping[str, bytes], actor: str) -> None:
+        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, "", "upload-", self._state.staging))
+        try:
+            paths = {}
+            for number, (name, content) in enumerate(files.items()):
+                plain = name.rpartition("/")[2]
+                path = folder / f"{number}.part"
+                await asyncio.to_thread(path.write_bytes, content)
+                paths[plain] = path
+            await self.deploy_files(model, paths, actor)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    # ---- inside
+    async def _do(self, command: Any, *arguments: Any) -> Any:
+        """Run one blocking command, then let the fleet look at what it changed."""
+        result = await asyncio.to_thread(command, *arguments)
+        await self._fleet.refresh()
+        self._fleet.poke()
+        return result
+
+    async def _reached(self, name: str, event: Event) -> JSON:
+        """Wait, bounded, until the active version is the one now desired."""
+        want = self._fleet.state.models.get(name)
+        version, number = (want.desired, want.generation.n) if want is not None else (event.version, 0)
+
+        def done(slot: Slot) -> bool:
+            active = slot.active
+            there = active is not None and active.version == version and active.generation >= number
+            return there or version in slot.failed
+
+        await self._fleet.settle(name, done, LOAD_WAIT_S)
+        slot = self._service.slot(name)
+        if version in slot.failed and (slot.active is None or slot.active.version != version):
+            active = slot.active.version if slot.active else "none"
+            raise Conflict(f"version {version} of {name!r} does not load: {slot.failed[version]}; version {active} goes on answering")
+        return self._model(slot)
+
+    async def _received(self, request: Request, folder: Path) -> tuple[str, dict[str, Path]]:
+        """Name and files of an upload form, each file written under a name of ours."""
+        form = await request.form(max_files=64, max_fields=16, max_part_size=1 << 20)
+        try:
+            name = form.get("name")
+            files: dict[str, Path] = {}
+            for number, (field, value) in enumerate(form.multi_items()):
+                if not isinstance(value, UploadFile):
+                    continue
+                path = folder / f"{number}.part"
+                with path.open("wb") as target:
+                    while block := await value.read(1 << 20):
+                        await asyncio.to_thread(target.write, block)
+                given = value.filename or field
+                files[field if field.endswith((".onnx", ".yaml", ".data", ".safetensors")) else given] = path
+        finally:
+            await form.close()
+        if not isinstance(name, str) or not name:
+            raise InvalidRequest("the form needs a field `name`: the name of the model, such as -F name=resnet")
+        return name, files
+
+    def _check_settings(self, loaded: Loaded, settings: RuntimeSettings) -> None:
+        cores = int(self._host["cores"])
+        if settings.intra_op_threads > cores:
+            raise InvalidRequest(f"intra_op_threads is {settings.intra_op_threads}; this server has {cores} cores")
+        most = max(2 * cores, 4)
+        if settings.instances > most:
+            raise InvalidRequest(f"instances is {settings.instances}; at most {most} make sense with {cores} cores")
+        if settings.batch_limit > 1 and not loaded.admitted.signature.batchable:
+            raise InvalidRequest(
+                f"batch_limit is {settings.batch_limit}, but this model is served unbatched: {loaded.admitted.signature.rows_reason}"
+            )
+
+    def _model(self, slot: Slot) -> JSON:
+        want = self._fleet.state.models.get(slot.name)
+        active = slot.active
+        state = "unloaded" if slot.unloaded else "ready" if slot.ready else "loading" if slot.loading else "unavailable"
+        return {
+            "name": slot.name,
+            "state": state,
+            "reason": "" if state == "ready" else slot.reason,
+            "task": slot.config.task,
+            "mode": (want.mode if want is not None and want.mode is not None else slot.config.mode).value,
+            "golden": slot.golden,
+            "desired": slot.desired,
+            "active": active.version if active else "",
+            "previous": want.previous if want is not None else "",
+            "generation": active.generation if active else 0,
+            "settings": asdict(active.settings) if active else {},
+            "loaded": [_loaded(loaded) for loaded in slot.versions.values()],
+            "failed": dict(slot.failed),
+            "captured": len(slot.reservoir),
+            "last_event": want.last_event if want is not None else 0,
+        }
+
+    def _job(self, job: Job) -> JSON:
+        said = asdict(job)
+        del said["report"]
+        progress = self._fleet.board.get(f"job:{job.id}")
+        return said | {"state": job.state.value, "progress": progress if job.state is not JobState.FINISHED else None}
+
+    def _lineage(self, slot: Slot, want: ModelState) -> list[JSON]:
+        cards: list[Card] = []
+        golden = self._cards.golden(want.name, want.golden)
+        if golden is not None:
+            cards.append(golden)
+        cards += self._cards.built(want.name)
+        return [self._version(slot, want, card) for card in cards]
+
+    def _version(self, slot: Slot, want: ModelState, card: Card) -> JSON:
+        proof = self._cards.proof(card, want.golden_sha256, str(self._host["host_class"]))
+        state, reason = slot.state_of(card.version)
+        built = isinstance(card, BuiltCard)
+        known = next((b for b in want.built if b.version == card.version), None)
+        return {
+            "version": card.version,
+            "golden": not built,
+            "parent": card.draft.parent if isinstance(card, BuiltCard) else "",
+            "recipe": [step.get("method") for step in card.draft.recipe] if isinstance(card, BuiltCard) else [],
+            "why": card.draft.why if isinstance(card, BuiltCard) else "deployed",
+            "job": card.draft.job if isinstance(card, BuiltCard) else "",
+            "bytes": card.bytes,
+            "sha256": card.sha256,
+            "state": "REMOVED" if known is not None and known.removed else state.value,
+            "reason": reason,
+            "active": slot.active is not None and slot.active.version == card.version,
+            "stale": isinstance(card, BuiltCard) and card.draft.golden_sha256 != want.golden_sha256,
+            "batching": card.rows.reason,
+            "proof": _proof(proof),
+            "proven_on": [p.host_class for p in self._cards.proofs(card, want.golden_sha256)],
+        }
+
+
+def _loaded(loaded: Loaded) -> JSON:
+    engine = loaded.engine
+    return {
+        "version": loaded.version,
+        "state": loaded.state.value,
+        "generation": loaded.generation,
+        "alive": engine.alive,
+        "queued": engine.queued,
+        "inflight": engine.inflight,
+        "memory_bytes": loaded.memory_bytes,
+        "load_s": round(loaded.took_s, 3),
+        "pinned": loaded.pinned,
+        "notes": list(loaded.notes),
+        "batching": loaded.admitted.signature.batchable,
+        "proven": loaded.admitted.proof is not None,
+    }
+
+
+def _proof(proof: Proof | None) -> JSON | None:
+    if proof is None:
+        return None
+    return {
+        "host_class": proof.host_class,
+        "verdict": proof.verdict.value,
+        "summary": proof.summary,
+        "fidelity": proof.fidelity,
+        "latency": proof.latency,
+        "settings": asdict(proof.settings) if proof.settings else None,
+        "quietness": proof.quietness,
+        "measured_at": proof.measured_at,
+    }

@@ -1,0 +1,265 @@
+"""Before a version may be loaded: its files are hashed, its card is read or made, and what is known of it on this class of host is gathered.
+
+Heavy looks (inspecting a file, computing golden's outputs) happen in task children. It loads nothing into the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from app.domain import JSON, ModelState, RuntimeSettings, Signature, TensorSpec
+from app.errors import HoneError, InsufficientStorage, ModelRejected, NotFound, NotReady
+from app.serving.cards import BuiltCard, Card, Cards, GoldenCard, Proof, RowsProof, card_files
+from app.serving.model_config import ModelConfig
+from app.serving.model_files import ModelFile
+from app.serving.processing import Processor
+from app.serving.repository import FoundModel, FoundVersion, Repository
+from app.serving.sample_sources import SampleReader
+from app.serving.samples import Reference, References, reference_inputs
+from app.serving.state_folder import StateFolder
+from optimizers.task import Failure, TaskFailed
+
+log = logging.getLogger("hone.serving")
+RunTask = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+DEFAULT_BATCH_LIMIT: Final = 16
+DEFAULT_QUEUE_LIMIT: Final = 512
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A version that may be loaded, and how. `proof` is this host class's, if there is one; `check` says what must agree before it serves."""
+
+    model: str
+    version: str
+    kind: str
+    path: Path
+    factory: str
+    signature: Signature
+    sha256: str
+    golden_sha256: str
+    settings: RuntimeSettings
+    card: Card
+    proof: Proof | None
+    reference: Reference | None
+    optimizer: str = ""
+    precision: str = ""
+
+    @property
+    def is_golden(self) -> bool:
+        return isinstance(self.card, GoldenCard)
+
+
+class Admission:
+    """Knows repository, cards and references of this server, and its host class."""
+
+    def __init__(
+        self, repository: Repository, state: StateFolder, cards: Cards, host_class: str, cores: int, run_task: RunTask
+    ) -> None:  # fmt: skip
+        self._repository, self._state, self._cards = repository, state, cards
+        self._host_class, self._cores, self._run_task = host_class, cores, run_task
+
+    async def admit(self, found: FoundModel, want: ModelState, version: str) -> Admitted:
+        """Raises ModelRejected, NotFound, NotReady or InsufficientStorage with the reason and remedy."""
+        number = next((v for v in found.versions if v.number == version), None)
+        if number is not None:
+            return await self._golden(found, number)
+        return await self._built(found, want, version)
+
+    async def processor(self, found: FoundModel, admitted: Admitted) -> Processor:
+        config = found.config or ModelConfig()
+        return await asyncio.to_thread(
+            Processor, admitted.signature, config.preprocess, config.postprocess, found.folder, config.task
+        )  # fmt: skip
+
+    async def freeze_reference(self, found: FoundModel, admitted: Admitted) -> Reference:
+        """Golden's reference: samples frozen at the first deploy with what golden, unoptimized, answers. Made once, then only read."""
+        references = References(self._state.reference(found.name))
+        meta = await asyncio.to_thread(references.meta)
+        if meta is not None and meta.golden_sha256 != admitted.golden_sha256:
+            await asyncio.to_thread(references.retire)
+        known = await asyncio.to_thread(references.load)
+        if known is not None:
+            return known
+        config = found.config or ModelConfig()
+        reader = await self.sample_reader(found, admitted)
+        samples = await asyncio.to_thread(reference_inputs, config.samples, reader)
+        folder = await asyncio.to_thread(self._scratch, found.name)
+        try:
+            await asyncio.to_thread(samples.save, folder / "samples.npz")
+            outputs = await self._golden_outputs(admitted, folder, samples.stacked)
+            return await asyncio.to_thread(references.freeze, samples, outputs, admitted.golden_sha256, self._host_class)
+        finally:
+            await asyncio.to_thread(_remove, folder)
+
+    async def sample_reader(self, found: FoundModel, admitted: Admitted) -> SampleReader:
+        processor = await self.processor(found, admitted)
+        return SampleReader(
+            found.folder, admitted.signature, self._repository.policy, self._state.captured(found.name), processor, self._repository.factories
+        )  # fmt: skip
+
+    # ---- golden
+    async def _golden(self, found: FoundModel, version: FoundVersion) -> Admitted:
+        if version.error or version.path is None:
+            raise ModelRejected(version.error or f"{version.folder} holds no model")
+        sha256 = await asyncio.to_thread(self._repository.sha256, version)
+        config = found.config or ModelConfig()
+        card = await asyncio.to_thread(self._cards.golden, found.name, version.number)
+        if card is None or card.sha256 != sha256:
+            card = await self._inspected(found, version, sha256, config)
+        rows = rows_by_word(card.rows, card.signature, config)
+        proof = await asyncio.to_thread(self._cards.proof, card, sha256, self._host_class)
+        reference = await asyncio.to_thread(self._reference, found.name, sha256)
+        factory = ""
+        if version.kind == "torch":
+            file, function = self._repository.factory(config)
+            factory = f"{file}:{function}"
+        return Admitted(
+            found.name, version.number, version.kind, version.path, factory, _with_rows(card.signature, rows), sha256, sha256,
+            self._settings(config, rows, card.facts.get("serving") or {}, proof), card, proof, reference,
+            precision=str(card.facts.get("quantized") or "") and "int8",
+        )  # fmt: skip
+
+    async def _inspected(self, found: FoundModel, version: FoundVersion, sha256: str, config: ModelConfig) -> GoldenCard:
+        assert version.path is not None
+        if version.kind == "torch":
+            assert config.source is not None
+            facts: JSON = {"serving": {}}
+            signature = config.source.signature()
+            rows = RowsProof(False, "rows of a PyTorch model are batched where model.yaml states batching: {rows: independent}")
+        else:
+            request = {
+                "path": str(version.path),
+                "rows": "auto",
+                "link_roots": [str(root) for root in (self._repository.root, *self._repository.allowed_roots)],
+            }
+            facts = await self.inspect(request)
+            signature = signature_of(facts)
+            rows = RowsProof(bool(facts["rows"]["independent"]), str(facts["rows"]["reason"]), bool(facts["rows"].get("stated", False)))
+        files = await asyncio.to_thread(self._card_files, version.files)
+        card = GoldenCard(found.name, version.number, sha256, files, signature, rows, version.kind, facts=facts)
+        return await asyncio.to_thread(self._cards.write_golden, card)
+
+    async def inspect(self, request: Mapping[str, Any]) -> JSON:
+        """The full check of an ONNX file in a task child. Raises ModelRejected."""
+        try:
+            return await self._run_task("inspect", request)
+        except TaskFailed as failure:
+            text = failure.text.strip() or failure.kind.value
+            if failure.kind is Failure.OUT_OF_MEMORY:
+                raise InsufficientStorage(f"the model takes more memory than it may: {text}") from None
+            raise ModelRejected(text) from None
+
+    async def _golden_outputs(self, admitted: Admitted, folder: Path, stacked: bool) -> dict[str, Any]:
+        from optimizers.samples import read_npz
+
+        request = {
+            "path": str(admitted.path),
+            "samples": str(folder / "samples.npz"),
+            "outputs": str(folder / "outputs.npz"),
+            "stacked": stacked,
+        }
+        try:
+            await self._run_task("golden", request)
+        except TaskFailed as failure:
+            raise NotReady(f"golden's outputs on the reference samples could not be computed: {failure.text}") from None
+        return await asyncio.to_thread(read_npz, folder / "outputs.npz")
+
+    def _card_files(self, files: tuple[ModelFile, ...]) -> Any:
+        return card_files(files, self._repository.hashes)
+
+    def _reference(self, model: str, golden_sha256: str) -> Reference | None:
+        """The frozen reference, where it belongs to this golden; a damaged one is told of and not used."""
+        try:
+            reference = References(self._state.reference(model)).load()
+        except HoneError as error:
+            log.warning("model %s: %s", model, error)
+            return None
+        return reference if reference is not None and reference.meta.golden_sha256 == golden_sha256 else None
+
+    def _scratch(self, model: str) -> Path:
+        import tempfile
+
+        self._state.scratch.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"reference-{model}-", dir=self._state.scratch))
+
+    # ---- built versions
+    async def _built(self, found: FoundModel, want: ModelState, version: str) -> Admitted:
+        card = await asyncio.to_thread(self._cards.card, found.name, version)
+        if not isinstance(card, BuiltCard):
+            raise NotFound(f"version {version} of {found.name!r} is no longer in the repository")
+        if card.draft.golden_sha256 != want.golden_sha256:
+            raise ModelRejected(
+                f"version {version} of {found.name!r} was built from another golden; build it again: hone optimize {found.name}"
+            )
+        await asyncio.to_thread(self._cards.verify, card)
+        config = found.config or ModelConfig()
+        proof = await asyncio.to_thread(self._cards.proof, card, want.golden_sha256, self._host_class)
+        reference = await asyncio.to_thread(self._reference, found.name, want.golden_sha256)
+        methods = "+".join(str(step.get("method", "")) for step in card.draft.recipe)
+        serving = dict(next((fact["serving"] for fact in reversed(card.draft.facts) if "serving" in fact), {}))
+        return Admitted(
+            found.name, version, card.kind, self._cards.path(card), "", _with_rows(card.signature, card.rows), card.sha256,
+            want.golden_sha256, self._settings(config, card.rows, serving, proof), card, proof, reference, methods,
+            "int8" if "int8" in methods else "",
+        )  # fmt: skip
+
+    # ---- settings
+    def _settings(self, config: ModelConfig, rows: RowsProof, serving: JSON, proof: Proof | None) -> RuntimeSettings:
+        """What model.yaml fixes, else what was measured on this class of host, else careful defaults."""
+        given = config.runtime
+        base = proof.settings if proof is not None and proof.settings is not None else self.defaults(config)
+        options = tuple(sorted((str(k), str(v)) for k, v in serving.get("session_options", ())))
+        settings = replace(
+            base,
+            intra_op_threads=min(given.threads or base.intra_op_threads, max(1, self._cores)),
+            instances=given.instances or base.instances,
+            queue_limit=given.queue_limit or base.queue_limit,
+            spin_duration_us=base.spin_duration_us if given.spin_us is None else given.spin_us,
+            batch_limit=(config.batching.limit or base.batch_limit) if rows.independent else 1,
+        )
+        if serving.get("graph_level") and not (proof is not None and proof.settings is not None):
+            settings = replace(settings, graph_level=str(serving["graph_level"]), session_options=options)
+        return settings
+
+    def defaults(self, config: ModelConfig) -> RuntimeSettings:
+        """Before anything was measured here: all cores for one call where latency counts, one core a call where throughput does."""
+        if config.tune_for == "throughput":
+            return RuntimeSettings(1, max(1, self._cores), DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT)
+        return RuntimeSettings(max(1, self._cores), 1, DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT)
+
+
+def signature_of(report: Mapping[str, Any]) -> Signature:
+    """The Signature in an inspection's report."""
+
+    def specs(entries: list[JSON]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(e["name"], e["datatype"], tuple(e["shape"]), bool(e.get("optional", False))) for e in entries)
+
+    rows = report["rows"]
+    return Signature(specs(report["inputs"]), specs(report["outputs"]), bool(rows["independent"]), str(rows["reason"]))
+
+
+def _with_rows(signature: Signature, rows: RowsProof) -> Signature:
+    return replace(signature, batchable=rows.independent, rows_reason=rows.reason)
+
+
+def rows_by_word(proven: RowsProof, signature: Signature, config: ModelConfig) -> RowsProof:
+    """The owner's word in model.yaml wins over what was measured, but not over shapes that cannot be joined."""
+    stated = config.batching.rows
+    if stated == "auto":
+        return proven
+    if stated == "dependent":
+        return RowsProof(False, "stated by the owner in model.yaml (rows: dependent)", True)
+    if not all(spec.shape and spec.shape[0] == -1 for spec in (*signature.inputs, *signature.outputs)):
+        return proven
+    return RowsProof(True, "stated by the owner in model.yaml (rows: independent)", True)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

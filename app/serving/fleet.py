@@ -1,0 +1,253 @@
+"""All models of this server: finds them in the repository, tells the journal what is new, and gives each its own reconciler.
+
+It holds the last known state, so that serving goes on when the journal is away; then nothing changes until it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from time import monotonic
+
+from app.domain import JSON, Event, State
+from app.errors import HoneError, NotFound
+from app.serving.admission import Admission
+from app.serving.loader import Loader
+from app.serving.model_config import ModelConfig
+from app.serving.reconcile import ModelReconciler
+from app.serving.repository import FoundModel, Repository
+from app.serving.reservoir import Reservoir
+from app.serving.service import InferenceService
+from app.serving.slot import Slot
+from app.store.base import Journal, StoreUnavailable
+from app.telemetry.metrics import Metrics
+
+log = logging.getLogger("hone.serving")
+WATCH_S = 2.0
+
+
+class Recorder:
+    """Writes events in order, off the event loop; while the store is away they wait, bounded, and the newest win."""
+
+    def __init__(self, journal: Journal, metrics: Metrics) -> None:
+        self._journal, self._metrics = journal, metrics
+        self._waiting: asyncio.Queue[Event] = asyncio.Queue(1000)
+        self._pool = ThreadPoolExecutor(1, "journal-writer")
+
+    def __call__(self, event: Event) -> None:
+        if self._waiting.full():
+            self._waiting.get_nowait()
+            self._metrics.count("hone_store_errors", "dropped")
+        self._waiting.put_nowait(event)
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            event = await self._waiting.get()
+            while True:
+                try:
+                    await loop.run_in_executor(self._pool, self._journal.append, event)
+                    self._metrics.count("hone_events", event.kind)
+                    break
+                except StoreUnavailable:
+                    self._metrics.count("hone_store_errors", "append")
+                    await asyncio.sleep(1.0)
+                except Exception:
+                    log.exception("event %s of %s could not be written", event.kind, event.model)
+                    break
+            self._waiting.task_done()
+
+    async def flush(self, timeout_s: float) -> None:
+        """Wait, bounded, until everything is written."""
+        try:
+            await asyncio.wait_for(self._waiting.join(), timeout_s)
+        except TimeoutError:
+            log.warning("the journal did not take the last events within %.0f s", timeout_s)
+
+
+class Fleet:
+    """One per server. `run` follows the journal and the repository; `ready` after the first pass over all models."""
+
+    def __init__(
+        self, service: InferenceService, repository: Repository, admission: Admission, loader: Loader, journal: Journal, record: Recorder,
+        metrics: Metrics, reservoir: Callable[[str, ModelConfig], Reservoir], poll_s: float, keep_state: Callable[[State], None],
+    ) -> None:  # fmt: skip
+        self._service, self._repository, self._admission, self._loader = service, repository, admission, loader
+        self._journal, self._record, self._metrics, self._reservoir = journal, record, metrics, reservoir
+        self._poll_s, self._keep_state = poll_s, keep_state
+        self._reconcilers: dict[str, ModelReconciler] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._wake = asyncio.Event()
+        self._scan_due = True
+        self._found: dict[str, FoundModel] = {}
+        self.state = State()
+        self.store_error = ""
+        self.repository_error = ""
+        self.board: dict[str, JSON] = {}
+        self.warnings: list[str] = []
+        self.ready = False
+        self.listeners: list[Callable[[State], None]] = []
+
+    async def run(self) -> None:
+        watcher = asyncio.create_task(self._watch(), name="journal-watch")
+        try:
+            next_scan = 0.0
+            while True:
+                self._wake.clear()
+                if self._scan_due or (self._poll_s and monotonic() >= next_scan):
+                    self._scan_due, next_scan = False, monotonic() + self._poll_s
+                    await self._scan()
+                await self.refresh()
+                self._direct()
+                if not self.ready:
+                    await self._first()
+                wait_s = max(0.05, next_scan - monotonic()) if self._poll_s else 5.0
+                try:
+                    await asyncio.wait_for(self._wake.wait(), wait_s)
+                except TimeoutError:
+                    pass
+        finally:
+            watcher.cancel()
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*(reconciler.close() for reconciler in self._reconcilers.values()))
+
+    def poke(self, scan: bool = False) -> None:
+        """Look again now; with `scan` at the repository too."""
+        self._scan_due = self._scan_due or scan
+        self._wake.set()
+
+    async def rescan(self) -> None:
+        """Look at the repository now, and let every reconciler know."""
+        await self._scan()
+        self._direct()
+
+    def reconciler(self, model: str) -> ModelReconciler:
+        if model not in self._reconcilers:
+            raise NotFound(f"no model {model!r} here; GET /admin/models lists what there is")
+        return self._reconcilers[model]
+
+    async def settle(self, model: str, reached: Callable[[Slot], bool], timeout_s: float) -> bool:
+        """Wait until `reached(slot)` holds, bounded; True if it does."""
+        until = monotonic() + timeout_s
+        while monotonic() < until:
+            reconciler = self._reconcilers.get(model)
+            if reconciler is not None and reached(reconciler.slot):
+                return True
+            await asyncio.sleep(0.02)
+        return False
+
+    # ---- following
+    async def _watch(self) -> None:
+        """Wake `run` when another process wrote an event."""
+        while True:
+            try:
+                if await asyncio.to_thread(self._journal.wait, self.state.seq, WATCH_S):
+                    self._wake.set()
+                    await asyncio.sleep(0.02)
+            except StoreUnavailable:
+                await asyncio.sleep(1.0)
+
+    async def refresh(self) -> None:
+        """The newest state and board; while the store is away, the last ones stand."""
+        try:
+            state, self.board = await asyncio.to_thread(lambda: (self._journal.state(), self._journal.board()))
+        except StoreUnavailable as error:
+            self.store_error = str(error)
+            self._metrics.gauge("hone_store_up", value=0)
+            return
+        self.store_error = ""
+        self._metrics.gauge("hone_store_up", value=1)
+        if state.seq != self.state.seq:
+            self.state = state
+            await asyncio.to_thread(self._keep_state, state)
+            for listener in self.listeners:
+                listener(state)
+
+    async def _scan(self) -> None:
+        """Look at the repository, and tell the journal of golden versions that are new, changed or gone."""
+        try:
+            models = await asyncio.to_thread(self._repository.scan)
+        except HoneError as error:
+            self.repository_error = str(error)
+            return
+        self.repository_error = ""
+        await self.refresh()
+        if self.store_error:
+            return
+        self._found = {model.name: model for model in models}
+        for model in models:
+            if not model.error:
+                await self._announce(model)
+        for name in [name for name in self.state.models if name not in self._found]:
+            await self._append(Event("model.removed", name, data={"reason": "its folder is gone from the repository"}))
+        await self.refresh()
+
+    async def _announce(self, model: FoundModel) -> None:
+        assert model.golden is not None
+        try:
+            sha256 = await asyncio.to_thread(self._repository.sha256, model.golden)
+        except HoneError as error:
+            self._found[model.name] = replace(model, error=str(error))
+            return
+        known = self.state.models.get(model.name)
+        if known is None or (known.golden, known.golden_sha256) != (model.golden.number, sha256):
+            data = {"golden": model.golden.number, "sha256": sha256, "replaces": known.golden if known else ""}
+            await self._append(Event("model.deployed", model.name, model.golden.number, data=data))
+
+    async def _append(self, event: Event) -> None:
+        try:
+            await asyncio.to_thread(self._journal.append, event)
+            self._metrics.count("hone_events", event.kind)
+        except StoreUnavailable as error:
+            self.store_error = str(error)
+
+    # ---- directing
+    def _direct(self) -> None:
+        """Give every reconciler what it shall reach."""
+        for name, found in self._found.items():
+            reconciler = self._reconcilers.get(name) or self._begin(name, found)
+            config = found.config or ModelConfig()
+            reconciler.slot.config = config
+            self._metrics.objective(name, _threshold_s(config))
+            want = self.state.models.get(name)
+            if (reconciler.want, reconciler.found) != (want, found):
+                reconciler.want, reconciler.found = want, found
+                reconciler.changed.set()
+        for name in [name for name in self._reconcilers if name not in self._found]:
+            self._end(name)
+
+    def _begin(self, name: str, found: FoundModel) -> ModelReconciler:
+        config = found.config or ModelConfig()
+        slot = Slot(name, config, self._reservoir(name, config))
+        self._service.slots[name] = slot
+        reconciler = ModelReconciler(slot, self._service, self._admission, self._loader, self._record, self._metrics)
+        self._reconcilers[name] = reconciler
+        self._tasks[name] = asyncio.create_task(reconciler.run(), name=f"reconcile-{name}")
+        return reconciler
+
+    def _end(self, name: str) -> None:
+        """The model is gone: no new requests, what runs is answered, and the rest is freed."""
+        self._service.slots.pop(name, None)
+        self._metrics.objective(name, None)
+        self._tasks.pop(name).cancel()
+        reconciler = self._reconcilers.pop(name)
+        self._tasks[f"close-{name}"] = asyncio.create_task(reconciler.close(), name=f"close-{name}")
+
+    async def _first(self) -> None:
+        """Ready once every model was tried once: one broken model makes itself unready, not the server."""
+        await asyncio.gather(*(reconciler.settled.wait() for reconciler in self._reconcilers.values()))
+        self.ready = True
+        self._metrics.gauge("hone_server_ready", value=1)
+
+
+def _threshold_s(config: ModelConfig) -> float | None:
+    objective = config.objective
+    milliseconds = objective.p95_ms or objective.p99_ms or objective.p50_ms
+    return milliseconds / 1e3 if milliseconds else None

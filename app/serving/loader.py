@@ -1,0 +1,203 @@
+"""Starts and stops the engine of an admitted version: room in memory, a session, a warm-up, and golden's outputs compared before it serves.
+
+Knows engines and the memory ledger; which version ought to run is the reconciler's to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+
+from app.domain import InferenceRequest, RuntimeSettings, Tensor
+from app.errors import HoneError, InsufficientStorage, ModelRejected
+from app.serving.admission import Admitted
+from app.serving.engine import BatchReport, Engine, RunnerSpec
+from app.serving.forkserver import ForkServer
+from app.serving.ledger import CoreLedger
+from app.serving.model_config import ModelConfig
+from app.serving.slot import Loaded
+from app.serving.tensors import to_array, to_tensor
+from app.telemetry.metrics import Metrics
+
+log = logging.getLogger("hone.serving")
+CHECK_ROWS: Final = 32
+CHECK_S: Final = 20.0
+OOM_ACTIVE, OOM_WARM, OOM_CANDIDATE = 300, 500, 700
+RUNNER_BYTES: Final = 24 << 20
+WEIGHTS_FACTOR: Final = 2.5
+"""A session holds the weights, a packed copy of most of them and its arena; measured on convolutional nets 1.6 to 2.4 times the file."""
+
+
+class Loader:
+    """One per server. `memory_limit` is what all runners together may take (bytes)."""
+
+    def __init__(
+        self, forkserver: ForkServer, ledger: CoreLedger, metrics: Metrics, host_class: str, memory_limit: int,
+        on_death: Callable[[str, str, str, int, tuple[str, ...]], None],
+    ) -> None:  # fmt: skip
+        self._forkserver, self._ledger, self._metrics = forkserver, ledger, metrics
+        self._memory_limit, self._on_death = memory_limit, on_death
+        self.host_class = host_class
+        self.replica = uuid.uuid4().hex[:8]
+        self._taken: dict[int, int] = {}
+        self._loading = asyncio.Semaphore(2)
+
+    async def load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
+        """A running engine that agrees with golden on the reference. Raises ModelRejected, InsufficientStorage or Unsupported."""
+        async with self._loading:
+            key = self._reserve(admitted)
+            try:
+                limit = (config.limits.memory_mb or 0) << 20 or max(64 << 20, self._memory_limit - self.taken_bytes + self._taken[key])
+                spec = RunnerSpec(
+                    model=admitted.model, version=admitted.version, generation=generation, kind=admitted.kind, path=str(admitted.path),
+                    factory=admitted.factory, signature=admitted.signature, settings=settings, memory_limit_bytes=limit,
+                    oom_score_adj=OOM_CANDIDATE,
+                )  # fmt: skip
+                engine = await self._start(spec, config)
+            except BaseException:
+                self._taken.pop(key, None)
+                raise
+        loaded = Loaded(admitted, engine, settings, generation, 0.0)
+        self._taken[id(engine)] = self._taken.pop(key)
+        try:
+            loaded.notes = await self._agrees(loaded, config)
+            loaded.memory_bytes = await asyncio.to_thread(engine.memory_bytes)
+            self._taken[id(engine)] = loaded.memory_bytes or self._taken[id(engine)]
+        except BaseException:
+            await self.stop(loaded, 1.0)
+            raise
+        return loaded
+
+    async def stop(self, loaded: Loaded, drain_s: float) -> None:
+        """Answer what it has, bounded, then end its process."""
+        with contextlib.suppress(HoneError):
+            await loaded.engine.drain(drain_s)
+        await loaded.engine.stop()
+        self._taken.pop(id(loaded.engine), None)
+
+    def ranked(self, loaded: Loaded, active: bool) -> None:
+        """Tell the kernel who dies first when memory runs out: warm versions before active ones."""
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{loaded.engine.pid}/oom_score_adj").write_text(str(OOM_ACTIVE if active else OOM_WARM))
+
+    async def drained(self, loaded: Loaded, timeout_s: float) -> bool:
+        """Wait until nothing is in flight any more; new requests may still come."""
+        until = monotonic() + timeout_s
+        while loaded.engine.inflight and monotonic() < until:
+            await asyncio.sleep(0.005)
+        return not loaded.engine.inflight
+
+    @property
+    def taken_bytes(self) -> int:
+        return sum(self._taken.values())
+
+    async def _start(self, spec: RunnerSpec, config: ModelConfig) -> Engine:
+        try:
+            async with asyncio.timeout(config.limits.load_timeout_s):
+                return await Engine.start(
+                    spec, forkserver=self._forkserver, ledger=self._ledger, observer=partial(self._batch, spec.model, spec.version),
+                    on_death=partial(self._on_death, spec.model, spec.version),
+                )  # fmt: skip
+        except TimeoutError:
+            raise ModelRejected(
+                f"{spec.model}:{spec.version} was not ready within {config.limits.load_timeout_s:.0f} s (limits.load_timeout_s in model.yaml)"
+            ) from None
+
+    def _batch(self, model: str, version: str, seen: BatchReport) -> None:
+        self._metrics.batch(model, version, seen.rows, seen.compute_s)
+
+    def _reserve(self, admitted: Admitted) -> int:
+        """Book what the version will need, so that two loads at once cannot both take the last room."""
+        known = admitted.proof.detail.get("memory_bytes") if admitted.proof is not None else None
+        need = int(known) if isinstance(known, int | float) else RUNNER_BYTES + int(WEIGHTS_FACTOR * admitted.card.bytes)
+        free = self._memory_limit - self.taken_bytes
+        if need > free:
+            raise InsufficientStorage(
+                f"{admitted.model}:{admitted.version} needs about {need >> 20} MiB of memory, {max(0, free) >> 20} of {self._memory_limit >> 20} MiB are free; "
+                "unload another model, or raise HONE_MEMORY_BYTES"
+            )
+        key = hash((admitted.model, admitted.version, monotonic()))
+        self._taken[key] = need
+        return key
+
+    async def _agrees(self, loaded: Loaded, config: ModelConfig) -> tuple[str, ...]:
+        """Run reference rows through the new engine and hold them against golden's stored outputs."""
+        reference = loaded.admitted.reference
+        if reference is None:
+            return ("not compared with golden's outputs yet: no reference is frozen",) if not loaded.admitted.is_golden else ()
+        names = [spec.name for spec in loaded.admitted.signature.outputs]
+        rows = min(CHECK_ROWS if loaded.admitted.proof is not None or loaded.admitted.is_golden else 1024, len(reference.samples))
+        stacked = reference.samples.stacked
+        got: dict[str, list[Any]] = {name: [] for name in names}
+        until = monotonic() + CHECK_S
+        done = 0
+        for row in range(rows):
+            if monotonic() > until:
+                break
+            tensors = [
+                self._one(loaded, name, values[row : row + 1] if stacked else values[row])
+                for name, values in reference.samples.inputs.items()
+            ]
+            result = await loaded.engine.infer(InferenceRequest(tensors, "check", deadline=until))
+            for tensor in result.outputs:
+                array = to_array(tensor)
+                got[tensor.name].append(array[0] if stacked else array)
+            done += 1
+        expected = {name: reference.outputs[name][:done] for name in names}
+        return await asyncio.to_thread(held_against_golden, loaded.admitted, config, expected, got)
+
+    def _one(self, loaded: Loaded, name: str, values: Any) -> Tensor:
+        spec = next(spec for spec in loaded.admitted.signature.inputs if spec.name == name)
+        return to_tensor(name, spec.datatype, values)
+
+
+def held_against_golden(admitted: Admitted, config: ModelConfig, expected: dict[str, Any], got: dict[str, list[Any]]) -> tuple[str, ...]:
+    """Notes on the comparison. Raises ModelRejected where the version answers otherwise than it may on this host."""
+    import numpy as np
+
+    from optimizers.fidelity import Floor, Met, judge
+
+    try:
+        arrays = {name: np.stack(values) for name, values in got.items()}
+    except ValueError:
+        raise ModelRejected(f"{admitted.model}:{admitted.version} answers reference samples with outputs of differing shapes") from None
+    for name, values in expected.items():
+        if arrays[name].shape != np.asarray(values).shape:
+            raise ModelRejected(
+                f"{admitted.model}:{admitted.version}: output {name!r} has shape {list(arrays[name].shape)} on the reference, golden's has {list(np.shape(values))}"
+            )
+    metric, least = config.quality.resolved(config.task)
+    proven = admitted.proof is not None or admitted.is_golden
+    count = len(next(iter(expected.values())))
+    numeric = {name: np.asarray(values) for name, values in expected.items() if np.asarray(values).dtype.kind in "fiub"}
+    if not numeric:
+        same = all(np.array_equal(arrays[name], expected[name]) for name in expected)
+        if not same:
+            raise ModelRejected(f"{admitted.model}:{admitted.version} answers other texts than golden on the reference samples")
+        return ()
+    floor = Floor("agreement" if metric == "accuracy" else metric, least, min_samples=1)
+    fidelity = judge(numeric, {name: arrays[name] for name in numeric}, floor)
+    said = f"{fidelity.metric} with golden {fidelity.value:.4g} on {count} reference samples"
+    if fidelity.more_non_finite:
+        raise ModelRejected(f"{admitted.model}:{admitted.version} answers NaN or infinity on reference samples where golden does not")
+    enough = fidelity.met is Met.MET if not proven else fidelity.high >= least
+    if not enough:
+        raise ModelRejected(
+            f"{admitted.model}:{admitted.version} does not agree with golden on this host ({said}, floor {least:g}); "
+            f"prove it here with: hone verify {admitted.model}:{admitted.version}"
+        )
+    return () if proven else (f"unproven on this class of host; quick check passed: {said}",)
+
+
+def with_precise_int8(settings: RuntimeSettings) -> RuntimeSettings:
+    """The option under which 8-bit kernels without VNNI do not saturate: slower, and right."""
+    options = dict(settings.session_options) | {"session.x64quantprecision": "1"}
+    return replace(settings, session_options=tuple(sorted(options.items())))

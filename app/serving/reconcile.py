@@ -1,0 +1,278 @@
+"""Makes the server be what the journal says: loads the desired version, checks it, swaps the pointer, drains and stops the old one.
+
+Level-triggered: every pass compares desired with active, so a crash at any point is repaired by the next pass. Rollback is the same path.
+It decides nothing about which version is better; it only refuses to serve what does not load or does not agree with golden's outputs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import monotonic, time
+
+from app.domain import Event, ModelState, VersionState
+from app.errors import HoneError, NotFound
+from app.serving.admission import Admission, Admitted
+from app.serving.loader import Loader
+from app.serving.model_config import ModelConfig
+from app.serving.repository import FoundModel
+from app.serving.service import InferenceService
+from app.serving.slot import Loaded, Slot
+from app.telemetry.metrics import Metrics
+
+log = logging.getLogger("hone.serving")
+
+Recorder = Callable[[Event], None]
+RETRY_FIRST_S = 2.0
+RETRY_MOST_S = 300.0
+DRAIN_S = 30.0
+
+
+class Backoff:
+    """When a version that failed may be tried again; growing waits, forgotten when anything about it changed."""
+
+    def __init__(self) -> None:
+        self._failed: dict[str, tuple[object, int, float]] = {}
+
+    def blocked(self, version: str, identity: object) -> bool:
+        known = self._failed.get(version)
+        return known is not None and known[0] == identity and monotonic() < known[2]
+
+    def failed(self, version: str, identity: object) -> int:
+        """Note a failure; returns how many in a row."""
+        known = self._failed.get(version)
+        count = known[1] + 1 if known is not None and known[0] == identity else 1
+        self._failed[version] = (identity, count, monotonic() + min(RETRY_MOST_S, RETRY_FIRST_S * 2 ** (count - 1)))
+        return count
+
+    def passed(self, version: str) -> None:
+        self._failed.pop(version, None)
+
+
+class ModelReconciler:
+    """Brings one model to its desired state; its passes never overlap, and other models never notice them."""
+
+    def __init__(
+        self, slot: Slot, service: InferenceService, admission: Admission, loader: Loader, record: Recorder, metrics: Metrics
+    ) -> None:
+        self.slot = slot
+        self._service, self._admission, self._loader = service, admission, loader
+        self._record, self._metrics = record, metrics
+        self._backoff = Backoff()
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._prepared: tuple[str, ModelConfig] | None = None
+        self.changed = asyncio.Event()
+        self.settled = asyncio.Event()
+        self.want: ModelState | None = None
+        self.found: FoundModel | None = None
+
+    async def run(self) -> None:
+        """Pass after pass: when something changed, and each second for retries and warm versions whose time is over."""
+        while True:
+            self.changed.clear()
+            try:
+                await self.converge()
+            except HoneError as error:
+                self.slot.reason = str(error)
+            except Exception as error:
+                log.exception("model %s: a pass failed", self.slot.name)
+                self.slot.reason = f"internal error: {type(error).__name__}; the log tells more"
+            self.settled.set()
+            try:
+                await asyncio.wait_for(self.changed.wait(), 1.0)
+            except TimeoutError:
+                pass
+
+    async def converge(self) -> None:
+        """One pass."""
+        want, found, slot = self.want, self.found, self.slot
+        if found is not None and found.error and slot.active is None:
+            slot.reason = found.error
+        if want is None or found is None:
+            return
+        slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
+        slot.known = self._known(want, found)
+        if want.unloaded:
+            slot.active = None
+            for loaded in list(slot.versions.values()):
+                await self._stop(loaded)
+            return
+        self._stop_expired(want)
+        await self._reach(want, found, want.desired)
+        if slot.active is None and want.desired != want.golden:
+            await self._reach(want, found, want.golden)
+        if slot.active is not None and self._prepared != (want.golden_sha256, slot.config):
+            await self._prepare(found, slot.active.admitted)
+        if slot.reservoir.pending:
+            await asyncio.to_thread(slot.reservoir.store_pending)
+        if slot.active is not None and slot.active.version != want.golden and want.golden not in slot.versions:
+            await self._warm(want, found, want.golden)
+
+    async def load_version(self, version: str) -> Loaded:
+        """Load one version beside the active one and keep it warm, on request. Raises NotFound or why it does not load."""
+        want, found = self.want, self.found
+        if want is None or found is None or version not in self.slot.known:
+            raise NotFound(f"model {self.slot.name!r} has no version {version!r}; it has {', '.join(self.slot.known) or 'none'}")
+        loaded = self.slot.versions.get(version) or await self._load(want, found, version)
+        loaded.pinned = True
+        self.slot.versions[version] = loaded
+        await self._bound_warm(want)
+        return loaded
+
+    async def close(self) -> None:
+        self.slot.active = None
+        await asyncio.gather(*(self._stop(loaded) for loaded in list(self.slot.versions.values())))
+        await asyncio.gather(*self._stopping, return_exceptions=True)
+
+    # ---- one version
+    async def _reach(self, want: ModelState, found: FoundModel, version: str) -> None:
+        """Make `version` the active one, unless it is, or failed a moment ago."""
+        slot, active = self.slot, self.slot.active
+        given = want.settings_of(version)
+        current = slot.versions.get(version)
+        if current is not None and current.admitted.golden_sha256 != want.golden_sha256 and version == want.golden:
+            current = None
+        fits = current is not None and (given is None or given == current.settings)
+        if fits and current is not None:
+            if active is not current:
+                self._swap(current, want, 0.0)
+            current.generation = want.generation.n
+            return
+        if current is not None and given is not None and not current.settings.needs_new_session(given):
+            current.engine.apply(given)
+            current.settings, current.generation = given, want.generation.n
+            if active is not current:
+                self._swap(current, want, 0.0)
+            else:
+                self._activated(current, want, 0.0)
+            return
+        identity = (want.golden_sha256, given)
+        if self._backoff.blocked(version, identity):
+            return
+        began = monotonic()
+        try:
+            loaded = await self._load(want, found, version)
+        except HoneError as error:
+            self._failed(version, identity, error)
+            return
+        self._backoff.passed(version)
+        replaced = slot.versions.get(version)
+        slot.versions[version] = loaded
+        self._swap(loaded, want, monotonic() - began)
+        if replaced is not None:
+            self._later(self._stop_engine(replaced))
+
+    async def _warm(self, want: ModelState, found: FoundModel, version: str) -> None:
+        """Load a version beside the active one, where memory allows: golden answers under /versions too."""
+        identity = (want.golden_sha256, "warm")
+        if self._backoff.blocked(version, identity):
+            return
+        try:
+            self.slot.versions[version] = await self._load(want, found, version)
+        except HoneError as error:
+            self._backoff.failed(version, identity)
+            log.warning("model %s: golden %s is not kept warm: %s", self.slot.name, version, error)
+
+    async def _load(self, want: ModelState, found: FoundModel, version: str) -> Loaded:
+        slot = self.slot
+        slot.loading = version
+        if slot.active is None:
+            slot.reason = f"version {version} is loading"
+        began = monotonic()
+        try:
+            admitted = await self._admission.admit(found, want, version)
+            settings = want.settings_of(version) or admitted.settings
+            loaded = await self._loader.load(admitted, settings, want.generation.n, slot.config)
+        finally:
+            slot.loading = ""
+        slot.failed.pop(version, None)
+        loaded.took_s = monotonic() - began
+        self._metrics.time("hone_model_load_duration_seconds", slot.name, seconds=loaded.took_s)
+        if self._prepared != (admitted.golden_sha256, slot.config):
+            await self._prepare(found, admitted)
+        return loaded
+
+    async def _prepare(self, found: FoundModel, admitted: Admitted) -> None:
+        """What surrounds the model for this golden and this model.yaml: pre- and post-processing, and the reservoir of live inputs."""
+        slot = self.slot
+        slot.processor = await self._admission.processor(found, admitted)
+        classifies = slot.config.task == "classification"
+        await asyncio.to_thread(slot.reservoir.configure, slot.config.capture, admitted.signature, classifies)
+        self._prepared = (admitted.golden_sha256, slot.config)
+
+    def _swap(self, new: Loaded, want: ModelState, took_s: float) -> None:
+        """The pointer's change: from here on new requests go to `new`, and the old one answers what it has."""
+        slot, old = self.slot, self.slot.active
+        new.generation, new.warm_until = want.generation.n, 0.0
+        slot.active, slot.reason = new, ""
+        self._loader.ranked(slot.active, active=True)
+        if old is not None and old is not new:
+            if old.version != new.version:
+                old.warm_until = monotonic() + slot.config.rollback_window_s
+                self._loader.ranked(old, active=False)
+            self._later(self._watch_drain(old))
+        self._activated(new, want, took_s, old)
+        self._later(self._bound_warm(want))
+
+    def _activated(self, loaded: Loaded, want: ModelState, took_s: float, old: Loaded | None = None) -> None:
+        outcome = "activated" if old is None else "swapped" if old is not loaded and old.version != loaded.version else "settings"
+        self._metrics.count("hone_swaps", self.slot.name, outcome)
+        self._metrics.gauge("hone_swap_timestamp_seconds", self.slot.name, value=time())
+        data = {
+            "version": loaded.version, "generation": want.generation.n, "took_s": round(took_s, 4), "replica": self._loader.replica,
+            "host_class": self._loader.host_class, "notes": list(loaded.notes), "from": old.version if old else "",
+        }  # fmt: skip
+        self._record(Event("version.activated", self.slot.name, loaded.version, data=data))
+
+    def _failed(self, version: str, identity: object, error: HoneError) -> None:
+        self.slot.failed[version] = str(error)
+        if self.slot.active is None:
+            self.slot.reason = f"version {version} does not load: {error}"
+        count = self._backoff.failed(version, identity)
+        self._metrics.count("hone_swaps", self.slot.name, "failed")
+        log.warning("model %s: version %s does not load (%d): %s", self.slot.name, version, count, error)
+        if count == 1:
+            data = {"version": version, "reason": str(error), "where": self._loader.host_class, "replica": self._loader.replica}
+            self._record(Event("version.failed", self.slot.name, version, data=data))
+
+    # ---- warm versions
+    def _known(self, want: ModelState, found: FoundModel) -> tuple[str, ...]:
+        built = [b.version for b in want.built if not b.removed and b.golden_sha256 == want.golden_sha256]
+        return tuple(dict.fromkeys([*(v.number for v in found.versions), want.golden, *built]))
+
+    def _stop_expired(self, want: ModelState) -> None:
+        now = monotonic()
+        for loaded in list(self.slot.versions.values()):
+            kept = loaded is self.slot.active or loaded.version == want.golden or loaded.pinned
+            if not kept and loaded.warm_until and now > loaded.warm_until:
+                self._later(self._stop(loaded))
+
+    async def _bound_warm(self, want: ModelState) -> None:
+        """One previous version at most, and no more versions than model.yaml's runtime.warm_versions."""
+        keep = {want.golden, *(v.version for v in (self.slot.active,) if v is not None)}
+        others = [v for v in self.slot.versions.values() if v.version not in keep]
+        previous = sorted((v for v in others if not v.pinned), key=lambda v: v.warm_until, reverse=True)
+        pinned = [v for v in others if v.pinned]
+        room = max(0, self.slot.config.runtime.warm_versions - len(keep & set(self.slot.versions)))
+        stay = [*previous[:1], *pinned][:room]
+        await asyncio.gather(*(self._stop(v) for v in others if v not in stay))
+
+    async def _watch_drain(self, old: Loaded) -> None:
+        began = monotonic()
+        await self._loader.drained(old, DRAIN_S)
+        self._metrics.time("hone_swap_duration_seconds", self.slot.name, seconds=monotonic() - began)
+
+    async def _stop(self, loaded: Loaded) -> None:
+        if self.slot.versions.get(loaded.version) is loaded:
+            del self.slot.versions[loaded.version]
+        await self._stop_engine(loaded)
+
+    async def _stop_engine(self, loaded: Loaded) -> None:
+        loaded.state = VersionState.UNLOADING
+        await self._loader.stop(loaded, DRAIN_S)
+
+    def _later(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)

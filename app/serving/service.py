@@ -1,0 +1,130 @@
+"""The hot path, one screen: find the version, let its engine answer, tell the sinks. It knows no HTTP and no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Final
+
+from app.domain import InferenceRequest, InferenceResult, Observation, Signature
+from app.errors import (
+    Cancelled,
+    CannotMeetDeadline,
+    DeadlineExceeded,
+    HoneError,
+    NotFound,
+    NotReady,
+    PayloadTooLarge,
+    Quarantined,
+    QueueFull,
+)
+from app.serving.engine import Engine
+from app.serving.processing import Processor
+from app.serving.slot import Loaded, Slot
+from app.telemetry.metrics import Metrics
+
+Observer = Callable[[Observation], None]
+_REASONS: Final[dict[type[HoneError], str]] = {
+    QueueFull: "queue_full",
+    DeadlineExceeded: "deadline",
+    CannotMeetDeadline: "deadline_unreachable",
+    NotReady: "not_ready",
+    Cancelled: "cancelled",
+    PayloadTooLarge: "too_large",
+    Quarantined: "quarantined",
+}
+
+
+class InferenceService:
+    """All slots by model name. `infer` is what every door (protocol, predict) calls."""
+
+    def __init__(self, default_timeout_s: float, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self.slots: dict[str, Slot] = {}
+        self._default_timeout_s = default_timeout_s
+        self._observers: tuple[Observer, ...] = ()
+
+    def watch(self, observer: Observer) -> None:
+        """Hand every finished request's Observation to `observer` too."""
+        self._observers = (*self._observers, observer)
+
+    async def infer(self, model: str, version: str | None, request: InferenceRequest) -> InferenceResult:
+        """Answer one validated request. Raises the errors of app.errors; cancelling the caller's task drops queued work."""
+        return await self.run(self.loaded(model, version), request)
+
+    async def run(self, loaded: Loaded, request: InferenceRequest) -> InferenceResult:
+        """The same for a version that was leased before the request was parsed."""
+        if request.deadline is None and self._default_timeout_s:
+            request.deadline = monotonic() + self._default_timeout_s
+        slot = self.slots.get(loaded.admitted.model)
+        try:
+            result = await loaded.engine.infer(request)
+        except NotReady:
+            current = slot.versions.get(loaded.version) if slot is not None else None
+            if current is None or current is loaded:
+                raise
+            loaded = current  # replaced by a new generation of the same version since it was leased
+            result = await loaded.engine.infer(request)
+        result.generation = loaded.generation
+        if slot is not None:
+            slot.reservoir.offer(request.inputs, result.outputs, request.caller)
+        return result
+
+    def observe(self, observation: Observation) -> None:
+        for observer in self._observers:
+            observer(observation)
+
+    def refused(self, observation: Observation, error: HoneError) -> None:
+        """Count what was refused before it ran, by reason."""
+        reason = _REASONS.get(type(error))
+        if reason is not None:
+            self._metrics.count("hone_rejections", observation.model, reason)
+
+    def saw_non_finite(self, model: str, version: str) -> None:
+        self._metrics.count("hone_nonfinite_outputs", model, version)
+
+    def label(self, model: str, version: str | None) -> tuple[str, str]:
+        """Model and version to count a refusal under; unknown names are not labels, so that nobody can make series without end."""
+        slot = self.slots.get(model)
+        if slot is None:
+            return "", ""
+        if version is None:
+            return model, slot.active.version if slot.active is not None else ""
+        return model, version if version in slot.known else ""
+
+    def slot(self, model: str) -> Slot:
+        slot = self.slots.get(model)
+        if slot is None:
+            raise NotFound(f"no model {model!r} here; GET /admin/models or POST /v2/repository/index lists what there is")
+        return slot
+
+    def loaded(self, model: str, version: str | None) -> Loaded:
+        return self.slot(model).lease(version)
+
+    def signature(self, model: str, version: str | None) -> Signature:
+        return self.loaded(model, version).admitted.signature
+
+    def processor(self, model: str) -> Processor:
+        """Pre- and post-processing of the model's golden, shared by all its versions."""
+        slot = self.slot(model)
+        slot.lease(None)
+        assert slot.processor is not None
+        return slot.processor
+
+    # ---- for those who watch
+    def engines(self) -> Iterator[tuple[tuple[str, str], str, str, Engine]]:
+        for slot in self.slots.values():
+            for loaded in slot.versions.values():
+                yield (slot.name, loaded.version), loaded.admitted.optimizer, loaded.admitted.precision, loaded.engine
+
+    def readiness(self) -> Iterator[tuple[str, bool]]:
+        for slot in self.slots.values():
+            yield slot.name, slot.ready
+
+    def loaded_keys(self) -> set[tuple[str, str]]:
+        return {(slot.name, version) for slot in self.slots.values() for version in slot.versions}
+
+    def remember_memory(self, key: tuple[str, str], memory_bytes: int) -> None:
+        slot = self.slots.get(key[0])
+        if slot is not None and key[1] in slot.versions:
+            slot.versions[key[1]].memory_bytes = memory_bytes

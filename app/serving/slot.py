@@ -1,0 +1,89 @@
+"""One model's place in the server: which version is active, which are warm, and why it cannot answer when it cannot.
+
+A slot only points; loading, draining and stopping are the reconciler's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from app.domain import RuntimeSettings, VersionState
+from app.errors import NotFound, NotReady
+from app.serving.admission import Admitted
+from app.serving.engine import Engine
+from app.serving.model_config import ModelConfig
+from app.serving.processing import Processor
+from app.serving.samples import Reservoir
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A version with a running engine. `pinned` keeps it warm on request; `warm_until` (monotonic) bounds a previous version's stay."""
+
+    admitted: Admitted
+    engine: Engine
+    settings: RuntimeSettings
+    generation: int
+    took_s: float
+    state: VersionState = VersionState.READY
+    pinned: bool = False
+    warm_until: float = 0.0
+    memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str:
+        return self.admitted.version
+
+
+@dataclass(slots=True)
+class Slot:
+    """`versions` holds every loaded version by name; `active` is the one that answers without /versions/{v}."""
+
+    name: str
+    config: ModelConfig
+    reservoir: Reservoir
+    active: Loaded | None = None
+    versions: dict[str, Loaded] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
+    golden: str = ""
+    desired: str = ""
+    reason: str = "the server is starting"
+    loading: str = ""
+    unloaded: bool = False
+    failed: dict[str, str] = field(default_factory=dict)
+    processor: Processor | None = None
+
+    def lease(self, version: str | None) -> Loaded:
+        """The loaded version that shall answer. Raises NotReady with the reason and remedy, or NotFound."""
+        loaded = self.active if version is None else self.versions.get(version)
+        if loaded is None:
+            raise self._unavailable(version)
+        return loaded
+
+    def _unavailable(self, version: str | None) -> NotFound | NotReady:
+        if version is None:
+            if self.unloaded:
+                return NotReady(f"model {self.name!r} is unloaded; load it with POST /v2/repository/models/{self.name}/load")
+            return NotReady(f"model {self.name!r} is not ready: {self.reason}")
+        if version not in self.known:
+            return NotFound(f"model {self.name!r} has no version {version!r}; it has {', '.join(self.known) or 'none'}")
+        if version in self.failed:
+            return NotReady(f"version {version} of {self.name!r} does not load: {self.failed[version]}", retry_after_s=30)
+        if version == self.loading:
+            return NotReady(f"version {version} of {self.name!r} is loading")
+        return NotReady(
+            f"version {version} of {self.name!r} is not loaded; load it with: hone load {self.name}:{version}", retry_after_s=30
+        )
+
+    def state_of(self, version: str) -> tuple[VersionState, str]:
+        """State and reason of one version, as the repository index shows it."""
+        if loaded := self.versions.get(version):
+            return loaded.state, "; ".join(loaded.notes)
+        if version == self.loading:
+            return VersionState.LOADING, ""
+        return VersionState.UNAVAILABLE, self.failed.get(version, "unloaded")
+
+    @property
+    def ready(self) -> bool:
+        return self.active is not None and self.active.engine.alive
