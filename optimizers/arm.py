@@ -5,6 +5,7 @@ A candidate that crashes, hangs or leaks takes down its arm and not the judge. T
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -20,7 +21,7 @@ from typing import Any, Final
 
 import onnxruntime as ort
 
-from optimizers.session import Feeds, Settings, TensorInfo, open_session, runnable, tensors
+from optimizers.session import Feeds, Settings, TensorInfo, call, has_bfloat16, open_session, runnable, tensors
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -66,16 +67,18 @@ class Worker:
     session: ort.InferenceSession | None = None
     settings: Settings = field(default_factory=Settings)
     kept: dict[int, Feeds] = field(default_factory=dict)
+    plain: bool = True
 
     def open(self, path: str, settings: Settings) -> Opened:
         started = time.perf_counter()
         session = open_session(path, settings)
-        self.session, self.settings = session, settings
+        self.session, self.settings, self.plain = session, settings, not has_bfloat16(session)
         return Opened(tensors(session.get_inputs()), tensors(session.get_outputs()), time.perf_counter() - started)
 
     def pin(self, cpus: tuple[int, ...]) -> None:
         for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), cpus)
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cpus)
 
     def call(self, batches: list[Feeds]) -> list[list[Any]]:
         return [self._run(runnable(feeds)) for feeds in batches]
@@ -133,7 +136,7 @@ class Worker:
 
     def _run(self, feeds: Feeds) -> list[Any]:
         assert self.session is not None, "open comes first"
-        return self.session.run(None, feeds)  # type: ignore[no-any-return]
+        return list(self.session.run(None, feeds)) if self.plain else call(self.session, feeds)
 
 
 def scheduling() -> tuple[float, float]:

@@ -19,6 +19,7 @@ from optimizers.stats import least_samples, mean_bounds, paired_difference, wils
 Outputs = Mapping[str, NDArray[Any]]
 BIT_CLOSE: Final = 1e-3
 """Largest error, relative to the largest value of the row, that reordered float arithmetic explains."""
+CLASSES_LISTED: Final = 30
 SQNR_CAP_DB: Final = 150.0
 SHORT_ROW: Final = 16
 """Rows with fewer values than this have no direction to compare; their cosine is taken over blocks of rows."""
@@ -122,11 +123,20 @@ class Fidelity:
 
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self) | {
-            "classes": [c.to_json() for c in self.classes],
+            "classes": classes_json(self.classes),
             "met": self.met.value,
             "worst": self.worst and asdict(self.worst),
         }
         return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+
+
+def classes_json(classes: tuple[ClassFidelity, ...]) -> dict[str, Any]:
+    """How many classes stand where, and those that agree least."""
+    counts = {
+        word: sum(c.met is met for c in classes) for word, met in (("met", Met.MET), ("unverified", Met.TOO_FEW), ("below", Met.BELOW))
+    }
+    least = sorted(classes, key=lambda c: (c.met is not Met.BELOW, c.agreed / c.samples, c.label))[:CLASSES_LISTED]
+    return {**counts, "least": [c.to_json() for c in least]}
 
 
 def judge(

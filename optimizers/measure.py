@@ -24,6 +24,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from optimizers.arm import Load, Opened, Slice
+from optimizers.running import brief
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, hodges_lehmann, trimmed_mean
 
@@ -42,11 +43,11 @@ _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
 class ArmFailed(Exception):
-    """An arm could not do what it was told. `how` is error (the runtime refused), died or hung."""
+    """An arm could not do what it was told. `how` is error (the runtime refused), died or hung; `path` is the model it ran."""
 
-    def __init__(self, how: str, text: str) -> None:
-        super().__init__(text)
-        self.how = how
+    def __init__(self, how: str, path: Path, text: str) -> None:
+        super().__init__(f"{path.name}: {text}")
+        self.how, self.path = how, path
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ class Arm:
         try:
             self._connection.send((name, arguments))
             if not self._connection.poll(self.timeout_s):
-                raise ArmFailed("hung", f"{self.path.name}: no answer to '{name}' within {self.timeout_s:.0f} s")
+                raise ArmFailed("hung", self.path, f"no answer to '{name}' within {self.timeout_s:.0f} s")
             well, answer = self._connection.recv()
         except (EOFError, ConnectionError):
-            raise ArmFailed("died", f"{self.path.name}: {self._obituary()} during '{name}'") from None
+            raise ArmFailed("died", self.path, f"{self._obituary()} during '{name}'") from None
         if not well:
-            raise ArmFailed("error", f"{self.path.name}: {answer}")
+            raise ArmFailed("error", self.path, brief(answer))
         return answer
 
     def call(self, feeds: Feeds) -> list[Any]:

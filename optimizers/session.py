@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +20,13 @@ GRAPH_LEVELS: Final = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "layout": ort.GraphOptimizationLevel.ORT_ENABLE_LAYOUT,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 PRECISE_INT8: Final = ("session.x64quantprecision", "1")
 """Session option with which x86 without VNNI multiplies u8 × u8 instead of u8 × s8: no saturation, a third slower (ONNX Runtime's header)."""
 _ERRORS_ONLY: Final = 3
+_BFLOAT16: Final = "tensor(bfloat16)"
+_BFLOAT16_ONNX: Final = 16
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,65 @@ def open_session(path: str | Path, settings: Settings) -> ort.InferenceSession:
     """Open `path` on the CPU. Raises what ONNX Runtime raises, and ValueError for an unknown graph level."""
     if settings.graph_level not in GRAPH_LEVELS:
         raise ValueError(f"graph level {settings.graph_level!r} is unknown; name one of {', '.join(GRAPH_LEVELS)}")
+    options = _options(settings)
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if all(isinstance(size, int) for node in session.get_inputs() for size in node.shape[1:]):
+        return session
+    # Of many shapes, the arena and its patterns would keep the largest of everything they ever saw: a runner serves without them, too.
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _options(settings: Settings) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = settings.intra_op_threads
+    options.intra_op_num_threads = max(1, settings.intra_op_threads)
     options.inter_op_num_threads = 1
     options.graph_optimization_level = GRAPH_LEVELS[settings.graph_level]
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spin_duration_us else "0")
     if settings.spin_duration_us:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(settings.spin_duration_us))
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     for key, value in settings.session_options:
         options.add_session_config_entry(key, value)
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return options
+
+
+def call(session: ort.InferenceSession, feeds: Feeds) -> list[NDArray[Any]]:
+    """All outputs of one call. bfloat16, which numpy lacks, goes in and comes out as float32."""
+    if not has_bfloat16(session):
+        return list(session.run(None, feeds))
+    half = {node.name for node in session.get_inputs() if node.type == _BFLOAT16}
+    given = {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(to_bfloat16(value), _BFLOAT16_ONNX)
+        if name in half
+        else ort.OrtValue.ortvalue_from_numpy(value)
+        for name, value in feeds.items()
+    }
+    names = [node.name for node in session.get_outputs()]
+    return [_array(value) for value in session.run_with_ort_values(names, given)]
+
+
+def has_bfloat16(session: ort.InferenceSession) -> bool:
+    return any(node.type == _BFLOAT16 for node in (*session.get_inputs(), *session.get_outputs()))
+
+
+def to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """The upper halves of float32, rounded to nearest even; NaN stays NaN. What already is uint16 is taken as bfloat16."""
+    if values.dtype == np.uint16:
+        return values
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def _array(value: ort.OrtValue) -> NDArray[Any]:
+    if value.element_type() != _BFLOAT16_ONNX:
+        return np.asarray(value.numpy())
+    size = value.tensor_size_in_bytes()
+    upper = np.frombuffer(ctypes.string_at(value.data_ptr(), size) if size else b"", np.uint16).reshape(value.shape())
+    return (upper.astype(np.uint32) << 16).view(np.float32)
 
 
 def tensors(nodes: list[Any]) -> tuple[TensorInfo, ...]:

@@ -1,0 +1,257 @@
+"""Verify: is a candidate as good as golden on what we know, and faster here than what serves now? The task `verify`.
+
+Golden judges unoptimized; the incumbent runs beside the candidate, in turns. Every number that led to the verdict is in the report.
+The verdict is of this class of host only. It starts arms (fresh processes), and knows nothing of versions, jobs or traffic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from optimizers.answers import Answers, Fault, Rows, feeds_of, side_by_side
+from optimizers.base import Budget, Rejected
+from optimizers.fidelity import Fidelity, Floor, Met, judge
+from optimizers.gain import speed
+from optimizers.host import host_class
+from optimizers.measure import Arm, ArmFailed
+from optimizers.objections import class_notes, objections, too_few
+from optimizers.rows import QUANTIZED_TOLERANCE, ROWS, TOLERANCE, prove
+from optimizers.running import RunRefused
+from optimizers.sameness import interface_objections, same_model
+from optimizers.samples import Samples
+from optimizers.session import Feeds, Settings
+from optimizers.shapes import shape_variants, try_variant
+from optimizers.verdict import Purpose, Verdict, VerifyReport, VerifyRequest
+
+BIT_CLOSE_SAMPLES: Final = 16
+"""Samples that suffice for a lossless candidate whose every output is bit-close: the outputs themselves are the evidence, not a share."""
+FIDELITY_SHARE: Final = 0.6
+"""Of the time for a verdict, how much the comparison of answers may take at most."""
+_METHOD: Final = "verify"
+
+
+def run(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
+    """The task: a VerifyRequest as JSON in, a VerifyReport as JSON out."""
+    return verify(VerifyRequest.from_json(request), budget).to_json()
+
+
+def verify(request: VerifyRequest, budget: Budget) -> VerifyReport:
+    """Judge the candidate. Failures of the candidate are a verdict; failures of golden or of the samples raise Rejected."""
+    started = time.monotonic()
+    report = VerifyReport(host_class=host_class().key, serve=request.candidate_settings)
+    for path in (request.golden, request.candidate, request.incumbent or request.golden):
+        if not Path(path).is_file():
+            raise Rejected(f"verify: {path} is no file")
+    try:
+        _judge(request, report, budget, started + min(request.seconds, max(1.0, budget.left_s - 5)))
+    except Fault as fault:
+        if fault.side != "candidate":
+            raise Rejected(f"{fault.side} cannot be run, so nothing can be judged: {fault}") from None
+        report.verdict = Verdict.FAILED
+        report.reasons.append(str(fault))
+    report.seconds = time.monotonic() - started
+    budget.tick(_METHOD, report.verdict.value, 1.0)
+    return report
+
+
+def _judge(request: VerifyRequest, report: VerifyReport, budget: Budget, until: float) -> None:
+    if request.purpose is Purpose.SWAP and _nothing_changed(request):
+        report.verdict, report.nothing_changed = Verdict.FAILED, True
+        report.reasons.append("nothing changed: the candidate is its parent in all but name")
+        return
+    sets = {name: s.load(request.exclude) for name, s in request.sets.items()}
+    sets = {name: (samples, known) for name, (samples, known) in sets.items() if len(samples)}
+    if not sets:
+        report.verdict = Verdict.NO_DATA
+        report.reasons.append(
+            "no samples to judge by (or all of them calibrated): name some in model.yaml, or let live traffic be captured"
+        )
+        return
+    report.evidence = _evidence(request, sets)
+    with ExitStack() as stack:
+        candidate = _open_candidate(request, report, stack)
+        golden = stack.enter_context(
+            _opened(request.golden, replace(request.golden_settings.unoptimized(), intra_op_threads=max(1, budget.threads)))
+        )
+        if objections := interface_objections(golden.opened, candidate.opened):
+            raise Fault("candidate", "; ".join(objections))
+        first = next(iter(sets.values()))[0]
+        budget.tick(_METHOD, "rows and batches", 0.05)
+        batchable = request.batchable and first.stacked
+        if batchable:
+            _check_rows(candidate, first, report)
+        failures = _compare_sets(request, report, golden, candidate, sets, batchable, budget, until)
+        failures += _compare_shapes(request, report, golden, candidate, first, budget)
+    if failures:
+        report.verdict = Verdict.FAILED
+        report.reasons += failures
+        return
+    report.verdict = Verdict.INCONCLUSIVE if report.reasons else Verdict.PASSED
+    _time(request, report, first, batchable, budget, until)
+
+
+def _nothing_changed(request: VerifyRequest) -> bool:
+    others = {request.parent, request.golden, request.incumbent} - {""}
+    return any(same_model(Path(request.candidate), Path(path)) for path in sorted(others))
+
+
+def _evidence(request: VerifyRequest, sets: Mapping[str, tuple[Samples, Rows | None]]) -> str:
+    """The best that the verdict rests on. Made-up samples alone show that two versions compute the same, not how good either is."""
+    if any(samples.labels is not None for samples, _ in sets.values()):
+        return "labelled"
+    origins = {samples.origin for samples, _ in sets.values()}
+    return next((origin for origin in ("captured", "owner") if origin in origins), "synthetic")
+
+
+def _opened(path: str, settings: Settings, side: str = "golden") -> Arm:
+    try:
+        return Arm(path, settings)
+    except ArmFailed as failed:
+        raise Fault(side, f"{side} cannot be opened: {failed}") from None
+
+
+def _open_candidate(request: VerifyRequest, report: VerifyReport, stack: ExitStack) -> Arm:
+    """As it would be served, on one quiet thread; where it loads only with less optimization, so, and that is how it must be served."""
+    wanted = request.candidate_settings
+    problem = ""
+    for level in dict.fromkeys((wanted.graph_level, "basic", "none")):
+        try:
+            arm = stack.enter_context(Arm(request.candidate, replace(wanted, graph_level=level).one_quiet_thread()))
+        except ArmFailed as failed:
+            problem = problem or str(failed)
+            continue
+        if problem:
+            report.notes.append(f"loads only at graph level {level!r} and must be served so ({problem})")
+            report.serve = replace(report.serve, graph_level=level)
+        return arm
+    raise Fault("candidate", f"the candidate cannot be opened: {problem}")
+
+
+def _check_rows(candidate: Arm, samples: Samples, report: VerifyReport) -> None:
+    """A batched candidate must run at any batch size (case 41), and its rows must not mind their company (case 31)."""
+
+    def run(feeds: Feeds) -> list[Any]:
+        try:
+            return candidate.call(feeds)
+        except ArmFailed as failed:
+            raise RunRefused(str(failed)) from None
+
+    limit = report.serve.batch_limit
+    for size in sorted({1, 2, 7, limit}):
+        try:
+            run(feeds_of(samples, np.arange(size) % len(samples)))
+        except RunRefused as refused:
+            raise Fault("candidate", f"the candidate fails at batch {size}, golden takes any: {refused}") from None
+    types = {info.type for info in candidate.opened.inputs}
+    half = "tensor(float16)" in types or "tensor(bfloat16)" in types
+    proof = prove(run, feeds_of(samples, np.arange(ROWS) % len(samples)), TOLERANCE["BF16"] if half else QUANTIZED_TOLERANCE)
+    report.rows = asdict(proof)
+    if not proof.independent:
+        report.notes.append(
+            f"golden's rows are independent and the candidate's are not ({proof.reason}): it was judged and must be served one row at a time"
+        )
+        report.serve = replace(report.serve, batch_limit=1)
+
+
+def _compare_sets(
+    request: VerifyRequest,
+    report: VerifyReport,
+    golden: Arm,
+    candidate: Arm,
+    sets: Mapping[str, tuple[Samples, Rows | None]],
+    batchable: bool,
+    budget: Budget,
+    until: float,
+) -> list[str]:
+    """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons."""
+    failures: list[str] = []
+    labels_decide = any(samples.labels is not None for samples, _ in sets.values()) and request.quality.metric in {"auto", "accuracy"}
+    labels_decide = labels_decide and request.task == "classification"
+    close = True
+    now = time.monotonic()
+    share = max(0.0, until - now) * FIDELITY_SHARE / len(sets)
+    for at, (name, (samples, known)) in enumerate(sets.items()):
+        floor = request.quality.floor_for(request.task, samples.labels is not None)
+        sizes = (
+            ([min(32, max(1, request.golden_settings.batch_limit))], sorted({1, 2, 7, report.serve.batch_limit}))
+            if batchable
+            else ([1], [1])
+        )
+        if report.serve.batch_limit == 1:
+            sizes = (sizes[0], [1])
+        answers = side_by_side(
+            known if known is not None else golden, candidate, samples, sizes, until=now + share * (at + 1),
+            tick=partial(_tick_set, budget, name, at / len(sets), len(sets)),
+        )  # fmt: skip
+        found = _judged(request, answers, samples, floor)
+        close = close and found.bit_close
+        report.fidelity[name] = {**found.to_json(), "origin": samples.origin, "available": len(samples)}
+        failures += [f"{name} samples: {text}" for text in objections(found, advisory=labels_decide and samples.labels is None)]
+        enough = request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES
+        if not enough and found.met is Met.TOO_FEW and not (labels_decide and samples.labels is None):
+            report.reasons.append(f"{name} samples: {too_few(found, floor)}")
+        report.notes += class_notes(name, found)
+    report.bit_close = close
+    return failures
+
+
+def _tick_set(budget: Budget, name: str, before: float, sets: int, share: float) -> None:
+    budget.tick(_METHOD, f"answers to {name} samples", 0.1 + 0.5 * (before + share / sets))
+
+
+def _judged(request: VerifyRequest, answers: Answers, samples: Samples, floor: Floor) -> Fidelity:
+    for name, values in answers.golden.items():
+        if values.shape != answers.candidate[name].shape:
+            raise Fault("candidate", f"output {name!r} has shape {list(answers.candidate[name].shape)}, golden's is {list(values.shape)}")
+    labels = None if samples.labels is None else samples.labels[answers.index]
+    quality = request.quality
+    found = judge(answers.golden, answers.candidate, floor, labels, quality.judged_output, quality.class_axis)
+    if found.worst is None:
+        return found
+    return replace(found, worst=replace(found.worst, sample=int(answers.index[found.worst.sample])))
+
+
+def _compare_shapes(
+    request: VerifyRequest, report: VerifyReport, golden: Arm, candidate: Arm, samples: Samples, budget: Budget
+) -> list[str]:
+    """Sizes of dynamic axes that the samples do not have; beyond these it is unverified."""
+    quality = request.quality
+    floor = replace(quality.floor_for(request.task, False), min_samples=1)
+    failures = []
+    for variant in shape_variants(golden.opened.inputs, samples):
+        budget.tick(_METHOD, f"shapes: {variant.label}", 0.65)
+        tried = try_variant(variant, golden, candidate, floor, quality.judged_output, quality.class_axis)
+        if tried is not None:
+            report.shapes.append(tried.to_json())
+            failures += [f"at {variant.label}: {text}" for text in tried.objections]
+    if report.shapes:
+        report.notes.append(f"dynamic axes: tried {', '.join(entry['label'] for entry in report.shapes)}; unverified beyond")
+    return failures
+
+
+def _time(request: VerifyRequest, report: VerifyReport, samples: Samples, batchable: bool, budget: Budget, until: float) -> None:
+    """Speed against the incumbent; folded into the verdict where a swap is asked for."""
+    incumbent = request.incumbent or request.golden
+    mine = request.incumbent_settings if request.incumbent else request.golden_settings
+    sizes = {1: feeds_of(samples, [0])}
+    if batchable:
+        for limit in {mine.batch_limit, report.serve.batch_limit}:
+            sizes[limit] = feeds_of(samples, np.arange(limit) % len(samples))
+    report.speed = speed(
+        incumbent, mine, request.candidate, report.serve, sizes, request.goal,
+        seconds=max(5.0, until - time.monotonic()), tick=lambda step, share: budget.tick(_METHOD, step, 0.7 + 0.3 * share),
+    )  # fmt: skip
+    report.notes += report.speed.notes
+    if request.purpose is Purpose.PROOF:
+        return
+    report.reasons += report.speed.reasons
+    if report.speed.verdict == "failed" or (report.speed.verdict == "inconclusive" and report.verdict is Verdict.PASSED):
+        report.verdict = Verdict(report.speed.verdict)
