@@ -6,6 +6,7 @@ A version is there when its card is: folders appear whole, by rename, and number
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -95,7 +96,7 @@ class Cards:
                 if card is None:
                     self._require_golden(model, draft)
                     card = self._publish_next(model, folder, draft, taken)
-            durable.discard(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         return card
 
     def require_space(self, size_bytes: int) -> None:
@@ -122,12 +123,10 @@ class Cards:
         """Delete a built version's files; card and proofs stay. Whether anybody needs them is for the caller to know."""
         if not BUILT_VERSION.fullmatch(version):
             raise InvalidRequest(f"{version!r} is not a version that Hone built; only those are removed here")
-        folder = self.state.version(model, version)
-        with (
-            durable.storage_errors(f"removing {model}:{version}", folder),
-            durable.exclusive(self.state.lock(model), f"removing {model}:{version}"),
-        ):
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        self.card(model, version)
+        folder, what = self.state.version(model, version), f"removing {model}:{version}"
+        with durable.storage_errors(what, folder), durable.exclusive(self.state.lock(model), what):
+            for path in sorted(folder.iterdir()):
                 if path.name not in {CARD, "proofs"} and not path.name.startswith("."):
                     durable.discard(path)
 

@@ -138,12 +138,17 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder so that a kill in between leaves it whole or gone (the rest is swept)."""
-    if not path.exists() and not path.is_symlink():
+    """Remove a file or folder so that a kill in between leaves it whole or gone (the rest is swept). Needs no room on the disk."""
+    grave = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        path.rename(grave)
+    except FileNotFoundError:
         return
-    with temporary_folder(path.parent, 0o700) as grave:
-        os.rename(path, grave / "gone")
-        sync_folder(path.parent)
+    sync_folder(path.parent)
+    if grave.is_dir() and not grave.is_symlink():
+        shutil.rmtree(grave, ignore_errors=True)
+    else:
+        grave.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> int:

@@ -61,7 +61,7 @@ class LinkPolicy:
             ends = f" (a link to {printable(os.readlink(path))})" if path.is_symlink() else ""
             raise ModelRejected(f"{path}{ends} cannot be followed: {error.strerror}") from None
         except RuntimeError:
-            raise ModelRejected(f"{path} is a link that leads back to itself") from None
+            raise ModelRejected(f"{path} cannot be followed: a link that leads back to itself") from None
         if any(real.is_relative_to(root) for root in self.roots):
             return real
         raise ModelRejected(
