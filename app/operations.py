@@ -14,7 +14,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
-from optimizers.catalogue import parse_recipe
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
@@ -112,6 +111,8 @@ class ServerOperations:
     async def optimize(
         self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
     ) -> JSON:  # fmt: skip
+        from optimizers.catalogue import parse_recipe
+
         slot = self._service.slot(name)
         wanted = tries if tries is not None else default_tries(slot.config)
         try:

@@ -32,8 +32,13 @@ CHECK_ROWS: Final = 32
 CHECK_S: Final = 20.0
 OOM_ACTIVE, OOM_WARM, OOM_CANDIDATE = 300, 500, 700
 RUNNER_BYTES: Final = 24 << 20
+PRECISE_INT8: Final = "session.x64quantprecision"
 WEIGHTS_FACTOR: Final = 2.5
 """A session holds the weights, a packed copy of most of them and its arena; measured on convolutional nets 1.6 to 2.4 times the file."""
+
+
+class Disagrees(ModelRejected):
+    """The version loads, but does not answer as golden does."""
 
 
 class Loader:
@@ -51,7 +56,29 @@ class Loader:
         self._loading = asyncio.Semaphore(2)
 
     async def load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
-        """A running engine that agrees with golden on the reference. Raises ModelRejected, InsufficientStorage or Unsupported."""
+        """A running engine that agrees with golden on the reference. Raises ModelRejected, InsufficientStorage or Unsupported.
+
+        An int8 version that saturates in silence on this class of host is tried once more with the option that computes it rightly.
+        """
+        try:
+            return await self._load(admitted, settings, generation, config)
+        except Disagrees as disagreement:
+            precise = with_precise_int8(settings)
+            if admitted.precision != "int8" or precise == settings:
+                raise
+            log.warning("%s; trying %s", disagreement, PRECISE_INT8)
+            loaded = await self._load(admitted, precise, generation, config)
+            loaded.notes = (*loaded.notes, f"served with {PRECISE_INT8}: without it, it disagrees with golden on this host")
+            return loaded
+
+    async def compare(self, loaded: Loaded, config: ModelConfig) -> tuple[str, ...]:
+        """Hold a version that serves already against golden's outputs; a disagreement is told in its notes."""
+        try:
+            return await self._agrees(loaded, config)
+        except HoneError as error:
+            return (str(error),)
+
+    async def _load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
         async with self._loading:
             key = self._reserve(admitted)
             try:
@@ -190,7 +217,7 @@ def held_against_golden(admitted: Admitted, config: ModelConfig, expected: dict[
         raise ModelRejected(f"{admitted.model}:{admitted.version} answers NaN or infinity on reference samples where golden does not")
     enough = fidelity.met is Met.MET if not proven else fidelity.high >= least
     if not enough:
-        raise ModelRejected(
+        raise Disagrees(
             f"{admitted.model}:{admitted.version} does not agree with golden on this host ({said}, floor {least:g}); "
             f"prove it here with: hone verify {admitted.model}:{admitted.version}"
         )
@@ -199,5 +226,5 @@ def held_against_golden(admitted: Admitted, config: ModelConfig, expected: dict[
 
 def with_precise_int8(settings: RuntimeSettings) -> RuntimeSettings:
     """The option under which 8-bit kernels without VNNI do not saturate: slower, and right."""
-    options = dict(settings.session_options) | {"session.x64quantprecision": "1"}
+    options = dict(settings.session_options) | {PRECISE_INT8: "1"}
     return replace(settings, session_options=tuple(sorted(options.items())))

@@ -27,6 +27,8 @@ Recorder = Callable[[Event], None]
 RETRY_FIRST_S = 2.0
 RETRY_MOST_S = 300.0
 DRAIN_S = 30.0
+DEADLY_INPUTS = 3
+"""So many different inputs that killed a runner count against the version; one alone counts against the input."""
 
 
 class Backoff:
@@ -61,6 +63,8 @@ class ModelReconciler:
         self._record, self._metrics = record, metrics
         self._backoff = Backoff()
         self._stopping: set[asyncio.Task[None]] = set()
+        self._freezing: asyncio.Task[None] | None = None
+        self._freeze_after = 0.0
         self._prepared: tuple[str, ModelConfig] | None = None
         self.changed = asyncio.Event()
         self.settled = asyncio.Event()
@@ -106,6 +110,9 @@ class ModelReconciler:
             await self._prepare(found, slot.active.admitted)
         if slot.reservoir.pending:
             await asyncio.to_thread(slot.reservoir.store_pending)
+        if slot.active is not None:
+            self._leave_deadly(slot.active, want)
+            self._freeze_reference(found, want)
         if slot.active is not None and slot.active.version != want.golden and want.golden not in slot.versions:
             await self._warm(want, found, want.golden)
 
@@ -122,6 +129,8 @@ class ModelReconciler:
 
     async def close(self) -> None:
         self.slot.active = None
+        if self._freezing is not None:
+            self._freezing.cancel()
         await asyncio.gather(*(self._stop(loaded) for loaded in list(self.slot.versions.values())))
         await asyncio.gather(*self._stopping, return_exceptions=True)
 
@@ -236,6 +245,40 @@ class ModelReconciler:
             data = {"version": version, "reason": str(error), "where": self._loader.host_class, "replica": self._loader.replica}
             self._record(Event("version.failed", self.slot.name, version, data=data))
 
+    def _leave_deadly(self, active: Loaded, want: ModelState) -> None:
+        """A built version that several different inputs killed goes; golden is never marked failed, its runner only backs off."""
+        if active.version == want.golden or active.engine.distinct_killers < DEADLY_INPUTS or active.version != want.desired:
+            return
+        back = want.previous if want.previous and want.previous != active.version else want.golden
+        reason = f"{active.engine.distinct_killers} different inputs killed its runner"
+        self.slot.failed[active.version] = reason
+        self._record(Event("version.failed", self.slot.name, active.version, data={"version": active.version, "reason": reason}))
+        data = {"version": back, "from": active.version, "reason": reason}
+        self._record(Event("desired.changed", self.slot.name, back, data=data))
+
+    def _freeze_reference(self, found: FoundModel, want: ModelState) -> None:
+        """Once, in the background: golden's answers on frozen samples, which every later version and host is held to."""
+        golden = self.slot.versions.get(want.golden)
+        busy = self._freezing is not None and not self._freezing.done()
+        if golden is None or golden.admitted.reference is not None or busy or golden.admitted.kind != "onnx":
+            return
+        if monotonic() < self._freeze_after:
+            return
+        self._freeze_after = monotonic() + RETRY_MOST_S
+        self._freezing = asyncio.create_task(self._freeze(found, golden), name=f"freeze-{self.slot.name}")
+
+    async def _freeze(self, found: FoundModel, golden: Loaded) -> None:
+        try:
+            reference = await self._admission.freeze_reference(found, golden.admitted)
+        except HoneError as error:
+            log.warning("model %s: its reference is not frozen yet: %s", self.slot.name, error)
+            return
+        golden.admitted = replace(golden.admitted, reference=reference)
+        data = {"version": golden.version, "samples": len(reference.samples), "origin": reference.meta.origin}
+        self._record(Event("reference.frozen", self.slot.name, golden.version, data=data))
+        golden.notes = await self._loader.compare(golden, self.slot.config)
+        self.changed.set()
+
     # ---- warm versions
     def _known(self, want: ModelState, found: FoundModel) -> tuple[str, ...]:
         built = [b.version for b in want.built if not b.removed and b.golden_sha256 == want.golden_sha256]
@@ -252,6 +295,9 @@ class ModelReconciler:
         """One previous version at most, and no more versions than model.yaml's runtime.warm_versions."""
         keep = {want.golden, *(v.version for v in (self.slot.active,) if v is not None)}
         others = [v for v in self.slot.versions.values() if v.version not in keep]
+        gone = [v for v in others if v.version not in self.slot.known]
+        others = [v for v in others if v not in gone]
+        await asyncio.gather(*(self._stop(v) for v in gone))
         previous = sorted((v for v in others if not v.pinned), key=lambda v: v.warm_until, reverse=True)
         pinned = [v for v in others if v.pinned]
         room = max(0, self.slot.config.runtime.warm_versions - len(keep & set(self.slot.versions)))
