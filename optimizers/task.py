@@ -25,6 +25,10 @@ from optimizers.base import Progress
 KINDS: Final[dict[str, str]] = {
     "inspect": "optimizers.inspect:run",
     "optimize": "optimizers.recipe:run",
+    "golden": "optimizers.golden:golden_outputs",
+    "quick_check": "optimizers.golden:quick_check",
+    "tune": "optimizers.tune:run",
+    "verify": "optimizers.judge:run",
 }
 """Kind of task -> 'module:function'. The function takes (request: dict, budget: Budget) and returns a JSON-able dict or dataclass."""
 

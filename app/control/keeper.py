@@ -221,7 +221,13 @@ class JobKeeper:
         self, job: Job, piece: Workpiece, version: str, before: RuntimeSettings, step: Mapping[str, Any], stop: asyncio.Event
     ) -> tuple[RuntimeSettings | None, JSON]:  # fmt: skip
         """Measured settings, and the report; None where nothing better was found."""
-        fixed = piece.config.runtime
+        runtime = piece.config.runtime
+        fixed = {
+            "intra_op_threads": runtime.threads,
+            "instances": runtime.instances,
+            "spin_duration_us": runtime.spin_us,
+            "batch_limit": piece.config.batching.limit,
+        }
         with self._bench.scratch() as folder:
             paths = await asyncio.to_thread(piece.samples.save, folder)
             request = {
@@ -230,21 +236,17 @@ class JobKeeper:
                 "stacked": piece.samples.calibration.stacked,
                 "settings": asdict(before),
                 "batchable": piece.golden.rows.independent,
-                "fixed": {
-                    key: value
-                    for key, value in (
-                        ("intra_op_threads", fixed.threads), ("instances", fixed.instances), ("spin_duration_us", fixed.spin_us),
-                        ("batch_limit", piece.config.batching.limit),
-                    )
-                    if value is not None
+                "config": {
+                    "objective": piece.config.tune_for,
+                    **{k: v for k, v in step.items() if k in {"objective", "max_seconds", "cores"} and v},
                 },
-                "config": {"objective": piece.config.tune_for, **{k: v for k, v in step.items() if k not in {"method", "target"} and v}},
-            }  # fmt: skip
+            }
             report = await self._task("tune", request, TUNE_S * 4 + 60, job, stop)
         settings = report.get("settings")
         if not report.get("changed", True) or not settings:
             return None, report
-        return settings_from_json({**asdict(before), **settings}), report
+        decided = {key: value for key, value in fixed.items() if value is not None}
+        return settings_from_json({**asdict(before), **settings, **decided}), report
 
     # ---- helpers
     async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:

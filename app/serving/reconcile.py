@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic, time
 
 from app.domain import Event, ModelState, VersionState
