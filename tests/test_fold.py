@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as how
 from hypothesis import strategies as st
 
 from app.domain import Event, Generation, Job, JobState, Mode, ModelState, RuntimeSettings, State, Verdict
@@ -425,6 +426,7 @@ def test_a_restored_backup_is_not_outranked_by_memories() -> None:
 
 # What holds after any story
 
+CALMLY = how(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VERSIONS = st.sampled_from(["1", "2", "1.1", "1.2", "1.3"])
 MODELS = st.sampled_from(["m", "n"])
 SHAS = st.sampled_from([SHA, OTHER_SHA])
@@ -455,6 +457,7 @@ EVENTS = st.one_of(
 STORIES = st.lists(EVENTS, max_size=60).map(lambda events: [replace(event, seq=n, at=float(n)) for n, event in enumerate(events, 1)])
 
 
+@CALMLY
 @given(STORIES, st.integers(0, 60))
 def test_folding_in_parts_is_folding_at_once(story: list[Event], cut: int) -> None:
     one_by_one = State()
@@ -463,6 +466,7 @@ def test_folding_in_parts_is_folding_at_once(story: list[Event], cut: int) -> No
     assert fold_all(fold_all(State(), story[:cut]), story[cut:]) == one_by_one
 
 
+@CALMLY
 @given(STORIES)
 def test_what_always_holds(story: list[Event]) -> None:
     before = State()
@@ -491,12 +495,14 @@ def _served(model: ModelState) -> tuple[str, RuntimeSettings | None, str]:
     return model.desired, model.settings_of(model.desired), model.golden_sha256
 
 
+@CALMLY
 @given(STORIES)
 def test_a_state_survives_being_written_down(story: list[Event]) -> None:
     state = fold_all(State(), story)
     assert state_from_json(loads(dumps(state))) == state
 
 
+@CALMLY
 @given(STORIES, st.integers(0, 60))
 def test_a_memory_never_loses_to_a_store_that_lost_its_tail(story: list[Event], cut: int) -> None:
     known, cut_off = fold_all(State(), story), fold_all(State(), story[:cut])

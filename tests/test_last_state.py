@@ -52,6 +52,15 @@ def test_a_damaged_memory_is_none(tmp_path: Path, damage: Callable[[bytes], byte
     assert load(path) is None
 
 
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    old, young = tmp_path / ".last-state.json.1-aa", tmp_path / ".last-state.json.2-bb"
+    old.touch()
+    os.utime(old, (1, 1))
+    young.touch()
+    save(tmp_path / "last-state.json", KNOWN)
+    assert {path.name for path in tmp_path.iterdir()} == {"last-state.json", young.name}
+
+
 def test_a_failed_save_leaves_the_former_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last-state.json"
     save(path, KNOWN)

@@ -21,12 +21,13 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import redis
 from redis.backoff import NoBackoff
 from redis.commands.core import Script
+from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from app.domain import JSON, Event, Generation, State
-from app.store import backups, merge, redis_lua
+from app.store import backups, merge, redis_form, redis_lua
 from app.store.base import StoreRefused, StoreUnavailable, StoreWentBack
-from app.store.codec import Unreadable, data_text, dumps, event_from_json, job_from_json, loads, model_from_json, state_from_json
+from app.store.codec import Unreadable, data_text, dumps, event_from_json, loads
 from app.store.fold import fold, fold_all, hold_to
 from app.store.kinds import checked
 
@@ -94,7 +95,8 @@ class RedisJournal:
     """See app.store.base.Journal. Nothing is connected before the first call; no call waits longer than a few timeouts."""
 
     def __init__(self, url: str, *, kept_events: int = KEPT_EVENTS) -> None:
-        self._redis, self.address, self.keys = _client(url)
+        self._redis, self.address, self.keys, timeout_s = _client(url)
+        self._block_s = min(_WAIT_SLICE_S, timeout_s / 2)
         self._kept_events = kept_events
         self._seen: _Seen | None = None
         self._lock = threading.Lock()
@@ -139,7 +141,7 @@ class RedisJournal:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 return False
-            block_ms = max(1, int(1000 * min(remaining_s, _WAIT_SLICE_S)))
+            block_ms = max(1, int(1000 * min(remaining_s, self._block_s)))
             self._command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", self.keys.events, f"{after}-0")
         return False
 
@@ -192,7 +194,7 @@ class RedisJournal:
     def warnings(self) -> list[str]:
         with self._explained():
             info = self._redis.info()
-        return [f"{self.address}: {warning}" for warning in _warnings(info)]
+        return [f"{self.address}: {warning}" for warning in redis_form.warnings(info)]
 
     def close(self) -> None:
         """Calls that still run in other threads end by themselves and close their own connections."""
@@ -232,9 +234,9 @@ class RedisJournal:
             )
         if seen is not None and last == seen.last:
             return seen, at
-        if seen is not None and seen.last and entries and _uid(entries[0]) == seen.last:
-            newer = [_event(entry) for entry in entries[1:]]
-            return _Seen(fold_all(seen.state, newer), _uid(entries[-1]), newer[-1].seq), at
+        if seen is not None and seen.last and entries and redis_form.uid_of(entries[0]) == seen.last:
+            newer = [redis_form.event_of(entry) for entry in entries[1:]]
+            return _Seen(fold_all(seen.state, newer), redis_form.uid_of(entries[-1]), newer[-1].seq), at
         loaded, _ = self._loaded()
         if seen is not None and (merge.behind(loaded.state, seen.state) or self._diverged(loaded, seen)):
             raise StoreWentBack(
@@ -257,17 +259,14 @@ class RedisJournal:
         with self._explained():
             last, rest, models, jobs, top = self._load(keys=self.keys.journal, args=[self.keys.model])
         try:
-            state = state_from_json(loads(rest)) if rest else State()
-            found_models = [model_from_json(loads(text)) for text in models]
-            found_jobs = sorted((job_from_json(loads(text)) for text in jobs), key=lambda job: (job.requested_at, job.id))
-        except (Unreadable, KeyError, TypeError, ValueError) as error:
+            state = redis_form.state_of(rest, models, jobs)
+        except Unreadable as error:
             raise StoreUnavailable(f"{self.address}: what lies under {self.keys.journal[0]} is not Hone's: {error}") from error
-        whole = replace(state, models={model.name: model for model in found_models}, jobs={job.id: job for job in found_jobs})
-        return _Seen(whole, last, int(top.partition("-")[0])), not lost
+        return _Seen(state, last, int(top.partition("-")[0])), not lost
 
     def _write(self, before: _Seen, after: _Seen, events: Sequence[tuple[Event, str]]) -> bool:
         """False where another writer was faster. A lost connection is tried once more by the driver, hence the look at the uid."""
-        return self._put(before.last, after, events, _change(before.state, after.state))
+        return self._put(before.last, after, events, redis_form.change(before.state, after.state))
 
     def _write_whole(self, current: _Seen, event: Event, seq: int, earlier: Sequence[Event]) -> State | None:
         text, uid = data_text(event), secrets.token_hex(8)
@@ -275,7 +274,7 @@ class RedisJournal:
         stored = replace(event, seq=seq, at=at, data=loads(text))
         after = _Seen(fold(current.state, stored), uid, seq)
         entries = [*((old, secrets.token_hex(8)) for old in earlier), (stored, uid)]
-        written = self._put(current.last, after, entries, {**_change(State(), after.state), "whole": True})
+        written = self._put(current.last, after, entries, {**redis_form.change(State(), after.state), "whole": True})
         return after.state if written else None
 
     def _looked(self, uid: str, seq: int) -> tuple[str, int, list[Any], float]:
@@ -312,7 +311,7 @@ class RedisJournal:
             command = ("XREVRANGE", self.keys.events, high, low) if newest_first else ("XRANGE", self.keys.events, low, high)
             entries = self._command(*command, "COUNT", _PAGE)
             for _, fields in entries:
-                yield _event_of(fields["event"])
+                yield event_from_json(loads(fields["event"]))
             if len(entries) < _PAGE:
                 return
             low, high = (low, f"({entries[-1][0]}") if newest_first else (f"({entries[-1][0]}", high)
@@ -325,13 +324,13 @@ class RedisJournal:
                 self._seen = seen
 
 
-def _client(url: str) -> tuple[redis.Redis, str, Keys]:
-    """The driver's client with bounded waits, the address as it may be shown (no password), and the keys."""
+def _client(url: str) -> tuple[redis.Redis, str, Keys, float]:
+    """The driver's client with bounded waits, the address as it may be shown (no password), the keys, and the timeout in seconds."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     for name in options.keys() - _OPTIONS:
         near = difflib.get_close_matches(name, _OPTIONS, 1) or sorted(_OPTIONS)
-        raise StoreRefused(f"the store's URL has an unknown option {name}={options[name]}; did you mean {' or '.join(near)}?")
+        raise StoreRefused(f"the store's URL has an unknown option {name!r}; did you mean {' or '.join(near)}?")
     try:
         timeout_s = float(options.pop("timeout", TIMEOUT_S))
         prefix = options.pop("prefix", "hone")
@@ -348,46 +347,7 @@ def _client(url: str) -> tuple[redis.Redis, str, Keys]:
         raise StoreRefused(
             "the store's URL cannot be read; write redis://[user:password@]host[:port]/db, its parts percent-encoded"
         ) from error
-    return client, f"Redis at {parts.hostname or 'localhost'}{port}{parts.path}", Keys(prefix)
-
-
-def _change(before: State, after: State) -> JSON:
-    """Which hashes must be written to go from one state to the other."""
-    models = {name: model for name, model in after.models.items() if model is not before.models.get(name)}
-    return {
-        "whole": False,
-        "models": {
-            name: {
-                "golden": model.golden,
-                "desired": model.desired,
-                "previous": model.previous,
-                "generation": f"{model.generation.epoch}.{model.generation.n}",
-                "state": dumps(model),
-            }
-            for name, model in models.items()
-        },
-        "gone": [name for name in before.models if name not in after.models],
-        "jobs": {identity: dumps(job) for identity, job in after.jobs.items() if job is not before.jobs.get(identity)},
-        "forgotten": [identity for identity in before.jobs if identity not in after.jobs],
-    }
-
-
-def _uid(entry: list[Any]) -> str:
-    """Of an entry as a script returns it: [id, [name, value, …]]."""
-    return str(_fields(entry)["uid"])
-
-
-def _event(entry: list[Any]) -> Event:
-    return _event_of(_fields(entry)["event"])
-
-
-def _fields(entry: list[Any]) -> dict[str, str]:
-    flat = entry[1]
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _event_of(text: str) -> Event:
-    return event_from_json(loads(text))
+    return client, f"Redis at {parts.hostname or 'localhost'}{port}{parts.path}", Keys(prefix), timeout_s
 
 
 def _milliseconds(ttl_s: float) -> int:
@@ -403,20 +363,8 @@ def _why(error: redis.RedisError) -> str:
         return "its memory is full (maxmemory), nothing was written; give it more, or a Redis of its own"
     if isinstance(error, redis.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return f"it refuses the user or password ({text}); look at HONE_STORE"
-    if "NOPERM" in text:
-        return f"the user lacks a right ({text}); it needs @read @write @scripting @stream and INFO on the keys of Hone"
+    if isinstance(error, NoPermissionError) or "ACL failure" in text:
+        return f"the user lacks a right ({text}); it needs +@read +@write +@stream +@scripting +@connection +time +info on ~{{prefix}}:*"
     if isinstance(error, redis.TimeoutError):
         return f"no answer in time ({text}); whether the last change was written is unknown until it answers"
     return text
-
-
-def _warnings(info: JSON) -> list[str]:
-    found = []
-    policy = str(info.get("maxmemory_policy", "noeviction"))
-    if policy != "noeviction" and int(info.get("maxmemory", 0)) > 0:
-        found.append(f"maxmemory-policy is {policy}: it may evict the journal or its leases; set it to noeviction")
-    if info.get("role") != "master":
-        found.append("it is a replica: reading works, every change is refused; point HONE_STORE at the primary")
-    if not int(info.get("aof_enabled", 0)):
-        found.append("appendonly is off: decisions of the last minutes are lost when it restarts; set appendonly to yes")
-    return found

@@ -17,6 +17,7 @@ for _, name in ipairs(names) do
   if redis.call('EXISTS', ARGV[1] .. name) == 0 then lost = lost + 1 end
 end
 if tonumber(meta[2] or '0') ~= #names or tonumber(meta[3] or '0') ~= redis.call('HLEN', KEYS[4]) then lost = lost + 1 end
+if not meta[1] and redis.call('EXISTS', KEYS[2], KEYS[3], KEYS[4]) > 0 then lost = lost + 1 end
 local entries = {}
 if ARGV[2] ~= '*' and (meta[1] or '') ~= ARGV[2] then entries = redis.call('XRANGE', KEYS[2], ARGV[3] .. '-0', '+') end
 local now = redis.call('TIME')
