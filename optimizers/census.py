@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
-from optimizers.onnx_file import graphs, tensors
+from optimizers.onnx_file import graphs, in_order, tensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 SMALL: Final = 1024
@@ -136,7 +136,7 @@ def _without_weights(model: ModelProto) -> ModelProto:
     bare.functions.extend(model.functions)
     graph = bare.graph
     graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
+    graph.node.extend(in_order(model.graph))
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
     for tensor in model.graph.initializer:
@@ -149,14 +149,15 @@ def _without_weights(model: ModelProto) -> ModelProto:
 
 def multiply_adds(model: ModelProto, row: Shapes | None = None) -> int | None:
     """Multiply-adds of convolutions, matrix products and recurrent layers for one row; None where a shape is unknown."""
+    costs = [cost for _, cost in layer_costs(model, row)]
+    return None if None in costs else sum(cost or 0 for cost in costs)
+
+
+def layer_costs(model: ModelProto, row: Shapes | None = None) -> list[tuple[NodeProto, int | None]]:
+    """Every node that multiplies weights or activations, with its multiply-adds for one row (None where a shape is unknown)."""
     shapes = infer_shapes(model, row)
-    total = 0
-    for node in model.graph.node:
-        cost = _cost(node, shapes)
-        if cost is None:
-            return None
-        total += cost
-    return total
+    costs = [(node, _cost(node, shapes)) for node in model.graph.node]
+    return [(node, cost) for node, cost in costs if cost != 0]
 
 
 def _cost(node: NodeProto, shapes: Shapes) -> int | None:

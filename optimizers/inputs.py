@@ -25,8 +25,9 @@ DATATYPES: Final[dict[str, str]] = {
 """ONNX Runtime's type of a tensor, and its name in the Open Inference Protocol."""
 NUMPY: Final[dict[str, str]] = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8", "INT16": "int16",
-    "INT32": "int32", "INT64": "int64", "FP16": "float16", "FP32": "float32", "FP64": "float64", "BYTES": "object",
+    "INT32": "int32", "INT64": "int64", "FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BYTES": "object",
 }  # fmt: skip
+"""The dtype in which a tensor is made; bfloat16, which numpy lacks, is made as float32 (optimizers.session takes it so)."""
 SIZES_TRIED: Final = (16, 32, 64, 224, 8, 7, 128, 1, 2, 3, 4, 512)
 CHANNELS_TRIED: Final = (3, 1)
 INTEGERS_TRIED: Final = ((0, 8), (0, 2), (1, 2))

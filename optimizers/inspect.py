@@ -234,9 +234,6 @@ class _Check:
         )
 
     def _make_inputs(self) -> None:
-        if bf16 := next((info.name for info in self.inputs if DATATYPES[info.type] == "BF16"), ""):
-            self.unmade = f"input {bf16!r} is BF16, which this check cannot make"
-            return
         samples = Samples.load(Path(self.request.samples), stacked=self.request.stacked) if self.request.samples else None
         run = runner(self.reference)
 

@@ -5,6 +5,7 @@ Parses and looks, never runs: what ONNX Runtime makes of the model is optimizers
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 from collections import Counter
@@ -98,6 +99,37 @@ def graphs(graph: GraphProto) -> Iterator[GraphProto]:
         current = waiting.pop()
         yield current
         waiting += _subgraphs(current.node)
+
+
+def in_order(graph: GraphProto) -> list[NodeProto]:
+    """The nodes, producers before consumers and else as they stand. Nodes in a circle come last."""
+    made_by = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    waits_for: list[set[int]] = [{made_by[name] for name in _reads(node) if name in made_by} - {i} for i, node in enumerate(graph.node)]
+    needed_by: list[list[int]] = [[] for _ in graph.node]
+    for index, others in enumerate(waits_for):
+        for other in others:
+            needed_by[other].append(index)
+    ready = [index for index, others in enumerate(waits_for) if not others]
+    heapq.heapify(ready)
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for other in needed_by[index]:
+            waits_for[other].discard(index)
+            if not waits_for[other]:
+                heapq.heappush(ready, other)
+    order += sorted(set(range(len(graph.node))) - set(order))
+    return [graph.node[index] for index in order]
+
+
+def _reads(node: NodeProto) -> set[str]:
+    """All values that a node needs: its inputs, and what its bodies take from outside."""
+    names = set(filter(None, node.input))
+    for body in _subgraphs([node]):
+        for graph in graphs(body):
+            names |= {name for inner in graph.node for name in inner.input} | {value.name for value in graph.output}
+    return names
 
 
 def _subgraphs(nodes: Sequence[NodeProto]) -> list[GraphProto]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from optimizers.base import NotApplicable
-from optimizers.onnx_file import STANDARD_DOMAINS, graphs, read
+from optimizers.onnx_file import STANDARD_DOMAINS, graphs, in_order, read
 
 EXTERNAL_ABOVE: Final = 1 << 30
 """Files larger than this many bytes are written with external data: protobuf ends at 2 GiB, and some readers before."""
@@ -95,6 +95,13 @@ def producers(graph: GraphProto) -> dict[str, NodeProto]:
 def opset(model: ModelProto) -> int:
     """Version of the standard operator set."""
     return max((int(entry.version) for entry in model.opset_import if entry.domain in STANDARD_DOMAINS), default=0)
+
+
+def sort_nodes(model: ModelProto) -> None:
+    """Put producers before consumers, as the format demands and ONNX Runtime's quantizer does not."""
+    ordered = [NodeProto.FromString(node.SerializeToString()) for node in in_order(model.graph)]
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
 
 
 def strip_initializer_inputs(model: ModelProto) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
 
-from optimizers.session import Feeds, runnable
+from optimizers.session import Feeds, call, runnable
 from optimizers.task_child import is_out_of_memory
 
 _NOISE: Final = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+:\d+ ")
@@ -28,7 +28,7 @@ def runner(session: Any) -> Run:
 
     def run(feeds: Feeds) -> list[Any]:
         try:
-            return list(session.run(None, runnable(feeds)))
+            return call(session, runnable(feeds))
         except ORT_ERRORS as error:
             raise_if_memory(error)
             raise RunRefused(brief(error)) from None

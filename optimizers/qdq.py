@@ -1,0 +1,218 @@
+"""Static int8 in QDQ form: prepare the graph, calibrate, let ONNX Runtime's quantizer rewrite it with our ranges, look at the result.
+
+Borrowed from onnxruntime.quantization is the graph rewriting alone; ranges are optimizers.calibration's, since its own keeps everything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
+
+from optimizers.artifact import Artifact
+from optimizers.base import Budget, NotApplicable
+from optimizers.calibration import Calibration, Range, calibrate
+from optimizers.census import quantization_of
+from optimizers.difference import root_mean_square
+from optimizers.int8 import Form, Int8StaticConfig
+from optimizers.onnx_graph import initializers, load, save, sort_nodes
+from optimizers.prepare import prepared
+from optimizers.running import ORT_ERRORS, brief, raise_if_memory, runner
+from optimizers.samples import Samples
+from optimizers.session import Feeds, Settings, open_session
+
+CONVOLUTIONAL: Final = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool",
+    "GlobalAveragePool", "Concat", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Resize", "Pad", "Split",
+)  # fmt: skip
+"""Operators that have int8 kernels worth having on a CPU, so that activations stay int8 between convolutions."""
+LINEAR: Final = ("MatMul", "Gemm", "Gather")
+"""In models without convolutions only products with constant weights and tables: normalizations and softmax stay float."""
+WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+LOOKED_AT: Final = 32
+"""Calibration rows on which the result is compared with the float model: a first look, not the judgement."""
+HOPELESS: Final = 0.5
+"""Relative root-mean-square error of the outputs beyond which the result is no candidate."""
+
+
+@dataclass
+class _Job:
+    """One static quantization: what each part needs."""
+
+    model: ModelProto
+    config: Int8StaticConfig
+    form: Form
+    samples: Samples
+    budget: Budget
+    folder: Path
+
+    def tick(self, step: str, share: float) -> None:
+        self.budget.tick(self.config.method, step, share)
+
+
+def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Samples, budget: Budget) -> Artifact:
+    """The artifact in int8. Raises NotApplicable with the reason (and the node)."""
+    started = time.monotonic()
+    folder = budget.folder(config.method)
+    source = load(artifact.path)
+    if how := quantization_of(source):
+        raise NotApplicable(f"already quantized ({how}): int8-static needs a float model")
+    if not len(samples):
+        raise NotApplicable("int8-static needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones")
+    ready = prepared(source, folder)
+    model = save_and_reload_model_with_shape_infer(ready.model)
+    job = _Job(model, config, form, _checked_samples(samples, model, config.samples), budget, folder)
+    types = _operators(model)
+    excluded = {*config.exclude, *_unquantizable(model, types)}
+    layers = [node for node in model.graph.node if node.op_type in WEIGHTED and node.op_type in types and node.name not in excluded and _weight_of(node, model)]
+    if not layers:
+        raise NotApplicable("there is no convolution or matrix product with constant float weights to quantize")
+    job.tick("calibration", 0.1)
+    ranges = _ranges(job, types, excluded)
+    reference = _outputs(save(model, folder / "float.onnx"), job, "basic")
+    sensitive = _most_sensitive(job, types, layers, ranges, excluded, reference) if config.keep_float else {}
+    kept = list(sensitive)[: config.keep_float]
+    job.tick("quantizing", 0.9)
+    path = save(_quantized(job, types, ranges, excluded | set(kept)), folder / "model.onnx")
+    error = _look(path, job, reference, types, layers, ranges, excluded)
+    facts = {
+        "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range, "per_channel": config.per_channel,
+        "calibration": config.calibration, "calibration_samples": len(job.samples), "calibration_origin": samples.origin,
+        "calibration_hashes": job.samples.hashes(), "quantized_layers": len(layers) - len(kept), "kept_float": [*sorted(excluded & {n.name for n in model.graph.node if n.op_type in WEIGHTED}), *kept],
+        "sensitivity": sensitive, "operators": sorted({node.op_type for node in model.graph.node} & set(types)), "prepared": ready.facts,
+        "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+    }  # fmt: skip
+    job.tick("done", 1.0)
+    return artifact.derived(path, config.to_json(), facts)
+
+
+def _operators(model: ModelProto) -> tuple[str, ...]:
+    return CONVOLUTIONAL if any(node.op_type in {"Conv", "ConvTranspose"} for node in model.graph.node) else LINEAR
+
+
+def _weight_of(node: NodeProto, model: ModelProto) -> TensorProto | None:
+    """The constant float weight of a layer, or None for a product of two activations."""
+    tensor = initializers(model.graph).get(node.input[1]) if len(node.input) > 1 else None
+    return tensor if tensor is not None and tensor.data_type in {TensorProto.FLOAT, TensorProto.FLOAT16} else None
+
+
+def _unquantizable(model: ModelProto, types: Sequence[str]) -> set[str]:
+    """Nodes that stay float whatever the config says: their int8 form is wrong, slower or does not load."""
+    weights = initializers(model.graph)
+    found: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type == "Gather" and not (node.input[0] in weights and weights[node.input[0]].data_type == TensorProto.FLOAT):
+            found.add(node.name)
+        if node.op_type == "Conv" and _weight_of(node, model) is None:
+            found.add(node.name)
+        if node.op_type in {"MatMul", "Gemm"} and _weight_of(node, model) is None and types == LINEAR:
+            found.add(node.name)
+        if node.op_type in {"Pad", "Resize", "Clip"} and any(n in weights and weights[n].data_type not in {TensorProto.FLOAT, TensorProto.INT64} for n in node.input[1:] if n):
+            found.add(node.name)
+    return found
+
+
+def _ranges(job: _Job, types: Sequence[str], excluded: set[str]) -> dict[str, Range]:
+    """Calibrated ranges of every float activation that the quantizer may ask for."""
+    floats = {v.name for v in (*job.model.graph.value_info, *job.model.graph.input, *job.model.graph.output) if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    weights = set(initializers(job.model.graph))
+    wanted = dict.fromkeys(
+        name
+        for node in job.model.graph.node
+        if node.op_type in types and node.name not in excluded
+        for name in (*node.input, *node.output)
+        if name in floats and name not in weights
+    )
+    how = Calibration(job.config.calibration, job.config.percentile, job.config.averaging)
+    return calibrate(job.model, list(wanted), job.samples, how, job.folder, lambda step, share: job.tick(step, 0.1 + 0.6 * share), job.budget.threads)
+
+
+def _quantized(job: _Job, types: Sequence[str], ranges: dict[str, Range], excluded: set[str], only: Sequence[str] = ()) -> ModelProto:
+    """A quantized copy; with `only`, just those nodes are."""
+    copy = ModelProto()
+    copy.CopyFrom(job.model)
+    data = {name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32)) for name, (low, high) in ranges.items()}
+    activation = QuantType.QInt8 if job.form.signed_activations else QuantType.QUInt8
+    options: dict[str, Any] = {"ActivationSymmetric": job.config.symmetric, "MatMulConstBOnly": types == LINEAR}
+    if types == LINEAR:
+        options["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
+    with quiet():
+        quantizer = QDQQuantizer(
+            copy, job.config.per_channel, job.form.reduce_range, QuantType.QInt8, activation, TensorsData(CalibrationMethod.MinMax, data),
+            list(only), sorted(excluded), list(types), options,
+        )  # fmt: skip
+        quantizer.quantize_model()
+    result: ModelProto = quantizer.model.model
+    result.producer_name, result.producer_version = "hone", ""
+    sort_nodes(result)
+    return result
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """ONNX Runtime's tool warns through the root logger about what is done here on purpose."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _outputs(path: Path, job: _Job, level: str) -> list[Any]:
+    """Outputs on the first calibration rows. Raises NotApplicable where the file does not load or run."""
+    try:
+        run = runner(open_session(path, Settings(intra_op_threads=job.budget.threads, graph_level=level)))
+        return run(_first_rows(job.samples))
+    except ORT_ERRORS as error:
+        raise_if_memory(error)
+        raise NotApplicable(f"the quantized model does not work: {brief(error)}") from None
+
+
+def _first_rows(samples: Samples) -> Feeds:
+    return {name: values[:LOOKED_AT] if samples.stacked else values[0] for name, values in samples.inputs.items()}
+
+
+def _most_sensitive(
+    job: _Job, types: Sequence[str], layers: Sequence[NodeProto], ranges: dict[str, Range], excluded: set[str], reference: list[Any]
+) -> dict[str, float]:
+    """Layer to the error of the outputs when it alone is quantized, worst first."""
+    errors: dict[str, float] = {}
+    for index, layer in enumerate(layers):
+        job.tick("sensitivity", 0.7 + 0.2 * index / len(layers))
+        alone = save(_quantized(job, types, ranges, excluded, [layer.name]), job.folder / "alone.onnx")
+        errors[layer.name] = root_mean_square(reference, _outputs(alone, job, "all"))
+    return dict(sorted(errors.items(), key=lambda item: -item[1]))
+
+
+def _look(
+    path: Path, job: _Job, reference: list[Any], types: Sequence[str], layers: Sequence[NodeProto], ranges: dict[str, Range], excluded: set[str]
+) -> float:
+    """The outputs' relative error on a few rows; a hopeless one is no candidate, and the worst layer is named."""
+    error = root_mean_square(reference, _outputs(path, job, "all"))
+    if error > HOPELESS:
+        worst, alone = next(iter(_most_sensitive(job, types, layers, ranges, excluded, reference).items()))
+        raise NotApplicable(f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float")
+    return error
+
+
+def _checked_samples(samples: Samples, model: ModelProto, count: int) -> Samples:
+    """`count` of the samples, evenly spread, with the inputs that the model takes."""
+    weights = initializers(model.graph)
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    missing = [name for name in names if name not in samples.inputs]
+    if missing:
+        raise NotApplicable(f"the calibration samples lack the input {missing[0]!r}; they have {', '.join(samples.inputs)}")
+    taken = samples.rows(sorted({int(i) for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))}))
+    return Samples({name: taken.inputs[name] for name in names}, taken.labels, taken.origin, taken.stacked)
