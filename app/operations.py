@@ -390,7 +390,6 @@ def _loaded(loaded: Loaded) -> JSON:
         "pinned": loaded.pinned,
         "notes": list(loaded.notes),
         "batching": loaded.admitted.signature.batchable,
-        "proven": loaded.admitted.proof is not None,
     }
 
 

@@ -110,6 +110,7 @@ class Gate:
                 self._admit(scope)
             except HoneError as error:
                 return await response_of(error)(scope, receive, send_with_id)
+            scope = _read_as_json(scope)
         await self._app(scope, receive, send_with_id)
 
     def _admit(self, scope: Scope) -> None:
@@ -121,6 +122,15 @@ class Gate:
             self._guard.may_read(connection)
         else:
             self._guard.may_change(connection)
+
+
+def _read_as_json(scope: Scope) -> Scope:
+    """Admin bodies are JSON whatever their type says, since curl -d calls everything a form; only uploads are forms."""
+    headers = scope["headers"]
+    kinds = [value for name, value in headers if name == b"content-type"]
+    if kinds and not kinds[0].startswith(b"application/x-www-form-urlencoded"):
+        return scope
+    return {**scope, "headers": [*((n, v) for n, v in headers if n != b"content-type"), (b"content-type", b"application/json")]}
 
 
 def _answer_errors_as_json(app: FastAPI) -> None:
