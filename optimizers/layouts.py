@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from optimizers.host import cpu_budget
-from optimizers.measure import LEAST_ROUNDS, Arm, Quietness, interval_json, quietness, stolen_s
+from optimizers.measure import LEAST_ROUNDS, QUIET, Arm, Quietness, interval_json, quietness, stolen_s
 from optimizers.session import Feeds
 from optimizers.stats import Interval, hodges_lehmann
 
@@ -43,13 +43,14 @@ class LayoutComparison:
     unit: str
     ratio: Interval
     rounds: int
+    rounds_left_out: int
     first: LayoutSide
     other: LayoutSide
     quiet: Quietness
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "ratio": interval_json(self.ratio), "rounds": self.rounds, "incumbent": self.first.to_json(self.unit),
+            "ratio": interval_json(self.ratio), "rounds": self.rounds, "rounds_left_out": self.rounds_left_out, "incumbent": self.first.to_json(self.unit),
             "candidate": self.other.to_json(self.unit), "quiet": self.quiet.to_json(),
         }  # fmt: skip
 
@@ -107,24 +108,46 @@ def pause_for(wall_s: Sequence[float]) -> float:
 def _interleave(
     unit: str, turn: Callable[[int], _Turn], arms: tuple[Arm, Arm], seconds: float, tick: Callable[[], None]
 ) -> LayoutComparison:
-    """ABBA until `seconds` are over, at least the rounds that an interval needs (or thrice the time)."""
+    """ABBA until `seconds` are over, at least the rounds that an interval needs (or twice the time).
+
+    Rounds in which threads waited for a core too long are left out where enough others remain: chosen by the waiting, never by the result.
+    """
     for arm in arms:
         arm.pin(cpu_budget().affinity)
-    taken: tuple[list[_Turn], list[_Turn]] = ([], [])
-    logs: list[float] = []
+    rounds: list[_Round] = []
     began, stolen = time.monotonic(), stolen_s()
-    while (spent := time.monotonic() - began) < seconds or (len(logs) < LEAST_ROUNDS and spent < 3 * seconds):
-        one: tuple[list[_Turn], list[_Turn]] = ([], [])
-        for which in (1, 0, 0, 1) if len(logs) % 2 else (0, 1, 1, 0):
-            one[which].append(turn(which))
-        means = [float(np.mean(np.log([t.value for t in side]))) for side in one]
-        logs.append(means[1] - means[0])
-        for side, turns in zip(taken, one, strict=True):
-            side.extend(turns)
+    while (spent := time.monotonic() - began) < seconds or (len(rounds) < LEAST_ROUNDS and spent < 2 * seconds):
+        sides: tuple[list[_Turn], list[_Turn]] = ([], [])
+        for which in (1, 0, 0, 1) if len(rounds) % 2 else (0, 1, 1, 0):
+            sides[which].append(turn(which))
+        rounds.append(_Round(*sides))
         tick()
-    both = [*taken[0], *taken[1]]
-    quiet = quietness(sum(t.ran_s for t in both), sum(t.waited_s for t in both), stolen_s() - stolen, time.monotonic() - began)
-    return LayoutComparison(unit, hodges_lehmann(logs).exp(), len(logs), _side(taken[0]), _side(taken[1]), quiet)
+    calm = [one for one in rounds if one.waiting_ratio <= QUIET]
+    used = calm if len(calm) >= LEAST_ROUNDS else rounds
+    turns = [t for one in used for t in (*one.first, *one.other)]
+    quiet = quietness(sum(t.ran_s for t in turns), sum(t.waited_s for t in turns), stolen_s() - stolen, time.monotonic() - began)
+    first, other = _side([t for one in used for t in one.first]), _side([t for one in used for t in one.other])
+    return LayoutComparison(
+        unit, hodges_lehmann([one.log_ratio for one in used]).exp(), len(used), len(rounds) - len(used), first, other, quiet
+    )
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Two turns of each arm."""
+
+    first: list[_Turn]
+    other: list[_Turn]
+
+    @property
+    def log_ratio(self) -> float:
+        means = [float(np.mean(np.log([t.value for t in side]))) for side in (self.first, self.other)]
+        return means[1] - means[0]
+
+    @property
+    def waiting_ratio(self) -> float:
+        both = [*self.first, *self.other]
+        return quietness(sum(t.ran_s for t in both), sum(t.waited_s for t in both), 0.0, 0.0).waiting_ratio
 
 
 def _side(turns: list[_Turn]) -> LayoutSide:
