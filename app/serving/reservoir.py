@@ -6,7 +6,6 @@ Offer only what was answered well: a refused or failed request must never become
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -15,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import inf
@@ -35,6 +34,7 @@ MAX_SAMPLE_BYTES: Final = MAX_TOTAL_BYTES // 8
 FILL_INTERVAL_S: Final = 0.25
 STEADY_INTERVAL_S: Final = 15.0
 SALT: Final = ".salt"
+GOLDEN: Final = ".golden"
 MOST_PENDING: Final = 4
 
 
@@ -57,6 +57,7 @@ class Reservoir:
         self._capture = capture or Capture()
         self._signature: Signature | None = None
         self._classifies = False
+        self._golden = ""
         self._opens_at = inf
         self._pending: deque[tuple[list[Tensor], list[Tensor], str]] = deque(maxlen=MOST_PENDING)
         self._kept: list[Kept] = []
@@ -65,15 +66,20 @@ class Reservoir:
         self._full = False
         self._lock = threading.Lock()
 
-    def configure(self, capture: Capture, signature: Signature, classifies: bool) -> None:
-        """Take samples of `signature` from now on, by these rules; `capture.mode: off` deletes what there is. Blocks on the disk."""
+    def configure(self, capture: Capture, signature: Signature, classifies: bool, golden_sha256: str = "") -> None:
+        """Take samples of `signature` from now on, by these rules. Blocks on the disk.
+
+        `capture.mode: off` deletes what there is; so does another golden than the one they were taken for.
+        """
         with self._lock:
-            self._capture, self._signature, self._classifies = capture, signature, classifies
+            if signature != self._signature:
+                self._pending.clear()
+            self._capture, self._signature, self._classifies, self._golden = capture, signature, classifies, golden_sha256
             self._read_folder()
-        if capture.mode == "off":
+            voided = self._taken_for() not in {golden_sha256, None}
+        if capture.mode == "off" or voided:
             self.clear()
-        else:
-            self._opens_at = 0.0
+        self._opens_at = 0.0 if capture.mode == "on" else inf
 
     def offer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], caller: str = "") -> bool:
         """Perhaps remember one row of an answered request; True if so (it is stored by the next `store_pending`)."""
@@ -89,12 +95,19 @@ class Reservoir:
         return bool(self._pending) or (eldest is not None and eldest.at < self._oldest_allowed())
 
     def store_pending(self) -> int:
-        """Write what was admitted, forget what is too old or too much; returns how many were stored. Blocks on the disk."""
+        """Write what was admitted, forget what is too old or too much; returns how many were stored. Blocks on the disk.
+
+        A disk that is full or read-only costs samples, never answers: it is logged, and what was admitted is dropped.
+        """
         stored = 0
         with self._lock:
-            while self._pending and self._capture.mode == "on":
-                stored += self._store(*self._pending.popleft())
-            self._shrink()
+            try:
+                while self._pending and self._capture.mode == "on":
+                    stored += self._store(*self._pending.popleft())
+                self._shrink()
+            except OSError as error:
+                self._pending.clear()
+                log.warning("captured samples could not be stored in %s: %s", self.folder, error)
         return stored
 
     def clear(self) -> int:
@@ -173,9 +186,17 @@ class Reservoir:
         if self.folder.is_dir():
             return
         self.folder.mkdir(mode=0o700, parents=True)
-        descriptor = os.open(self.folder / SALT, os.O_WRONLY | os.O_CREAT, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(self._salt)
+        for name, data in ((SALT, self._salt), (GOLDEN, self._golden.encode())):
+            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(data)
+
+    def _taken_for(self) -> str | None:
+        """The golden whose samples lie there; None where there are none."""
+        try:
+            return (self.folder / GOLDEN).read_text()
+        except OSError:
+            return None
 
     def _oldest_allowed(self) -> float:
         return time.time() - self._capture.max_age_h * 3600
@@ -221,14 +242,3 @@ def load_captured(folder: Path) -> Samples | None:
     if not groups:
         return None
     return Captured.together(max(groups.values(), key=len))
-
-
-async def keep_storing(reservoirs: Callable[[], Iterable[Reservoir]], every_s: float = 1.0) -> None:
-    """Store what was admitted, for ever; one task of the server. A full disk costs samples, never answers."""
-    while True:
-        await asyncio.sleep(every_s)
-        for reservoir in [one for one in reservoirs() if one.pending]:
-            try:
-                await asyncio.to_thread(reservoir.store_pending)
-            except OSError as error:
-                log.warning("captured samples could not be stored in %s: %s", reservoir.folder, error)

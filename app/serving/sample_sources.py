@@ -33,7 +33,10 @@ MAX_IMAGE_BYTES: Final = 256 << 20
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads sources for one model. Paths are relative to `folder` (where model.yaml lies) and end within `policy`'s roots."""
+    """Reads sources for one model. Paths are relative to `folder` (where model.yaml lies) and end within `policy`'s roots.
+
+    `row_shapes`: shapes that the model is known to take, for inputs that are made up (see synthetic).
+    """
 
     folder: Path
     signature: Signature
@@ -42,6 +45,7 @@ class SampleReader:
     processor: Processor | None = None
     factories: Sequence[Path] = ()
     most: int = MOST_SAMPLES
+    row_shapes: Mapping[str, Sequence[int]] | None = None
 
     def read(self, source: str, key: str, seed: int = 0) -> Samples:
         """The samples that `key` of model.yaml names, at most `most` (chosen by `seed`, evenly over labels).

@@ -18,7 +18,7 @@ from app.errors import Conflict, ModelRejected
 from app.serving import durable
 from app.serving.model_config import SampleSources
 from app.serving.model_files import FileHashes
-from app.serving.reservoir import Reservoir, keep_storing, load_captured
+from app.serving.reservoir import Reservoir, load_captured
 from app.serving.sample_sources import SampleReader
 from app.serving.synthetic import synthetic
 from optimizers.samples import Samples, read_npz, write_npz
@@ -30,7 +30,6 @@ __all__ = [
     "Reservoir",
     "SampleSets",
     "assemble",
-    "keep_storing",
     "load_captured",
     "reference_inputs",
     "synthetic",
@@ -164,7 +163,7 @@ class SampleSets:
 def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0) -> Samples:
     """What to freeze at the first deploy: three quarters of what the owner named (the rest may calibrate), else made up."""
     if sources.reference is None:
-        return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed)
+        return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed, reader.row_shapes)
     named = reader.read(sources.reference, "samples.reference", seed)
     kept = named.split(1 - _HELD_BACK, seed)[0] if len(named) > 8 else named
     return kept.rows(slice(0, REFERENCE_SAMPLES))
@@ -209,7 +208,7 @@ def _calibration(
         spare = named.without(set(frozen.hashes())) if frozen is not None else named
         if len(spare) >= 8:
             return _most(spare), captured, "calibration: the part of samples.reference that is not frozen"
-    made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED)
+    made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED, reader.row_shapes)
     return made_up, captured, "calibration: made-up inputs, since no samples are named and few were captured"
 
 

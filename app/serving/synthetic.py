@@ -5,7 +5,7 @@ Made-up inputs show that two versions compute the same; they do not show how goo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,19 +18,26 @@ from optimizers.samples import Samples
 SIDE: Final = 64
 LENGTH: Final = 16
 WORDS: Final = ("the", "cat", "sat", "on", "a", "mat", "naïve", "模型", "42", "")
-_INTEGER_RANGES: Final = {"BOOL": (0, 2), "UINT8": (0, 256), "INT8": (-128, 128), "UINT16": (0, 100), "INT16": (0, 100)}
-_TOKENS: Final = (1, 100)
+_INTEGER_RANGES: Final = {"BOOL": (0, 2), "UINT8": (0, 256), "INT8": (-128, 128)}
+_SMALL: Final = (0, 8)
 
 
-def synthetic(signature: Signature, count: int, seed: int = 0) -> Samples:
-    """`count` rows (or whole calls, where rows are not independent): floats are normal, integers small, masks ones, segments zeros."""
+def synthetic(signature: Signature, count: int, seed: int = 0, row_shapes: Mapping[str, Sequence[int]] | None = None) -> Samples:
+    """`count` rows (or whole calls, where rows are not independent): floats are normal, integers small, masks ones, segments zeros.
+
+    `row_shapes` are shapes that the model is known to take, batch axis included (the inspector's); others are guessed.
+    """
     rng = np.random.default_rng(seed)
-    inputs = {spec.name: _values(spec, count, signature.batchable, rng) for spec in signature.inputs if not spec.optional}
+    known = {name: tuple(shape) for name, shape in (row_shapes or {}).items()}
+    inputs = {
+        spec.name: _values(spec, (count, *_shape(spec, signature.batchable, known.get(spec.name))), rng)
+        for spec in signature.inputs
+        if not spec.optional
+    }
     return Samples(inputs, None, "synthetic", signature.batchable)
 
 
-def _values(spec: TensorSpec, count: int, batchable: bool, rng: np.random.Generator) -> NDArray[Any]:
-    shape = (count, *_shape(spec, batchable))
+def _values(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
     if spec.datatype == BYTES:
         return np.array([WORDS[i] for i in rng.integers(0, len(WORDS), np.prod(shape))], dtype=object).reshape(shape)
     if spec.datatype in {"FP16", "BF16", "FP32", "FP64"}:
@@ -44,12 +51,14 @@ def _integers(spec: TensorSpec, rng: np.random.Generator) -> Callable[[tuple[int
         return lambda shape: np.ones(shape, np.int64)
     if "type" in name or "segment" in name:
         return lambda shape: np.zeros(shape, np.int64)
-    low, high = _INTEGER_RANGES.get(spec.datatype, _TOKENS)
+    low, high = _INTEGER_RANGES.get(spec.datatype, _SMALL)
     return lambda shape: rng.integers(low, high, shape)
 
 
-def _shape(spec: TensorSpec, batchable: bool) -> tuple[int, ...]:
-    """The shape of one row or call, with free dimensions filled in: image sides for rank four, else one length for all inputs."""
+def _shape(spec: TensorSpec, batchable: bool, known: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of one row or call, with free dimensions filled in: as known, else image sides for rank four, one length for the others."""
+    if known is not None and len(known) == len(spec.shape):
+        return known[1:] if batchable else known
     free = SIDE if len(spec.shape) == 4 else LENGTH
     fixed = [free if size < 0 else size for size in spec.shape]
     if len(spec.shape) == 4 and not batchable and spec.shape[0] < 0:

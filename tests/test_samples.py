@@ -1,0 +1,466 @@
+"""Samples: a reference that nothing overwrites, a reservoir that stays small, fair and private, owners' files, and disjoint sets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from app.domain import Signature, Tensor, TensorSpec
+from app.errors import Conflict, InsufficientStorage, ModelRejected, NotAllowed, NotFound
+from app.serving import durable
+from app.serving.model_config import Capture, SampleSources
+from app.serving.model_files import links_within
+from app.serving.processing import Processor
+from app.serving.reservoir import FILL_INTERVAL_S, MAX_SAMPLE_BYTES, Kept, Reservoir, load_captured, victim
+from app.serving.sample_sources import SampleReader
+from app.serving.samples import References, assemble, reference_inputs, synthetic
+from app.serving.sections import ImagePreprocess, Postprocess, Preprocess
+from app.serving.tensors import bytes_tensor, to_tensor
+from optimizers.samples import Samples, write_npz
+from tests.storage import read_only, small_disk, tree
+from tests.test_cards import in_child
+
+ROWS = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP32", (-1, 3)),), True)
+CALLS = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP32", (-1, 3)),), False, "rows depend on each other")
+IMAGES = Signature((TensorSpec("image", "FP32", (-1, 3, 8, 8)),), (TensorSpec("y", "FP32", (-1, 2)),), True)
+
+
+def samples(count: int, seed: int = 0) -> Samples:
+    rng = np.random.default_rng(seed)
+    return Samples({"x": rng.normal(size=(count, 4)).astype("f4")}, rng.integers(0, 3, count))
+
+
+def call(value: float, rows: int = 1, top: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """A request whose rows are value, value + 1, …, and its answer, which is class `top`."""
+    x = np.repeat(np.arange(rows, dtype="f4")[:, None] + np.float32(value), 4, axis=1)
+    y = np.zeros((rows, 3), "f4")
+    y[:, top] = 1
+    return [to_tensor("x", "FP32", x)], [to_tensor("y", "FP32", y)]
+
+
+def opened(folder: Path, capture: Capture | None = None, signature: Signature = ROWS, golden: str = "g") -> Reservoir:
+    reservoir = Reservoir(folder)
+    reservoir.configure(capture or Capture(), signature, True, golden)
+    return reservoir
+
+
+def take(reservoir: Reservoir, inputs: list[Tensor], outputs: list[Tensor], caller: str = "c") -> None:
+    """Offer until it is taken, and store it."""
+    end = time.monotonic() + 30
+    while not reservoir.offer(inputs, outputs, caller):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    reservoir.store_pending()
+
+
+def reader(tmp_path: Path, signature: Signature = ROWS, **more: Any) -> SampleReader:
+    (tmp_path / "m").mkdir(exist_ok=True)
+    return SampleReader(tmp_path / "m", signature, links_within(tmp_path), tmp_path / "captured", **more)
+
+
+# ---- reference
+def test_a_reference_is_frozen_once_and_read_as_it_was(tmp_path: Path) -> None:
+    references, inputs = References(tmp_path / "m" / "reference"), samples(20)
+    outputs = {"y": np.arange(60, dtype="f4").reshape(20, 3), "text": np.array([f"é{i}" for i in range(20)], object)}
+    frozen = references.freeze(inputs, outputs, "golden", "x86_64-avx2-ort1.32.0-cpu")
+    assert tree(tmp_path) == ["m", "m/reference", "m/reference/golden_outputs.npz", "m/reference/meta.json", "m/reference/samples.npz"]
+    again = references.freeze(samples(5, seed=9), {"y": np.zeros((5, 3))}, "golden", "another")
+    assert again.meta == frozen.meta and again.meta.host_class == "x86_64-avx2-ort1.32.0-cpu"
+    assert np.array_equal(again.samples.inputs["x"], inputs.inputs["x"]) and again.samples.labels is not None
+    assert again.samples.hashes() == list(frozen.meta.hashes) == inputs.hashes()
+    assert again.outputs["text"].tolist() == outputs["text"].tolist() and np.array_equal(again.outputs["y"], outputs["y"])
+
+
+def test_another_goldens_reference_must_be_retired_first(tmp_path: Path) -> None:
+    references = References(tmp_path / "reference")
+    references.freeze(samples(3), {"y": np.zeros((3, 1))}, "old", "h")
+    with pytest.raises(Conflict, match="retire"):
+        references.freeze(samples(3), {"y": np.zeros((3, 1))}, "new", "h")
+    references.retire()
+    assert references.load() is None and references.meta() is None
+    assert references.freeze(samples(4), {"y": np.zeros((4, 1))}, "new", "h").meta.golden_sha256 == "new"
+
+
+def test_a_reference_that_was_changed_does_not_judge(tmp_path: Path) -> None:
+    references = References(tmp_path / "reference")
+    references.freeze(samples(3), {"y": np.zeros((3, 1))}, "g", "h")
+    write_npz(tmp_path / "reference" / "golden_outputs.npz", {"y": np.ones((3, 1))})
+    with pytest.raises(ModelRejected, match=r"golden_outputs\.npz differs"):
+        references.load()
+    (tmp_path / "reference" / "meta.json").write_text("{")
+    with pytest.raises(ModelRejected, match=r"meta\.json is damaged"):
+        references.load()
+
+
+def test_outputs_that_do_not_match_the_samples_are_refused(tmp_path: Path) -> None:
+    for inputs, outputs in ((samples(3), {"y": np.zeros((2, 1))}), (samples(0), {"y": np.zeros((0, 1))}), (samples(3), {})):
+        with pytest.raises(ModelRejected, match="one output for each"):
+            References(tmp_path / "reference").freeze(inputs, outputs, "g", "h")
+    assert tree(tmp_path) == []
+
+
+def test_freezing_is_whole_or_not_at_all_on_bad_disks(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        rng = np.random.default_rng(0)
+        large = Samples({"x": rng.normal(size=(1 << 16, 4)).astype("f4")})
+        with pytest.raises(InsufficientStorage):
+            References(disk / "reference").freeze(large, {"y": np.zeros((1 << 16, 1))}, "g", "h")
+        assert tree(disk) == []
+    folder = tmp_path / "ro"
+    folder.mkdir()
+    with read_only(folder), pytest.raises(NotAllowed):
+        References(folder / "reference").freeze(samples(2), {"y": np.zeros((2, 1))}, "g", "h")
+
+
+# ---- reservoir
+def test_nothing_is_taken_before_it_is_known_what_a_row_is(tmp_path: Path) -> None:
+    reservoir = Reservoir(tmp_path / "captured")
+    assert not reservoir.offer(*call(1)) and not reservoir.pending and reservoir.store_pending() == 0
+    assert tree(tmp_path) == []
+
+
+def test_one_row_of_a_batch_is_kept_and_a_whole_call_where_rows_depend(tmp_path: Path) -> None:
+    take(opened(tmp_path / "rows"), *call(10, rows=3))
+    rows = load_captured(tmp_path / "rows")
+    assert rows is not None and (rows.stacked, rows.origin, rows.inputs["x"].shape) == (True, "captured", (1, 4))
+    assert rows.inputs["x"][0, 0] in (10, 11, 12) and len(set(rows.inputs["x"][0])) == 1
+    take(opened(tmp_path / "calls", signature=CALLS), *call(10, rows=3))
+    calls = load_captured(tmp_path / "calls")
+    assert calls is not None and not calls.stacked and calls.inputs["x"][:, :, 0].tolist() == [[10, 11, 12]]
+
+
+def test_text_and_half_precision_come_back_as_values(tmp_path: Path) -> None:
+    signature = Signature(
+        (TensorSpec("t", "BYTES", (-1, 2)), TensorSpec("h", "BF16", (-1,)), TensorSpec("n", "INT64", (-1,))), (TensorSpec("y", "FP32", (-1,)),), True
+    )  # fmt: skip
+    inputs = [
+        bytes_tensor("t", (2, 2), ["é".encode(), b"", b"bb", b"ccc"]),
+        to_tensor("h", "BF16", np.array([1.5, 1.5], "f4")), to_tensor("n", "INT64", np.array([7, 7], "i8")),
+    ]  # fmt: skip
+    take(opened(tmp_path / "captured", signature=signature), inputs, [to_tensor("y", "FP32", np.zeros(2, "f4"))])
+    found = load_captured(tmp_path / "captured")
+    assert found is not None and found.inputs["t"].tolist() in ([["é", ""]], [["bb", "ccc"]])
+    assert found.inputs["h"].tolist() == [1.5] and found.inputs["n"].dtype == np.int64
+
+
+def test_a_call_that_cannot_be_cut_or_is_too_large_is_left(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured")
+    inputs, outputs = call(1, rows=2)
+    assert not reservoir.offer(inputs, call(1, rows=3)[1]) and not reservoir.pending
+    big = opened(tmp_path / "big", signature=replace(CALLS, inputs=(TensorSpec("x", "UINT8", (-1,)),)))
+    assert not big.offer([Tensor("x", "UINT8", (MAX_SAMPLE_BYTES + 1,), bytes(MAX_SAMPLE_BYTES + 1))], outputs) and not big.pending
+
+
+def test_captured_inputs_are_for_the_owner_only(tmp_path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        take(opened(tmp_path / "captured"), *call(1), caller="203.0.113.9")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "captured").stat().st_mode & 0o777 == 0o700
+    for path in (tmp_path / "captured").iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert b"203.0.113" not in path.read_bytes(), "an address is stored"
+
+
+def test_the_reservoir_stays_within_its_bounds_and_survives_a_restart(tmp_path: Path) -> None:
+    capture = Capture(samples=6)
+    reservoir = opened(tmp_path / "captured", capture)
+    for value in range(10):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value, top=value % 3))
+    assert len(reservoir) == 6 == len(list((tmp_path / "captured").glob("*.sample")))
+    again = opened(tmp_path / "captured", capture)
+    found = again.load()
+    assert len(again) == 6 and found is not None and len(found) == 6
+    assert len(opened(tmp_path / "captured", Capture(samples=2))) == 2, "a smaller bound holds at once"
+
+
+def test_too_old_samples_go(tmp_path: Path) -> None:
+    take(opened(tmp_path / "captured"), *call(1))
+    time.sleep(0.05)
+    reservoir = opened(tmp_path / "captured", Capture(max_age_h=0.04 / 3600))
+    assert len(reservoir) == 0 and load_captured(tmp_path / "captured") is None
+
+
+@pytest.mark.parametrize("change", ["off", "clear", "golden"])
+def test_switching_off_clearing_and_a_new_golden_delete_everything(tmp_path: Path, change: str) -> None:
+    reservoir = opened(tmp_path / "captured")
+    take(reservoir, *call(1))
+    reservoir._opens_at = 0.0
+    assert reservoir.offer(*call(2))
+    if change == "off":
+        reservoir.configure(Capture(mode="off"), ROWS, True, "g")
+        assert not reservoir.offer(*call(3))
+    elif change == "golden":
+        opened(tmp_path / "captured", golden="another")
+    else:
+        assert reservoir.clear() == 1
+    if change != "golden":
+        assert not reservoir.pending and reservoir.store_pending() == 0 and len(reservoir) == 0
+    assert tree(tmp_path) == []
+
+
+def test_a_caller_that_floods_gives_way_to_others(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured", Capture(samples=10, per_caller=3))
+    for value in range(12):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value), caller="loud")
+    assert len(reservoir) == 10, "alone it may fill what nobody else wants"
+    for value in range(7):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(100 + value), caller=f"quiet{value}")
+    found = reservoir.load()
+    assert found is not None and Counter(bool(value >= 100) for value in found.inputs["x"][:, 0]) == {True: 7, False: 3}
+    reservoir._opens_at = 0.0
+    assert not reservoir.offer(*call(1), caller="loud")
+    assert reservoir._opens_at < time.monotonic() + FILL_INTERVAL_S * 60, "its offers must not shut out the others"
+
+
+def test_classes_are_evened_out(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured", Capture(samples=9))
+    for value in range(30):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value, top=0 if value % 5 else 1 + value % 2))
+    groups = Counter(kept.group for kept in reservoir._kept)
+    assert groups == {"0": 3, "1": 3, "2": 3}
+
+
+@given(st.lists(st.floats(0, 1000), min_size=3, max_size=40, unique=True))
+def test_the_victim_is_never_the_newest_and_keeps_the_span(moments: list[float]) -> None:
+    kept = [Kept(Path("x"), at, "", "c", 1) for at in sorted(moments)]
+    chosen = victim(kept, per_caller=100)
+    assert 0 < chosen < len(kept) - 1
+
+
+def test_an_offer_that_is_not_due_costs_less_than_two_microseconds(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured")
+    inputs, outputs = call(1)
+    reservoir._opens_at = time.monotonic() + 3600
+
+    def once() -> float:
+        started = time.thread_time()
+        for _ in range(20_000):
+            reservoir.offer(inputs, outputs, "c")
+        return (time.thread_time() - started) / 20_000
+
+    assert min(once() for _ in range(5)) < 2e-6
+
+
+def test_a_disk_that_is_full_or_read_only_costs_samples_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", 64 << 20, inodes=4) as disk:
+        reservoir = opened(disk / "captured")
+        for value in range(3):
+            reservoir._opens_at = 0.0
+            take(reservoir, *call(value))
+        assert "could not be stored" in caplog.text and not reservoir.pending
+        assert not [name for name in tree(disk) if durable.TEMPORARY in name]
+    (tmp_path / "ro").mkdir()
+    with read_only(tmp_path / "ro"):
+        take(opened(tmp_path / "ro" / "captured"), *call(1))
+
+
+def test_a_damaged_sample_is_left_out(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured")
+    for value in range(3):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value))
+    first, second, _ = sorted((tmp_path / "captured").glob("*.sample"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.write_bytes(b"no header")
+    found = load_captured(tmp_path / "captured")
+    assert found is not None and len(found) == 1
+    assert len(opened(tmp_path / "captured")) == 2
+
+
+def test_a_kill_while_storing_leaves_whole_samples(tmp_path: Path) -> None:
+    def store_for_ever() -> None:
+        reservoir = opened(tmp_path / "captured")
+        signal.setitimer(signal.ITIMER_REAL, 0.15)
+        while True:
+            reservoir._opens_at = 0.0
+            take(reservoir, *call(1, rows=1))
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for _ in range(5):
+        assert in_child(store_for_ever) == -signal.SIGALRM
+        found, names = load_captured(tmp_path / "captured"), list((tmp_path / "captured").glob("*.sample"))
+        assert found is not None and len(found) == len(names)
+        durable.sweep(tmp_path / "captured")
+        assert not [name for name in tree(tmp_path) if durable.TEMPORARY in name]
+
+
+# ---- owners' samples
+def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
+    read = reader(tmp_path)
+    write_npz(tmp_path / "m" / "good.npz", {"x": np.arange(40, dtype="f8").reshape(10, 4), "labels": np.arange(10)})
+    found = read.read("good.npz", "samples.validation")
+    assert found.inputs["x"].dtype == np.float32 and (len(found), found.origin) == (10, "owner") and found.labels is not None
+    assert len(replace(read, most=4).read("good.npz", "k")) == 4
+    bad = {
+        "name.npz": ({"z": np.zeros((3, 4), "f4")}, r"holds z; the model's inputs are x"),
+        "shape.npz": ({"x": np.zeros((3, 5), "f4")}, r"shape \[3, 5\]; \['n', 4\] is wanted"),
+        "dtype.npz": ({"x": np.array([["a"] * 4])}, "cannot be converted to FP32"),
+        "length.npz": ({"x": np.zeros((3, 4), "f4"), "labels": np.arange(2)}, "must share one first axis"),
+        "empty.npz": ({"x": np.zeros((0, 4), "f4")}, "holds no samples"),
+    }
+    for name, (arrays, part) in bad.items():
+        write_npz(tmp_path / "m" / name, arrays)
+        with pytest.raises(ModelRejected, match=part) as caught:
+            read.read(name, "samples.train")
+        assert f"samples.train = '{name}'" in str(caught.value)
+
+
+def test_whole_numbers_are_converted_only_without_loss(tmp_path: Path) -> None:
+    read = reader(tmp_path, Signature((TensorSpec("x", "UINT8", (-1,)),), (TensorSpec("y", "FP32", (-1,)),), True))
+    write_npz(tmp_path / "m" / "good.npz", {"x": np.array([0, 255], "i8")})
+    assert read.read("good.npz", "k").inputs["x"].tolist() == [0, 255]
+    for value in (np.array([256], "i8"), np.array([-1], "i8"), np.array([0.5], "f4"), np.array([np.nan], "f4")):
+        write_npz(tmp_path / "m" / "bad.npz", {"x": value})
+        with pytest.raises(ModelRejected, match="without loss"):
+            read.read("bad.npz", "k")
+
+
+def test_what_is_not_there_or_no_sample_file_is_told(tmp_path: Path) -> None:
+    read = reader(tmp_path)
+    (tmp_path / "m" / "train.npz").write_bytes(b"no zip")
+    (tmp_path / "m" / "data.csv").write_text("1,2")
+    (tmp_path / "m" / "pickled.npz").write_bytes(b"")
+    np.savez(tmp_path / "m" / "pickled.npz", x=np.array([{"a": 1}], object))
+    for source, part in (
+        ("trian.npz", "did you mean 'train.npz'"),
+        ("train.npz", "cannot be read"),
+        ("pickled.npz", "cannot be read"),
+        ("data.csv", "neither an .npz"),
+        ("../../../etc/passwd", "outside the repository|does not exist"),
+        ("/etc/passwd", "outside the repository"),
+        ("a\0b", "does not exist"),
+    ):
+        with pytest.raises(ModelRejected, match=part):
+            read.read(source, "k")
+    with pytest.raises(NotFound, match="captured yet"):
+        read.read("captured", "k")
+
+
+def test_a_folder_of_images_goes_through_the_models_preprocessing(tmp_path: Path) -> None:
+    processor = Processor(
+        IMAGES, Preprocess(image=ImagePreprocess(size=8)), Postprocess(labels=("cat", "dog")), tmp_path, "classification"
+    )  # fmt: skip
+    read = reader(tmp_path, IMAGES, processor=processor)
+    for label, shade, count in (("dog", 255, 6), ("cat", 0, 3)):
+        for index in range(count):
+            path = tmp_path / "m" / "images" / label / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (10, 20), (shade,) * 3).save(path)
+    (tmp_path / "m" / "images" / "cat" / "notes.txt").write_text("no image")
+    found = read.read("images", "samples.validation")
+    assert found.inputs["image"].shape == (9, 3, 8, 8) and found.labels is not None
+    assert Counter(found.labels.tolist()) == {0: 3, 1: 6}
+    assert all(np.all(image == label) for image, label in zip(found.inputs["image"], found.labels, strict=True))
+    fewer = replace(read, most=4).read("images", "k")
+    assert fewer.labels is not None and Counter(fewer.labels.tolist()) == {0: 2, 1: 2}
+    (tmp_path / "m" / "images" / "dgo").mkdir()
+    with pytest.raises(ModelRejected, match="folder 'dgo' is none of the model's labels; did you mean 'dog'"):
+        read.read("images", "k")
+    shutil.rmtree(tmp_path / "m" / "images" / "dgo")
+    (tmp_path / "m" / "images" / "cat" / "9.png").write_bytes(b"broken")
+    with pytest.raises(ModelRejected, match=r"9\.png"):
+        read.read("images", "k")
+    with pytest.raises(ModelRejected, match=r"no preprocess\.image"):
+        reader(tmp_path).read("images", "k")
+
+
+def test_a_python_function_gives_samples_from_an_allowed_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "factories").mkdir()
+    (tmp_path / "factories" / "data.py").write_text(
+        "import numpy as np\ndef train():\n return {'x': np.zeros((5, 4), 'f4')}, [0, 1, 2, 0, 1]\n"
+        "def broken():\n raise OSError('no data')\ndef wrong():\n return 3\n"
+    )
+    with pytest.raises(NotAllowed, match="HONE_FACTORIES"):
+        reader(tmp_path).read("data.py:train", "samples.train")
+    read = reader(tmp_path, factories=[tmp_path / "factories"])
+    found = read.read("data.py:train", "samples.train")
+    assert len(found) == 5 and found.labels is not None and found.labels.tolist() == [0, 1, 2, 0, 1]
+    for function, part in (("broken", "OSError: no data"), ("wrong", "returned int"), ("absent", "AttributeError")):
+        with pytest.raises(ModelRejected, match=part):
+            read.read(f"data.py:{function}", "k")
+
+
+# ---- made up
+def test_made_up_inputs_fit_the_signature_and_repeat_with_the_seed() -> None:
+    specs = [("x", "FP32", (-1, 3, -1, -1)), ("ids", "INT64", (-1, -1)), ("attention_mask", "INT64", (-1, -1)), ("token_type_ids", "INT64", (-1, -1)),
+             ("b", "BOOL", (-1,)), ("u", "UINT8", (-1, 5)), ("t", "BYTES", (-1, 1)), ("h", "FP16", (-1, 2)), ("z", "BF16", (-1, 2))]  # fmt: skip
+    signature = Signature(tuple(TensorSpec(*spec) for spec in specs) + (TensorSpec("o", "FP32", (-1, 4), optional=True),), (), True)
+    made = synthetic(signature, 6, seed=3)
+    assert {name: values.shape for name, values in made.inputs.items()} == {
+        "x": (6, 3, 64, 64), "ids": (6, 16), "attention_mask": (6, 16), "token_type_ids": (6, 16), "b": (6,), "u": (6, 5), "t": (6, 1), "h": (6, 2), "z": (6, 2),
+    }  # fmt: skip
+    assert made.inputs["attention_mask"].all() and not made.inputs["token_type_ids"].any() and made.origin == "synthetic"
+    assert made.hashes() == synthetic(signature, 6, seed=3).hashes() != synthetic(signature, 6, seed=4).hashes()
+    assert synthetic(signature, 2, row_shapes={"x": (1, 3, 7, 9)}).inputs["x"].shape == (2, 3, 7, 9)
+    whole = synthetic(replace(signature, batchable=False), 2, row_shapes={"ids": (4, 5)})
+    assert not whole.stacked and whole.inputs["x"].shape == (2, 1, 3, 64, 64) and whole.inputs["ids"].shape == (2, 4, 5)
+
+
+# ---- disjoint sets
+def rows_of(part: Samples | None) -> set[str]:
+    return set(part.hashes()) if part is not None else set()
+
+
+@pytest.mark.parametrize(
+    "named", [(), ("reference",), ("validation",), ("train",), ("calibration",), ("reference", "validation", "train", "calibration")]
+)
+@pytest.mark.parametrize("captured", [0, 80])
+def test_what_calibrates_or_trains_never_judges(tmp_path: Path, named: tuple[str, ...], captured: int) -> None:
+    read = reader(tmp_path)
+    for index, name in enumerate(named):
+        mine = samples(60, seed=index)
+        shared = samples(20, seed=99)
+        both = Samples({"x": np.concatenate([mine.inputs["x"], shared.inputs["x"]])}, np.concatenate([mine.labels, shared.labels]))
+        both.save(tmp_path / "m" / f"{name}.npz")
+    sources = SampleSources(**{name: f"{name}.npz" for name in named})
+    reservoir = opened(tmp_path / "captured")
+    for value in range(captured):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value))
+    inputs = reference_inputs(sources, read)
+    reference = References(tmp_path / "reference").freeze(inputs, {"y": np.zeros((len(inputs), 1))}, "g", "h")
+    sets = assemble(sources, read, reference)
+    spent = rows_of(sets.calibration) | rows_of(sets.train)
+    assert len(sets.calibration) > 0 and sets.reference is not None
+    for judge in (sets.reference, sets.live, sets.labelled):
+        assert not rows_of(judge) & spent
+    assert (sets.labelled is not None) == ("validation" in named) and (sets.train is not None) == ("train" in named)
+    assert (sets.live is not None) == bool(captured) and sets.owner_named == bool({"reference", "validation"} & set(named))
+    paths = sets.save(tmp_path)
+    assert {name: len(Samples.load(Path(path))) for name, path in paths.items()} == {
+        name: len(getattr(sets, name)) for name in ("calibration", "reference", "live", "labelled", "train") if getattr(sets, name) is not None
+    }  # fmt: skip
+
+
+def test_validation_without_labels_is_refused(tmp_path: Path) -> None:
+    Samples({"x": np.zeros((3, 4), "f4")}).save(reader(tmp_path).folder / "v.npz")
+    with pytest.raises(ModelRejected, match="holds no labels"):
+        assemble(SampleSources(validation="v.npz"), reader(tmp_path), None)
+
+
+# ---- the library's own file and hashes
+def test_text_hashes_by_its_characters_and_survives_the_file(tmp_path: Path) -> None:
+    text = Samples({"file": np.array(["a", "ünï", ""], object), "a/b:0": np.arange(3)})
+    text.save(tmp_path / "s.npz")
+    again = Samples.load(tmp_path / "s.npz")
+    assert again.hashes() == text.hashes() and again.inputs["file"].dtype == object and again.inputs["file"].tolist() == ["a", "ünï", ""]
+    assert Samples({"t": np.array(["a", "b"])}).hashes()[0] == Samples({"t": np.array(["a", "longer"])}).hashes()[0]
+    assert Samples({"t": np.array([["ab", "c"]])}).hashes() != Samples({"t": np.array([["a", "bc"]])}).hashes()
