@@ -45,7 +45,7 @@ class BodyBudget:
         return Grant(self, count)
 
     def try_take(self, count: int) -> bool:
-        """For Grant alone; from any thread."""
+        """For Grant alone."""
         with self._lock:
             if self.used_bytes + count > self.limit_bytes:
                 return False
@@ -53,7 +53,7 @@ class BodyBudget:
             return True
 
     def give(self, count: int) -> None:
-        """For Grant alone; from any thread, but who waits is served by `serve_waiters`."""
+        """For Grant alone; from any thread, as garbage is collected in any. Who waits is served by `serve_waiters`."""
         with self._lock:
             self.used_bytes -= count
 
@@ -83,34 +83,58 @@ class BodyBudget:
 
 
 class Grant:
-    """One body's share of the budget. It may grow in any thread; once closed it raises Cancelled there, so that the work ends too."""
+    """One body's share of the budget; given back by `close`, or when nobody holds it any more."""
 
-    __slots__ = ("_budget", "_closed", "_count", "_lock")
+    __slots__ = ("_budget", "_count")
 
     def __init__(self, budget: BodyBudget, count: int = 0) -> None:
         self._budget = budget
         self._count = count
-        self._closed = False
-        self._lock = threading.Lock()
 
     def grow(self, count: int) -> None:
         """Take more for a body that is half there. Never waits: those that wait while holding could wait for each other."""
-        with self._lock:
-            if self._closed:
-                raise Cancelled("the body is no longer wanted")
-            if not self._budget.try_take(count):
-                raise self._budget.refusal()
-            self._count += count
+        if not self._budget.try_take(count):
+            raise self._budget.refusal()
+        self._count += count
 
     def close(self) -> None:
         self.__del__()
         self._budget.serve_waiters()
 
     def __del__(self) -> None:
-        with self._lock:
-            count, self._count, self._closed = self._count, 0, True
+        count, self._count = self._count, 0
         if count:
             self._budget.give(count)
+
+
+class Pacer:
+    """Lets large bodies that arrive at once take turns, a few in each round of the event loop.
+
+    A body's connection is not read before its turn (its reader does not call `receive`), so a round stays short however many there are.
+    """
+
+    def __init__(self, each_round: int = 4) -> None:
+        self._each_round = each_round
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._called = False
+
+    async def turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(turn)
+        if not self._called:
+            self._called = True
+            loop.call_soon(self._round, loop)
+        await turn
+
+    def _round(self, loop: asyncio.AbstractEventLoop) -> None:
+        for _ in range(min(self._each_round, len(self._waiting))):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+        self._called = bool(self._waiting)
+        if self._called:
+            loop.call_soon(self._round, loop)
 
 
 class Body:
@@ -126,14 +150,13 @@ class Body:
     def close(self) -> None:
         self.become(b"", None)
 
-    def become(self, data: Buffer, grant: Grant | None) -> None:
-        """Give up what it was, for `data` in plain memory."""
+    def become(self, data: Buffer, grant: Grant | None, memory: Memfd | None = None) -> None:
+        """Give up what it was, for `data`."""
         if self.memory is not None:
             self.memory.close()
-            self.memory = None
         if self._grant is not None:
             self._grant.close()
-        self.data, self._grant = data, grant
+        self.data, self.memory, self._grant = data, memory, grant
 
     def __enter__(self) -> Body:
         return self
@@ -148,6 +171,7 @@ class BodyReader:
     def __init__(self, limit_bytes: int, budget: BodyBudget) -> None:
         self.limit_bytes = limit_bytes
         self.budget = budget
+        self._pacer = Pacer()
 
     async def read(self, receive: Receive, content_length: int | None = None) -> Body:
         """The whole body. Raises PayloadTooLarge (by Content-Length before anything is read), NotReady, or Cancelled if the client leaves."""
@@ -184,13 +208,14 @@ class BodyReader:
                 grant.grow(step)
                 counted += step
             if memory is None and size > SHARED_BYTES:
-                memory, parts = Memfd.new(*parts), []
+                memory, parts = Memfd.new(parts), []
             if memory is not None:
                 memory.write(chunk)
             else:
                 parts.append(chunk)
             if not message.get("more_body"):
                 return Body(b"".join(parts) if memory is None else memory.map(), memory, grant)
+            await self._pacer.turn()
             message = await receive()
         raise Cancelled(f"the client left after {size} bytes of its body")
 

@@ -1,4 +1,4 @@
-"""Helper processes for work that holds the interpreter's lock: reading and writing large JSON. Knows jobs, sockets and memfds, not HTTP.
+"""Helper processes for long work on large bodies: JSON, which holds the interpreter's lock, and (un)packing. Knows no HTTP.
 
 A job travels as one packet over a socket pair, with its body's memfd beside it; so does the answer, its tensors in a memfd.
 Life and death are read from the socket. Helpers start when first needed, end when idle, and are replaced when they die.
@@ -21,13 +21,14 @@ from typing import Any, Final, cast
 
 import app.errors
 from app.api.memfd import Memfd
-from app.api.wire import ParsedRequest, Reply, chosen, encode_response, parse_infer
+from app.api.wire import ParsedRequest, Reply, chosen, compress, encode_response, parse_infer, unpack
 from app.domain import Buffer, InferenceRequest, InferenceResult, Tensor
 from app.errors import HoneError, NotReady, PayloadTooLarge, QueueFull
 
 _PACKET_BYTES: Final = 65536
 _NUMBER: Final = struct.Struct("<Q")
 _ALIGNMENT: Final = 64
+_PARCEL: Final = "parcel"
 
 
 class HelperUnavailable(Exception):
@@ -57,6 +58,16 @@ class HelperPool:
         """`wire.encode_response` on what `encode_parcel` packed."""
         reply: Reply = await self._run(("encode",), parcel)
         return reply
+
+    async def compress(self, parcel: Memfd, encoding: str) -> Reply:
+        """`wire.compress` on what `reply_parcel` packed."""
+        reply: Reply = await self._run(("compress", encoding), parcel)
+        return reply
+
+    async def unpack(self, body: Memfd, encoding: str, limit: int) -> Memfd:
+        """`wire.unpack` on a body in shared memory, into shared memory."""
+        memory: Memfd = await self._run(("unpack", encoding, limit), body)
+        return memory
 
     @property
     def pids(self) -> list[int]:
@@ -196,7 +207,7 @@ def pack_parcel(content: object) -> Memfd:
     buffers: list[pickle.PickleBuffer] = []
     stream = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
     parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
-    memory = Memfd.new(b"".join(map(_NUMBER.pack, (len(parts), *map(len, parts)))))
+    memory = Memfd.new([b"".join(map(_NUMBER.pack, (len(parts), *map(len, parts))))])
     at = _NUMBER.size * (1 + len(parts))
     for part in parts:
         at = _aligned(at)
@@ -227,6 +238,11 @@ def encode_parcel(result: InferenceResult, parsed: ParsedRequest) -> Memfd:
     return pack_parcel((replace(result, outputs=outputs), form))
 
 
+def reply_parcel(reply: Reply) -> Memfd:
+    """A parcel of a reply, as `HelperPool.compress` takes it."""
+    return pack_parcel(replace(reply, parts=list(map(_aside, reply.parts))))
+
+
 def _out_of_band(tensor: Tensor) -> Tensor:
     return replace(tensor, data=_aside(tensor.data))
 
@@ -243,6 +259,8 @@ def _aligned(at: int) -> int:
 def _open_answer(answer: bytes, memories: list[Memfd]) -> Any:
     outcome = pickle.loads(answer)
     if outcome is None:
+        return memories[0]
+    if outcome == _PARCEL:
         return open_parcel(memories[0])
     kind, text = outcome
     error: type[HoneError] = getattr(app.errors, kind)
@@ -272,18 +290,22 @@ def serve(channel: socket.socket) -> None:
 
 def _answer(packet: bytes, memory: Memfd) -> tuple[bytes, list[Memfd]]:
     try:
-        return pickle.dumps(None), [_do(pickle.loads(packet), memory)]
+        return _do(memory, *pickle.loads(packet))
     except HoneError as error:
         return pickle.dumps((type(error).__name__, str(error))), []
     except MemoryError:
-        return pickle.dumps((PayloadTooLarge.__name__, "there is not enough memory to read this body as JSON; send it as binary")), []
+        return pickle.dumps((PayloadTooLarge.__name__, "there is not enough memory for this body; send it as binary, or in parts")), []
 
 
-def _do(job: tuple[Any, ...], memory: Memfd) -> Memfd:
-    if job[0] == "encode":
-        reply = encode_response(*open_parcel(memory))
-        return pack_parcel(replace(reply, parts=list(map(_aside, reply.parts))))
-    _, header_length, received_at = job
-    parsed = parse_infer(memory.map(), header_length, None, received_at)
-    parsed.request.inputs = [_out_of_band(tensor) for tensor in parsed.request.inputs]
-    return pack_parcel(parsed)
+def _do(memory: Memfd, what: str, *how: Any) -> tuple[bytes, list[Memfd]]:
+    if what == "unpack":
+        return pickle.dumps(None), [Memfd.new(unpack(memory.map(), *how))]
+    if what == "parse":
+        parsed = parse_infer(memory.map(), how[0], None, how[1])
+        parsed.request.inputs = [_out_of_band(tensor) for tensor in parsed.request.inputs]
+        parcel = pack_parcel(parsed)
+    elif what == "encode":
+        parcel = reply_parcel(encode_response(*open_parcel(memory)))
+    else:
+        parcel = reply_parcel(compress(open_parcel(memory), *how))
+    return pickle.dumps(_PARCEL), [parcel]

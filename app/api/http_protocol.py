@@ -186,7 +186,12 @@ class HoneProtocol(HttpToolsProtocol):
         cycle = self.cycle
         self._body_bytes += len(body)
         if not cycle.response_complete:
-            cycle.body += body
+            if not cycle.body:
+                cycle.body = body  # type: ignore[assignment]  # a body in one piece passes through the cycle uncopied
+            else:
+                if isinstance(cycle.body, bytes):
+                    cycle.body = bytearray(cycle.body)
+                cycle.body += body
             if len(cycle.body) > HIGH_WATER_LIMIT:
                 self.flow.pause_reading()
             cycle.message_event.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterable
 
 from app.domain import Buffer
 
@@ -17,7 +18,7 @@ class Memfd:
         self.fd = fd
 
     @classmethod
-    def new(cls, *contents: Buffer) -> Memfd:
+    def new(cls, contents: Iterable[Buffer] = ()) -> Memfd:
         memory = cls(os.memfd_create("hone", os.MFD_CLOEXEC))
         for content in contents:
             memory.write(content)

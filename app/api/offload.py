@@ -1,6 +1,7 @@
 """Where work on bodies is done, so that the event loop always answers: at once, in a thread, or in a helper process.
 
-A thread helps where the interpreter's lock is let go (zlib, images, writing to memfds); large JSON holds it and goes to a process.
+A thread lets the loop run, but only as soon as the thread lets go of the interpreter's lock, and the kernel may put it to sleep before that.
+So what takes long goes to a process, and threads have what is short or not ours to move (images).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Final, ParamSpec, TypeVar
 
 from app.api.bodies import Body, BodyBudget, BodyReader, Grant, Receive, parse_content_length
-from app.api.helpers import HelperPool, HelperUnavailable, encode_parcel
+from app.api.helpers import HelperPool, HelperUnavailable, encode_parcel, reply_parcel
 from app.api.memfd import Memfd
 from app.api.wire import ParsedRequest, Reply, compress, decompress, encode_response, json_raw_bytes, parse_content_encoding, parse_infer
 from app.domain import Buffer, InferenceResult, Signature
@@ -27,8 +28,9 @@ THREAD_BYTES: Final = 64 << 10
 HELPER_BYTES: Final = 1 << 20
 HELPER_OUTPUT_BYTES: Final = 64 << 10
 """Raw bytes of outputs that are wanted as JSON: about a quarter of the text they become."""
-_PACKED_AT_ONCE: Final = 256
-_COMPRESSED_AT_ONCE: Final = 16 << 10
+_UNPACKED_BY_THREAD: Final = 16 << 10
+"""Packed bytes; they may become a thousand times as many."""
+_COMPRESSED_HERE: Final = 16 << 10
 
 
 class Place(Enum):
@@ -101,19 +103,34 @@ class Offload:
             future.exception()
 
     async def decompress(self, body: Body, encoding: str) -> Body:
-        """Unpack `body`, in place; what it grows to counts against the budget while it grows."""
-        grant, limit = Grant(self.budget), self._reader.limit_bytes
+        """Unpack `body`, in place; what it has become counts against the budget too."""
         try:
-            if len(body.data) <= _PACKED_AT_ONCE:
-                data = decompress(body.data, encoding, limit, grant.grow)
-            else:
-                data = await self.run_in_thread(decompress, body.data, encoding, limit, grant.grow)
+            if len(body.data) > _UNPACKED_BY_THREAD:
+                try:
+                    await self._decompress_in_helper(body, encoding)
+                    return body
+                except HelperUnavailable:
+                    pass
+            data = await self.run_in_thread(decompress, body.data, encoding, self._reader.limit_bytes)
+            body.become(data, self._counted(data))
         except BaseException:
-            grant.close()
             body.close()
             raise
-        body.become(data, grant)
         return body
+
+    async def _decompress_in_helper(self, body: Body, encoding: str) -> None:
+        memory = await self.helpers.unpack(await self._shared(body), encoding, self._reader.limit_bytes)
+        data = memory.map()
+        body.become(data, self._counted(data), memory)
+
+    def _counted(self, data: Buffer) -> Grant:
+        """What was unpacked is counted once it is there: no more than one body per worker is ahead of the budget."""
+        grant = Grant(self.budget)
+        grant.grow(len(data))
+        return grant
+
+    async def _shared(self, body: Body) -> Memfd:
+        return body.memory if body.memory is not None else await self.run_in_thread(Memfd.new, [body.data])
 
     async def parse(
         self, body: Body, header_length: int | None, signature: Signature | None = None, received_at: float | None = None
@@ -124,9 +141,8 @@ class Offload:
         if place is Place.HERE:
             return parse_infer(data, header_length, signature, received_at)
         if place is Place.HELPER:
-            memory = body.memory if body.memory is not None else await self.run_in_thread(Memfd.new, data)
             try:
-                return await self.helpers.parse(memory, header_length, received_at)
+                return await self.helpers.parse(await self._shared(body), header_length, received_at)
             except HelperUnavailable:
                 pass
         return await self.run_in_thread(parse_infer, data, header_length, signature, received_at)
@@ -142,8 +158,13 @@ class Offload:
 
     async def compress(self, reply: Reply, encoding: str) -> Reply:
         """`wire.compress`, wherever that is best done."""
-        if reply.size <= _COMPRESSED_AT_ONCE:
+        if reply.size <= _COMPRESSED_HERE:
             return compress(reply, encoding)
+        if reply.size > HELPER_BYTES:
+            try:
+                return await self.helpers.compress(await self.run_in_thread(reply_parcel, reply), encoding)
+            except HelperUnavailable:
+                pass
         return await self.run_in_thread(compress, reply, encoding)
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ Pure functions. They know neither HTTP frameworks nor models; what a model takes
 """
 
 from app.api.wire.checks import check_reply_form, validate
-from app.api.wire.compression import choose_encoding, compress, decompress, parse_content_encoding
+from app.api.wire.compression import choose_encoding, compress, decompress, parse_content_encoding, unpack
 from app.api.wire.reply import Reply, chosen, encode_response, json_raw_bytes
 from app.api.wire.request import OutputChoice, ParsedRequest, parse_header_length, parse_infer
 from app.api.wire.tensors import count_non_finite
@@ -24,5 +24,6 @@ __all__ = [
     "parse_content_encoding",
     "parse_header_length",
     "parse_infer",
+    "unpack",
     "validate",
 ]

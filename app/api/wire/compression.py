@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Final
 
 from app.api.wire.reply import Reply
@@ -72,21 +72,25 @@ def compress(reply: Reply, encoding: str) -> Reply:
     return Reply(headers, [b"".join(parts)], size, reply.non_finite)
 
 
-def decompress(body: Buffer, encoding: str, limit: int, grow: Callable[[int], None] | None = None) -> Buffer:
-    """`body` unpacked, in slices, so that a bomb costs no more than `limit` bytes. `deflate` is zlib or, as some clients have it, raw.
+def decompress(body: Buffer, encoding: str, limit: int) -> Buffer:
+    """`body` unpacked; see `unpack`."""
+    return bytearray().join(unpack(body, encoding, limit))
 
-    `grow` is told of each piece before it is kept, and may raise. Raises PayloadTooLarge past the limit, InvalidRequest for a broken stream, one cut short, or bytes after its end.
+
+def unpack(body: Buffer, encoding: str, limit: int) -> Iterator[bytes]:
+    """`body` unpacked, in pieces of at most 1 MiB, so that a bomb costs no more than `limit`. `deflate` is zlib or, as some clients have it, raw.
+
+    Raises PayloadTooLarge past the limit, InvalidRequest for a broken stream, one cut short, or bytes after its end.
     """
     view = memoryview(body)
     if encoding == "gzip":
-        return _inflate(view, _GZIP, limit, grow)
+        return _inflate(view, _GZIP, limit)
     looks_zlib = len(view) >= 2 and view[0] & 0x0F == 8 and (view[0] << 8 | view[1]) % 31 == 0
-    return _inflate(view, _ZLIB if looks_zlib else _RAW, limit, grow)
+    return _inflate(view, _ZLIB if looks_zlib else _RAW, limit)
 
 
-def _inflate(view: memoryview, form: int, limit: int, grow: Callable[[int], None] | None) -> bytearray:
-    whole = bytearray()
-    at, members = 0, 1
+def _inflate(view: memoryview, form: int, limit: int) -> Iterator[bytes]:
+    at, total, members = 0, 0, 1
     unpacker = zlib.decompressobj(form)
     while True:
         pending: Buffer = unpacker.unconsumed_tail
@@ -96,18 +100,17 @@ def _inflate(view: memoryview, form: int, limit: int, grow: Callable[[int], None
             piece = unpacker.decompress(pending, _WRITE)
         except zlib.error as error:
             raise InvalidRequest(f"the body does not unpack ({error}); does Content-Encoding name how it was packed?") from None
-        if len(whole) + len(piece) > limit:
+        total += len(piece)
+        if total > limit:
             raise PayloadTooLarge(f"the body unpacks to more than {limit} bytes, the limit; send less at once, or raise the server's limit")
-        if grow is not None:
-            grow(len(piece))
-        whole += piece
+        yield piece
         if not unpacker.eof:
             if not piece and not len(pending):
                 raise InvalidRequest("the packed body is cut short; send the whole stream, or send it unpacked without Content-Encoding")
             continue
         at -= len(unpacker.unused_data)
         if at == len(view):
-            return whole
+            return
         if form != _GZIP or members == _MOST_MEMBERS:
             raise InvalidRequest(f"{len(view) - at} bytes follow the packed body's end; Content-Length and the stream must agree")
         members, unpacker = members + 1, zlib.decompressobj(form)  # a gzip stream may have several members
