@@ -23,9 +23,12 @@ from app.serving.ledger import CoreLedger
 from app.serving.rates import ENOUGH, STALE_S, Rates
 from app.serving.runners import Instance, Runner, RunnerSpec
 from app.serving.shm import read_all, write_all
+from app.serving.watch import Sight, Usual
 
 LARGE_BYTES: Final = 1 << 20
 """Copies of more than this are made in a thread: they would hold up the event loop."""
+QUANTUM_S: Final = 0.01
+"""While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
 _MESSAGE_BYTES: Final = 64 << 10
 
 
@@ -44,7 +47,7 @@ class BatchReport:
 class Batch:
     """Work that shares one call."""
 
-    __slots__ = ("expected_s", "plan", "rows", "sent_at", "tokens", "work")
+    __slots__ = ("expected_s", "plan", "rows", "sent_at", "sight", "tokens", "work")
 
     def __init__(self, work: list[Work], rows: int, plan: Plan, tokens: int, expected_s: float, sent_at: float) -> None:
         self.work = work
@@ -53,6 +56,12 @@ class Batch:
         self.tokens = tokens
         self.expected_s = expected_s
         self.sent_at = sent_at
+        self.sight: Sight | None = None
+
+    @property
+    def kind(self) -> int:
+        """Its size in units of 64 bytes: what batches of a version with many shapes are compared by."""
+        return self.plan.end // 64
 
 
 class Dispatcher:
@@ -61,6 +70,7 @@ class Dispatcher:
     def __init__(self, spec: RunnerSpec, ledger: CoreLedger, observer: Callable[[BatchReport], None] | None = None) -> None:
         self.settings = spec.settings
         self.rates = Rates()
+        self.costs = Rates()
         self.queue = Queue()
         self.batchable = spec.signature.batchable
         self.unbatchable_because = ""
@@ -74,6 +84,8 @@ class Dispatcher:
         self._free: list[Instance] = []
         self._busy = 0
         self._solo = False
+        self._held = False
+        self._quiet = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._account = ledger.join(spec.name, self.pump)
         self._pump_due = False
@@ -173,12 +185,40 @@ class Dispatcher:
         self._free = []
         self._busy = 0
         self._solo = False
+        self._quiet.set()
+        self._account.withdraw()
         return sorted(lost, key=lambda batch: batch.sent_at)
 
     def close(self) -> None:
         if self._expiry is not None:
             self._expiry.cancel()
         self._account.close()
+
+    def usual(self, batch: Batch) -> Usual:
+        """What batches like this one took at worst."""
+        costs = self.costs
+        return Usual(costs.batches >= ENOUGH, costs.worst_wall_s(batch.kind), costs.worst_cpu_s(batch.kind))
+
+    @property
+    def busy(self) -> int:
+        """Batches in the runner now."""
+        return self._busy
+
+    async def hand_over(self, runner: Runner) -> bool:
+        """Send nothing more to the present runner, wait until it has answered, and go on with `runner`; False where the present one is lost."""
+        present = self._runner
+        self._held = True
+        try:
+            while self._busy:
+                self._quiet.clear()
+                await self._quiet.wait()
+        finally:
+            self._held = False
+        if present is None or self._runner is not present:
+            return False
+        self.detach()
+        self.attach(runner)
+        return True
 
     def in_flight(self) -> Iterator[tuple[Instance, Batch]]:
         if self._runner is not None:
@@ -198,21 +238,23 @@ class Dispatcher:
 
     def pump(self) -> None:
         """Give work to free instances while there is both, and cores for it."""
-        settings = self.settings
-        while self._free and self._busy < settings.instances and (self.queue.length or self.suspects):
-            if self._solo or (self.suspects and self._busy):
-                return
-            limit = settings.batch_limit
+        while self._ready():
+            limit = self.settings.batch_limit
+            if limit > 1 and self._account.has_company():
+                limit = self.rates.rows_within(QUANTUM_S, limit)
             expected_s = self.rates.cpu_s(min(limit, self.queue.rows or 1))
-            tokens = self._account.take(settings.intra_op_threads, expected_s)
+            tokens = self._account.take(self.settings.intra_op_threads, expected_s)
             if not tokens:
                 return
             self._solo = bool(self.suspects)
             work = [self.suspects.popleft()] if self.suspects else self.queue.take(limit)
-            if not work:
-                self._account.give(tokens, expected_s, 0.0)
-                return
             self._send(self._free.pop(), work, tokens, expected_s)
+        self._account.withdraw()
+
+    def _ready(self) -> bool:
+        if self._held or self._solo or not self._free or self._busy >= self.settings.instances:
+            return False
+        return not self._busy if self.suspects else self.queue.length > 0
 
     def _withdraw_if_idle(self) -> None:
         if not self.queue.length and not self.suspects:
@@ -304,8 +346,10 @@ class Dispatcher:
         instance.arena.settle(max(used, batch.plan.end))
         self._busy -= 1
         self._solo = False
+        self._quiet.set()
         self.completed += 1
         self.rates.learn(batch.rows, now - batch.sent_at, cpu_s, now)
+        self.costs.learn(batch.kind, now - batch.sent_at, cpu_s, now)
         runner = self._runner
         if runner is not None and len(runner.instances) > self.settings.instances:
             runner.remove_instance(instance)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -20,11 +19,12 @@ from app.domain import InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import Conflict, HoneError, NotReady, Quarantined, RunnerLost
 from app.serving import procfs
 from app.serving.batcher import Work
-from app.serving.dispatcher import LARGE_BYTES, BatchReport, Dispatcher
+from app.serving.dispatcher import BatchReport, Dispatcher
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
+from app.serving.quarantine import Quarantine, hash_inputs, hash_of
 from app.serving.runners import Ending, Opened, Runner, RunnerSpec
-from app.serving.shm import size_of
+from app.serving.watch import Patience, judge, look
 
 __all__ = ["BatchReport", "Death", "Engine", "Quarantine", "RunnerSpec", "hash_inputs"]
 
@@ -33,6 +33,11 @@ ANSWER_S: Final = 1.8
 _PAUSES_S: Final = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 """Before the n-th start in a row that no finished batch separates from the last end."""
 _TRIES: Final = 3
+WATCH_S: Final = 0.25
+_MEMORY_LOOK_S: Final = 2.0
+_RECYCLE_S: Final = 60.0
+_SLACK_BYTES: Final = 64 << 20
+"""A runner may hold this much more than after its warm-up before it is asked to give freed memory back."""
 _log = logging.getLogger("hone.engine")
 
 
@@ -46,34 +51,6 @@ class Death:
     at: float
 
 
-class Quarantine:
-    """Inputs, by hash, that killed a runner when run alone; the oldest are forgotten."""
-
-    def __init__(self, limit: int = 1024) -> None:
-        self._limit = limit
-        self._hashes: OrderedDict[str, str] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._hashes)
-
-    def add(self, digest: str, reason: str) -> None:
-        self._hashes[digest] = reason
-        if len(self._hashes) > self._limit:
-            self._hashes.popitem(last=False)
-
-    def reason(self, digest: str) -> str | None:
-        return self._hashes.get(digest)
-
-
-def hash_inputs(request: InferenceRequest) -> str:
-    """sha256 over names, datatypes, shapes and data."""
-    digest = hashlib.sha256()
-    for tensor in request.inputs:
-        digest.update(f"{tensor.name}\0{tensor.datatype}\0{tensor.shape}\0".encode())
-        digest.update(tensor.data)
-    return digest.hexdigest()
-
-
 class Engine:
     """Made by start(). `on_death(reason, pid, hashes)` is called for each unasked end of a runner."""
 
@@ -85,6 +62,7 @@ class Engine:
         observer: Callable[[BatchReport], None] | None,
         on_death: Callable[[str, int, tuple[str, ...]], None] | None,
         quarantine: Quarantine | None,
+        patience: Patience,
     ) -> None:
         self.spec = spec
         self.inflight = 0
@@ -102,6 +80,13 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._past_cpu_s = 0.0
+        self._last_cpu_s = 0.0
+        self._watch: asyncio.TimerHandle | None = None
+        self._patience = patience
+        self._memory_looked_at = 0.0
+        self._recycled_at = -_RECYCLE_S
+        self._recycling: asyncio.Task[None] | None = None
+        self.recycles = 0
         self._failures = 0
         self._completed_at_death = 0
 
@@ -115,10 +100,11 @@ class Engine:
         observer: Callable[[BatchReport], None] | None = None,
         on_death: Callable[[str, int, tuple[str, ...]], None] | None = None,
         quarantine: Quarantine | None = None,
+        patience: Patience = Patience(),  # noqa: B008 - frozen
         timeout_s: float = 300.0,
     ) -> Engine:
         """Session open and warm. Raises ModelRejected, Unsupported or NotReady with the reason; nothing is left behind then."""
-        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine)
+        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine, patience)
         try:
             engine._adopt(await Runner.start(spec, forkserver, engine._on_exit, timeout_s))
         except BaseException:
@@ -166,9 +152,9 @@ class Engine:
         return procfs.pss_bytes(self.pid) or 0 if self.pid else 0
 
     def cpu_seconds(self) -> float:
-        """CPU seconds of all runners this engine ever had."""
-        facts = procfs.facts(self.pid) if self.pid else None
-        return self._past_cpu_s + (facts.cpu_s if facts is not None else 0.0)
+        """CPU seconds of all runners this engine ever had. For polls, off the event loop."""
+        self._see_cpu(self._runner)
+        return self._past_cpu_s + self._last_cpu_s
 
     # ---- the hot path
 
@@ -181,6 +167,8 @@ class Engine:
         work = self._dispatcher.submit(request)
         self.inflight += 1
         self._idle.clear()
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
         try:
             return await work.future
         except asyncio.CancelledError:
@@ -197,7 +185,7 @@ class Engine:
         return RunnerLost(f"the runner of {self.spec.name} is down: {self._down}", retry_after_s=self._pause_s() + 1)
 
     async def _refuse_quarantined(self, request: InferenceRequest) -> None:
-        digest = await _hashed(request)
+        digest = await hash_of(request)
         reason = self.quarantine.reason(digest)
         if reason is not None:
             raise Quarantined(f"this very input ended a runner of {self.spec.name} when run alone ({reason}); it is not tried again")
@@ -223,10 +211,13 @@ class Engine:
     async def stop(self) -> None:
         """End the runner; whoever still waits gets NotReady."""
         self._closed = "was unloaded"
-        if self._recovery is not None:
-            self._recovery.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._recovery
+        if self._watch is not None:
+            self._watch.cancel()
+        for task in (self._recovery, self._recycling):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         self._dispatcher.fail_waiting(NotReady(f"{self.spec.name} was unloaded"))
         for batch in self._dispatcher.detach():
             for work in batch.work:
@@ -248,14 +239,22 @@ class Engine:
         self._down = ""
         self._dispatcher.attach(runner)
 
+    def _see_cpu(self, runner: Runner | None) -> None:
+        facts = procfs.facts(runner.pid) if runner is not None and runner.pid else None
+        if facts is not None:
+            self._last_cpu_s = max(self._last_cpu_s, facts.cpu_s)
+
     def _keep_cpu(self, runner: Runner) -> None:
-        facts = procfs.facts(runner.pid)
-        self._past_cpu_s += facts.cpu_s if facts is not None else 0.0
+        """What a runner used until its end counts on; a zombie still tells."""
+        self._see_cpu(runner)
+        self._past_cpu_s += self._last_cpu_s
+        self._last_cpu_s = 0.0
 
     def _on_exit(self, runner: Runner) -> None:
         if runner is not self._runner or self._closed:
             return
         lost = [batch.work for batch in self._dispatcher.detach()]
+        self._keep_cpu(runner)
         self._runner = None
         loop = asyncio.get_running_loop()
         waiting = {work for group in lost for work in group} | set(self._dispatcher.queue)
@@ -290,13 +289,68 @@ class Engine:
     def _pause_s(self) -> float:
         return _PAUSES_S[min(self._failures, len(_PAUSES_S) - 1)]
 
+    # ---- watching
+
+    def _look(self) -> None:
+        """While there is work, look a few times a second; an idle engine costs nothing."""
+        self._watch = None
+        runner = self._runner
+        if runner is None or self._closed:
+            return
+        now = monotonic()
+        for instance, batch in self._dispatcher.in_flight():
+            if now - batch.sent_at < self._patience.glance_s:
+                continue
+            batch.sight = look(runner.pid, instance.tid, self.settings.intra_op_threads, self._dispatcher.busy, batch.sight, now)
+            judgement = judge(batch.sight, self._dispatcher.usual(batch), self._patience, now) if batch.sight is not None else None
+            if judgement is not None:
+                runner.kill(judgement.reason, judgement.own_fault)
+                break
+        if now - self._memory_looked_at > _MEMORY_LOOK_S:
+            self._memory_looked_at = now
+            self._look_at_memory(runner, now)
+        if self.inflight:
+            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
+
+    def _look_at_memory(self, runner: Runner, now: float) -> None:
+        self._see_cpu(runner)
+        used = procfs.private_bytes(runner.pid) or 0
+        if used > runner.settled_bytes + _SLACK_BYTES:
+            runner.trim()
+        limit = self.spec.memory_limit_bytes
+        if limit and used > limit and now - self._recycled_at > _RECYCLE_S and self._recycling is None:
+            self._recycled_at = now
+            self._recycling = asyncio.get_running_loop().create_task(self._recycle(used), name=f"recycling of {self.spec.name}")
+
+    async def _recycle(self, used: int) -> None:
+        """A runner that grew past its bound makes way for a fresh one, without a failed request."""
+        limit = self.spec.memory_limit_bytes
+        _log.warning("%s: its runner holds %d MiB of at most %d; a fresh one takes over", self.spec.name, used >> 20, limit >> 20)
+        try:
+            fresh = await Runner.start(self.spec, self._forkserver, self._on_exit)
+        except HoneError as error:
+            _log.warning("%s: no fresh runner: %s", self.spec.name, error)
+            return
+        finally:
+            self._recycling = None
+        old = self._runner
+        if old is None or self._closed or not await self._dispatcher.hand_over(fresh):
+            await fresh.end(0.0)
+            return
+        self._keep_cpu(old)
+        self._runner = fresh
+        self.recycles += 1
+        if not fresh.alive:
+            self._on_exit(fresh)
+        await old.end()
+
     async def _judge(self, ending: Ending, pid: int, lost: list[list[Work]]) -> None:
         """Write the death down, quarantine a row that was alone twice, and put the others up for another try."""
         if self._dispatcher.completed > self._completed_at_death:
             self._failures = 0
         self._completed_at_death = self._dispatcher.completed
         works = [work for group in lost for work in group]
-        hashes = tuple([await _hashed(work.request) for work in works])
+        hashes = tuple([await hash_of(work.request) for work in works])
         self.deaths.append(Death(ending.reason, pid, hashes, monotonic()))
         _log.warning("%s: %s (pid %d, %d requests in it)", self.spec.name, ending.reason, pid, len(works))
         if self._on_death is not None:
@@ -313,12 +367,6 @@ class Engine:
             elif not work.future.done() or ending.own_fault:
                 again.append(work)
         self._dispatcher.retry(again)
-
-
-async def _hashed(request: InferenceRequest) -> str:
-    if sum(size_of(tensor.data) for tensor in request.inputs) > LARGE_BYTES:
-        return await asyncio.to_thread(hash_inputs, request)
-    return hash_inputs(request)
 
 
 def _fail(work: Work, error: HoneError) -> None:

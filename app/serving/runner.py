@@ -1,4 +1,4 @@
-"""The runner: a process of its own that holds one version's session and computes batches from shared memory.
+"""The runner: a process of its own that holds one version's session.
 
 The only serving module that imports onnxruntime or torch. It knows nothing of HTTP, queues, or which requests make up a batch.
 Each instance is a thread with its own socket and arena on the one session (`run` releases the GIL), so weights are held once.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
-import importlib.util
 import os
-import re
 import resource
 import signal
 import socket
@@ -18,151 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import orjson
 
 from app.domain import BYTES
-from app.errors import HoneError, InvalidRequest, ModelRejected, Unsupported
-from app.serving.runner_tensors import DTYPES, Array, Described, describe, strings, view
-from app.serving.shm import Mapping, write_all
+from app.errors import HoneError, ModelRejected, Unsupported
+from app.serving.runner_loop import MESSAGE_BYTES, Instance, Model, Named, cleaned, is_memory
+from app.serving.runner_tensors import DTYPES, Array
+from app.serving.runner_torch import TorchModel
 
-MESSAGE_BYTES: Final = 64 << 10
-"""Longer descriptions of a batch travel through the arena."""
-_CACHED_CALLS: Final = 64
 _FDS: Final = 4
-
-Named = tuple[str, str, Array]
-
-
-class Model(Protocol):
-    """What a runner needs from a version, whatever computes it."""
-
-    def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
-        """All or the named outputs as (name, datatype, array)."""
-
-
-# ---- one batch ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Call:
-    """A batch's description, understood. Views stay valid while the arena's mapping does; BYTES are decoded at each call."""
-
-    feeds: dict[str, Array]
-    texts: list[tuple[str, list[int], int, int]]
-    outputs: list[str] | None
-    end: int
-    rows: list[int] | None
-
-
-class Instance:
-    """One thread's loop: read a description, compute, write outputs behind the inputs, answer."""
-
-    def __init__(self, model: Model, sock: socket.socket, arena: int, own_clock: bool) -> None:
-        self._model = model
-        self._sock = sock
-        self._mapping = Mapping(arena)
-        self._calls: dict[bytes, Call] = {}
-        self._clock = time.thread_time_ns if own_clock else time.process_time_ns
-
-    def serve(self) -> None:
-        """Answer batches until the server closes the socket."""
-        waits = _open_waits()
-        buffer = bytearray(MESSAGE_BYTES)
-        window = memoryview(buffer)
-        while size := self._sock.recv_into(buffer):
-            wall, cpu, wait = time.perf_counter_ns(), self._clock(), _waited(waits)
-            try:
-                described, base, total = self._compute(bytes(window[:size]))
-                times = time.perf_counter_ns() - wall, self._clock() - cpu, _waited(waits) - wait
-                self._answer([0, *times, base, total, described], base + total)
-            except Exception as error:  # noqa: BLE001 - the loop's boundary: whatever a model raises is that batch's answer
-                times = time.perf_counter_ns() - wall, self._clock() - cpu, _waited(waits) - wait
-                self._answer([1, *times, *_explained(error)], 0)
-        if waits >= 0:
-            os.close(waits)
-        os.close(self._mapping.fd)
-        self._sock.close()
-
-    def _compute(self, message: bytes) -> tuple[list[Described], int, int]:
-        call = self._calls.get(message) or self._understood(message)
-        feeds = call.feeds
-        if call.texts:
-            memory, _ = self._mapping.reach(call.end)
-            feeds = dict(feeds)
-            for name, shape, offset, size in call.texts:
-                feeds[name] = strings(memory[offset : offset + size], name, shape)
-        described, buffers, total = describe(self._model.run(call.outputs, feeds), call.rows)
-        if buffers:
-            write_all(self._mapping.fd, buffers, call.end)
-        return described, call.end, total
-
-    def _understood(self, message: bytes) -> Call:
-        body = message
-        if message[:1] == b"@":
-            start, size = map(int, message[1:].split(b","))
-            body = os.pread(self._mapping.fd, size, start)
-        inputs, outputs, end, rows = orjson.loads(body)
-        memory, fresh = self._mapping.reach(end)
-        if fresh or len(self._calls) >= _CACHED_CALLS:
-            self._calls.clear()
-        fixed = {name: view(memory, datatype, shape, offset) for name, datatype, shape, offset, _ in inputs if datatype != BYTES}
-        texts = [(name, shape, offset, size) for name, datatype, shape, offset, size in inputs if datatype == BYTES]
-        call = Call(fixed, texts, outputs, end, rows)
-        if body is message:
-            self._calls[message] = call
-        return call
-
-    def _answer(self, reply: list[Any], end: int) -> None:
-        message = orjson.dumps(reply)
-        if len(message) > MESSAGE_BYTES:
-            os.pwrite(self._mapping.fd, message, end)
-            message = b"@%d,%d" % (end, len(message))
-        self._sock.send(message)
-
-
-def _open_waits() -> int:
-    """This thread's scheduler statistics; -1 where the kernel keeps none."""
-    try:
-        return os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return -1
-
-
-def _waited(fd: int) -> int:
-    """Nanoseconds that this thread was ready to run but had no core (proc(5), second field)."""
-    if fd < 0:
-        return 0
-    return int(os.pread(fd, 96, 0).split()[1])
-
-
-_SOURCE = re.compile(r"(?:\S*[/\\])?[\w.]+\.(?:cc|h|cpp|hpp):\d+ (?:[^\n]*?\) (?:const )?(?:\[[^\]]*\] ?)?|\w+ |operator\(\)\S* )?")
-_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
-_PATH = re.compile(r"(?<![\w.])/(?:[\w.@+~-]+/)+")
-
-
-def cleaned(text: str) -> str:
-    """A runtime's message without source files, C++ signatures and folders: what a caller may see."""
-    text = _PREFIX.sub("", text.strip())
-    text = _SOURCE.sub("", text)
-    return _PATH.sub("", text)[:2000]
-
-
-def _explained(error: Exception) -> tuple[str, str]:
-    if isinstance(error, InvalidRequest):
-        return "InvalidRequest", str(error)
-    if isinstance(error, MemoryError) or _is_memory(str(error)):
-        return "OutOfMemory", cleaned(str(error) or "memory ran out")
-    return "ModelFailed", cleaned(str(error) or type(error).__name__)
-
-
-def _is_memory(text: str) -> bool:
-    lowered = text.lower()
-    return any(word in lowered for word in ("bad_alloc", "bad allocation", "failed to allocate", "allocate memory", "out of memory"))
-
 
 # ---- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
@@ -257,98 +122,6 @@ def _half_array(value: Any) -> Array:
     return np.frombuffer(raw, np.uint16).reshape(value.shape())
 
 
-# ---- torch ----------------------------------------------------------------------------------------------------------
-
-
-class TorchModel:
-    """A module from an operator's factory and a .safetensors state dict. Inputs are passed by position, in the signature's order."""
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        try:
-            torch = importlib.import_module("torch")
-        except ImportError:
-            raise Unsupported("this version is a PyTorch model and torch is not installed: pip install hone-server[optimize]") from None
-        self._torch = torch
-        torch.set_num_threads(max(1, spec["settings"]["intra_op_threads"]))
-        signature = spec["signature"]
-        self._inputs: list[tuple[str, str]] = [(i["name"], i["datatype"]) for i in signature["inputs"]]
-        self._outputs: list[tuple[str, str]] = [(o["name"], o["datatype"]) for o in signature["outputs"]]
-        module = _made(spec["factory"])
-        _load_weights(module, spec["path"])
-        self._module = module.eval()
-
-    def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
-        torch = self._torch
-        tensors = [self._tensor(feeds[name], datatype) for name, datatype in self._inputs if name in feeds]
-        with torch.inference_mode():
-            result = self._module(*tensors)
-        named = self._named(result)
-        wanted = None if outputs is None else set(outputs)
-        return [(n, t, self._back(named[n])) for n, t in self._outputs if wanted is None or n in wanted]
-
-    def _tensor(self, array: Array, datatype: str) -> Any:
-        if datatype == BYTES:
-            raise InvalidRequest("PyTorch models take no BYTES inputs")
-        tensor = self._torch.from_numpy(array)
-        return tensor.view(self._torch.bfloat16) if datatype == "BF16" else tensor
-
-    def _named(self, result: Any) -> dict[str, Any]:
-        if isinstance(result, dict):
-            return result
-        values = result if isinstance(result, tuple | list) else (result,)
-        if len(values) < len(self._outputs):
-            raise TypeError(f"the module returned {len(values)} outputs, its signature names {len(self._outputs)}")
-        return dict(zip((name for name, _ in self._outputs), values, strict=False))
-
-    def _back(self, tensor: Any) -> Array:
-        tensor = tensor.detach().contiguous()
-        if tensor.dtype == self._torch.bfloat16:
-            tensor = tensor.view(self._torch.uint16)
-        array: Array = tensor.numpy()
-        return array
-
-
-def _made(factory: str) -> Any:
-    """Call 'file.py:function', loaded by path: it need not be importable, and nothing beside it is."""
-    path, _, function = factory.rpartition(":")
-    spec = importlib.util.spec_from_file_location("hone_factory", path)
-    if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise ModelRejected(f"factory {factory!r} names no Python file; write it as FILE.py:FUNCTION")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        return getattr(module, function)()
-    except Exception as error:  # an operator's code: anything may come out of it
-        raise ModelRejected(f"factory {os.path.basename(path)}:{function} failed: {type(error).__name__}: {error}") from error
-
-
-def _load_weights(module: Any, path: str) -> None:
-    """Load strictly, but let tied weights share one name (safetensors keeps one of two names of the same memory).
-
-    Raises ModelRejected listing the names that are missing and not tied, and those the module does not know.
-    """
-    load_file = importlib.import_module("safetensors.torch").load_file
-    own = module.state_dict(keep_vars=True)
-    try:
-        result = module.load_state_dict(load_file(path), strict=False)
-    except Exception as error:  # torch and safetensors raise many kinds, all of them about this file
-        raise ModelRejected(f"{os.path.basename(path)}: {error}") from error
-    missing = set(result.missing_keys)
-    given = {_place(tensor) for name, tensor in own.items() if name not in missing}
-    lacking = sorted(name for name in missing if _place(own[name]) not in given)
-    if lacking or result.unexpected_keys:
-        parts = [f"misses {', '.join(lacking)}"] if lacking else []
-        parts += [f"has {', '.join(sorted(result.unexpected_keys))}, unknown to the module"] if result.unexpected_keys else []
-        raise ModelRejected(
-            f"{os.path.basename(path)} does not fit its factory: it {' and it '.join(parts)}; save it with safetensors' save_model"
-        )
-
-
-def _place(tensor: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
-
-
 # ---- the process ----------------------------------------------------------------------------------------------------
 
 
@@ -440,18 +213,26 @@ def _opened(control: socket.socket, spec: dict[str, Any]) -> Model | None:
     started = time.monotonic()
     try:
         _name_and_bound(spec)
-        model: Model = TorchModel(spec) if spec["kind"] == "torch" else OnnxModel(spec)
+        model = _torch_model(spec) if spec["kind"] == "torch" else OnnxModel(spec)
         load_s = time.monotonic() - started
         warm = _warm_up(model, spec)
     except MemoryError:
         _report(control, {"failed": "ModelRejected", "text": _too_large(spec)})
         return None
     except HoneError as error:
-        text = _too_large(spec) if _is_memory(str(error)) and spec["memory_limit_bytes"] else str(error)
+        text = _too_large(spec) if is_memory(str(error)) and spec["memory_limit_bytes"] else str(error)
         _report(control, {"failed": type(error).__name__, "text": text})
         return None
     _report(control, {"opened": True, "load_s": load_s, "warm_up": warm})
     return model
+
+
+def _torch_model(spec: dict[str, Any]) -> Model:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        raise Unsupported("this version is a PyTorch model and torch is not installed: pip install hone-server[optimize]") from None
+    return TorchModel(spec, torch)
 
 
 def _name_and_bound(spec: dict[str, Any]) -> None:
@@ -498,7 +279,7 @@ def _tried(model: Model, feeds: dict[str, Array]) -> str:
     try:
         model.run(None, feeds)
     except Exception as error:  # a model's own complaint about made-up data
-        if isinstance(error, MemoryError) or _is_memory(str(error)):
+        if isinstance(error, MemoryError) or is_memory(str(error)):
             raise MemoryError from error
         return cleaned(str(error))
     return ""

@@ -90,7 +90,8 @@ class Runner:
         self.alive = False
         self.instances: list[Instance] = []
         self.opened = Opened(0.0, 0.0, ())
-        self.killed_for = ""
+        self.settled_bytes = 0
+        self._killed: Ending | None = None
         self._forkserver = forkserver
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
@@ -115,6 +116,7 @@ class Runner:
         except BaseException:
             await asyncio.shield(runner.end(0.0))
             raise
+        runner.settled_bytes = procfs.private_bytes(runner.pid) or 0
         runner.opened = Opened(report["load_s"], ready_s, tuple(report["warm_up"]))
         return runner
 
@@ -211,17 +213,17 @@ class Runner:
         with contextlib.suppress(OSError):
             self._order({"do": "trim"})
 
-    def kill(self, reason: str) -> None:
+    def kill(self, reason: str, own_fault: bool) -> None:
         """End it now; on_exit follows, with this reason."""
         if self.alive:
-            self.killed_for = self.killed_for or reason
+            self._killed = self._killed or Ending(reason, own_fault)
             signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
 
     async def ending(self) -> Ending:
         """Why it ended, once it has."""
         status = await self._forkserver.status(self._child, _STATUS_S)
-        if self.killed_for:
-            return Ending(self.killed_for, True)
+        if self._killed is not None:
+            return self._killed
         if status is None:
             return Ending("the runner ended, nobody could tell how", None)
         if status == -signal.SIGKILL:
