@@ -139,6 +139,9 @@ class ServerOperations:
         return self._job(job)
 
     async def promote(self, name: str, version: str, reason: str, force: bool, actor: str) -> JSON:
+        slot = self._service.slot(name)
+        if version.isdigit() and version not in slot.known:
+            raise NotFound(f"model {name!r} has no version {version!r}; it has {', '.join(slot.known) or 'none'}")
         event = await self._do(self._commands.promote, name, version, actor, reason, force)
         return await self._reached(name, event)
 

@@ -81,11 +81,11 @@ class Commands:
     def promote(
         self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None
     ) -> Event:
-        """Make `version` the desired one. Without `force` only a version proven on this class of host may be."""
+        """Make `version` the desired one. Built versions need a proof on this class of host, or `force`; those that the user deployed do not."""
         model = self.model(name)
         if self._journal.state().frozen and not force:
             raise NotAllowed("all change is frozen; lift it with: hone unfreeze (rollback is always allowed)")
-        if version != model.golden:
+        if not version.isdigit():
             verdict = dict(self.built(model, version).verdicts).get(self._host_class)
             if verdict is not Verdict.PASSED and not force:
                 found = f"its verdict here is {verdict}" if verdict else "it has no proof on this class of host"

@@ -1,0 +1,163 @@
+"""Swaps under load: no request fails, no answer comes from another version than it says, and a kill at any step is repaired."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.models import scaled
+from tests.running_server import Running, server
+
+FACTORS = {"1": 2.0, "2": 3.0}
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    for version, factor in FACTORS.items():
+        (tmp_path / "models" / "m" / version).mkdir(parents=True)
+        scaled(tmp_path / "models" / "m" / version / "model.onnx", factor)
+    with server(tmp_path) as running:
+        yield running.ready("m")
+
+
+class Load:
+    """Callers in threads that note every status, and every answer whose value does not fit the version it names."""
+
+    def __init__(self, running: Running, callers: int = 4) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.versions: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._stop = threading.Event()
+        self._running = running
+        self._threads = [threading.Thread(target=self._call) for _ in range(callers)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _call(self) -> None:
+        with httpx.Client(base_url=self._running.url, timeout=30) as client:
+            metadata = client.get("/v2/models/m").json()
+            name, width = metadata["inputs"][0]["name"], metadata["inputs"][0]["shape"][1]
+            body = {"inputs": [{"name": name, "shape": [1, width], "datatype": "FP32", "data": [1.0] * width}]}
+            while not self._stop.is_set():
+                answer = client.post("/v2/models/m/infer", json=body)
+                self.statuses[answer.status_code] += 1
+                if answer.status_code == 200:
+                    said, header = answer.json(), answer.headers["hone-version"]
+                    self.versions[header] += 1
+                    values = said["outputs"][0]["data"]
+                    if said["model_version"] != header or any(abs(value - FACTORS[header]) > 1e-6 for value in values):
+                        self.wrong.append(answer.text)
+
+
+def test_no_answer_fails_or_is_another_versions_during_swaps(running: Running) -> None:
+    with Load(running) as load:
+        for number in range(20):
+            running.admin("POST", "/admin/models/m/promote", 200, json={"version": "12"[number % 2]})
+    assert not load.wrong, load.wrong[:2]
+    assert set(load.statuses) == {200}
+    assert set(load.versions) == {"1", "2"}
+    events = running.admin("GET", "/admin/timeline?limit=1000")["events"]
+    assert len([event for event in events if event["kind"] == "version.activated"]) >= 21
+
+
+def test_rollback_goes_back_at_once_and_forth_again(running: Running) -> None:
+    running.admin("POST", "/admin/models/m/promote", 200, json={"version": "1"})
+    assert running.admin("POST", "/admin/models/m/rollback", 200)["active"] == "2"
+    assert running.admin("POST", "/admin/models/m/rollback", 200)["active"] == "1"
+
+
+def test_settings_are_a_generation_that_can_be_undone(running: Running) -> None:
+    before = running.admin("GET", "/admin/models/m")
+    live = running.admin("PATCH", "/admin/models/m/settings", 200, json={"queue_limit": 7})
+    assert live["settings"]["queue_limit"] == 7 and live["generation"] == before["generation"] + 1
+    with Load(running) as load:
+        anew = running.admin("PATCH", "/admin/models/m/settings", 200, json={"intra_op_threads": 1, "spin_duration_us": 200})
+    assert set(load.statuses) == {200} and not load.wrong
+    assert anew["settings"]["spin_duration_us"] == 200 and anew["active"] == before["active"]
+    undone = running.admin("POST", "/admin/models/m/rollback", 200)
+    assert undone["settings"]["spin_duration_us"] == before["settings"]["spin_duration_us"]
+
+
+@pytest.mark.parametrize("victim", ["server", "runner"])
+def test_a_kill_in_the_midst_of_swaps_is_repaired(running: Running, victim: str) -> None:
+    stop = threading.Event()
+
+    def swaps() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            try:
+                running.admin("POST", "/admin/models/m/promote", json={"version": "12"[number % 2]})
+            except httpx.HTTPError:
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=swaps)
+    thread.start()
+    try:
+        for pause in (0.05, 0.11, 0.23):
+            time.sleep(pause)
+            if victim == "server":
+                running.restart(kill=True).ready("m")
+            else:
+                for pid in runners(running.process.pid):
+                    os.kill(pid, signal.SIGKILL)
+                running.ready("m")
+    finally:
+        stop.set()
+        thread.join()
+    model = running.until(lambda: (m := running.admin("GET", "/admin/models/m")) and m["active"] == m["desired"] and m)
+    answer = running.call("GET", "/v2/models/m").json()
+    assert answer["properties"]["version"] == model["desired"]
+    pids = [pid for pid in children(running.process.pid) if b"hone" in command(pid)]
+    assert len(pids) <= 8, [command(pid) for pid in pids]
+
+
+def test_the_desired_version_survives_a_restart(running: Running) -> None:
+    running.admin("POST", "/admin/models/m/promote", 200, json={"version": "1"})
+    running.restart().ready("m")
+    assert running.admin("GET", "/admin/models/m")["active"] == "1"
+
+
+def children(pid: int) -> list[int]:
+    """All descendants."""
+    try:
+        direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [*direct, *(grandchild for child in direct for grandchild in children(child))]
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() or Path(f"/proc/{pid}/comm").read_bytes()
+    except OSError:
+        return b""
+
+
+def runners(pid: int) -> list[int]:
+    """Children of the fork server: they have a session, and many threads or a name of their own."""
+    found = []
+    for child in children(pid):
+        try:
+            name = Path(f"/proc/{child}/comm").read_text().strip()
+        except OSError:
+            continue
+        if name.startswith("hone") and name != "hone":
+            found.append(child)
+    return found
