@@ -508,8 +508,8 @@ def test_a_memory_never_loses_to_a_store_that_lost_its_tail(story: list[Event], 
     known, cut_off = fold_all(State(), story), fold_all(State(), story[:cut])
     assert merge.behind(cut_off, known) == (cut < len(story))
     joined = merge.recovered(cut_off, known, "")
-    assert {name: replace(model, generation=Generation()) for name, model in joined.models.items()} == {
-        name: replace(model, generation=Generation()) for name, model in known.models.items()
+    assert {name: replace(model, generation=Generation(), last_event=0) for name, model in joined.models.items()} == {
+        name: replace(model, generation=Generation(), last_event=0) for name, model in known.models.items()
     }
     assert joined.jobs == known.jobs
     assert not merge.behind(joined, known)

@@ -407,6 +407,25 @@ def test_the_highest_known_state_wins_whoever_comes_first(journal: Journal, anot
     assert catch_up(another(), early) == after
 
 
+def test_what_this_process_wrote_itself_is_put_back_though_the_caller_forgot(journal: Journal, empty_store: Callable[[], None]) -> None:
+    forgetful = history(journal)
+    journal.append(desired("1"))
+    empty_store()
+    assert catch_up(journal, forgetful).models["m"].desired == "1"
+
+
+def test_who_saw_more_than_the_one_that_recovered_adds_it(journal: Journal, another: Opener, empty_store: Callable[[], None]) -> None:
+    worker = another()
+    known = history(journal)
+    worker.append(published("1.2"))
+    empty_store()
+    assert [built.version for built in catch_up(journal, known).models["m"].built] == ["1.1"]
+    with pytest.raises(StoreWentBack):
+        worker.state()
+    assert [built.version for built in catch_up(worker, known).models["m"].built] == ["1.1", "1.2"]
+    assert journal.state() == worker.state()
+
+
 def test_a_stranger_that_began_anew_does_not_win(journal: Journal, another: Opener, empty_store: Callable[[], None]) -> None:
     known = history(journal)
     empty_store()

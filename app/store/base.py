@@ -29,7 +29,10 @@ class Journal(Protocol):
         """Block until an event later than `after` exists or the time is over; True if one does."""
 
     def recover(self, known: State) -> State:
-        """Put back what `known` has and the store lost, as one event; epoch + 1, loop frozen. Nothing is done where nothing is lost."""
+        """Put back what `known` (or what this journal saw itself, if later) has and the store lost: one event, epoch + 1, loop frozen.
+
+        Nothing is done where nothing is lost.
+        """
 
     def acquire(self, lease: str, holder: str, ttl_s: float) -> bool:
         """Take or renew a lease by name; False while another holder's is alive."""

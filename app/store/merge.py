@@ -25,6 +25,11 @@ def behind(store: State, known: State) -> bool:
     return known.seq > store.seq or any(_rank(known, name) > _rank(store, name) for name in {*known.models, *known.removed})
 
 
+def later(known: State, seen: State | None) -> State:
+    """Of what a process was told and what it saw itself: the latter, unless it lacks something of the former."""
+    return known if seen is None or behind(seen, known) else seen
+
+
 def in_epoch(state: State, epoch: int) -> State:
     """The same state in another epoch: every generation from before is fenced off."""
     models = {name: replace(model, generation=Generation(epoch, model.generation.n)) for name, model in state.models.items()}

@@ -148,6 +148,7 @@ class RedisJournal:
     def recover(self, known: State) -> State:
         for _ in self._races():
             seen = self._seen
+            known = merge.later(known, seen.state if seen is not None else None)
             current, is_whole = self._loaded()
             if is_whole and not merge.behind(current.state, known) and not self._diverged(current, seen):
                 self._remember(current)

@@ -113,6 +113,7 @@ class SqliteJournal:
         return False
 
     def recover(self, known: State) -> State:
+        known = merge.later(known, self._seen.state if self._seen is not None else None)
         with self._db.writing(durable=True) as db:
             current = self._loaded(db)
             if not merge.behind(current.state, known) and not self._diverged(db, current):
