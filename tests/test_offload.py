@@ -403,6 +403,40 @@ def test_who_leaves_while_a_body_is_unpacked_leaves_nothing(context: ForkServerC
     assert open_files() <= before + 4
 
 
+def test_large_bodies_are_freed_by_a_thread(context: ForkServerContext) -> None:
+    async def main() -> None:
+        async with offload(context) as work:
+            text, _ = large_json(500_000)
+            assert len(text) > 4 * MB
+            before = mapped_bytes()
+            for _ in range(3):
+                async with work.body({b"content-length": b"%d" % len(text)}, sender(*chunks(text, MB))) as body:
+                    parsed = await work.parse(body, None)
+                    assert mapped_bytes() >= before + len(text)
+                assert work.budget.used_bytes == 0
+                assert len(bytes(parsed.request.inputs[0].data)) == 2_000_000
+            del parsed
+            deadline = time.monotonic() + 20
+            while mapped_bytes() > before:
+                assert time.monotonic() < deadline, mapped_bytes()
+                await asyncio.sleep(0.05)
+
+    before = open_files()
+    run(main())
+    assert open_files() <= before + 4
+
+
+def mapped_bytes() -> int:
+    """Of memfds in this process."""
+    total = 0
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            if "memfd:hone" in line:
+                first, last = line.split()[0].split("-")
+                total += int(last, 16) - int(first, 16)
+    return total
+
+
 # ---- helpers that die, hang, idle ------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,10 @@ from app.errors import Cancelled, InvalidRequest, NotReady, PayloadTooLarge
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 
+Free: TypeAlias = Callable[[list[object]], None]
+"""Drops the objects in a list where it does not hurt."""
+
+FREED_ASIDE_BYTES: Final = 4 << 20
 COUNTED_BYTES: Final = 64 << 10
 """Bodies up to here are not counted: the bound on connections bounds them."""
 SHARED_BYTES: Final = 1 << 20
@@ -138,25 +142,36 @@ class Pacer:
 
 
 class Body:
-    """One body. `data` stays valid as long as anyone holds it; `close` (once the request is answered) gives back its share of the budget."""
+    """One body. `data` stays valid as long as anyone holds it; `close` (once the request is answered) gives back its share of the budget.
 
-    __slots__ = ("_grant", "data", "memory")
+    `free` is given what is large: unmapping a hundred megabytes takes the kernel longer than the event loop has.
+    """
 
-    def __init__(self, data: Buffer, memory: Memfd | None = None, grant: Grant | None = None) -> None:
+    __slots__ = ("_free", "_grant", "_read_from_it", "data", "memory")
+
+    def __init__(self, data: Buffer, memory: Memfd | None = None, grant: Grant | None = None, free: Free | None = None) -> None:
         self.data = data
         self.memory = memory
         self._grant = grant
+        self._free = free
+        self._read_from_it: object = None
 
     def close(self) -> None:
         self.become(b"", None)
 
     def become(self, data: Buffer, grant: Grant | None, memory: Memfd | None = None) -> None:
         """Give up what it was, for `data`."""
-        if self.memory is not None:
+        if self._free is not None and self.memory is not None and len(self.data) > FREED_ASIDE_BYTES:
+            self._free([self.data, self.memory, self._read_from_it])
+        elif self.memory is not None:
             self.memory.close()
         if self._grant is not None:
             self._grant.close()
-        self.data, self.memory, self._grant = data, memory, grant
+        self.data, self.memory, self._grant, self._read_from_it = data, memory, grant, None
+
+    def free_too(self, read_from_it: object) -> None:
+        """Something else that is as large and as long in use as this body."""
+        self._read_from_it = read_from_it
 
     def __enter__(self) -> Body:
         return self
@@ -168,8 +183,9 @@ class Body:
 class BodyReader:
     """Reads bodies of at most `limit_bytes`, all of them within `budget`."""
 
-    def __init__(self, limit_bytes: int, budget: BodyBudget) -> None:
+    def __init__(self, limit_bytes: int, budget: BodyBudget, free: Free | None = None) -> None:
         self.limit_bytes = limit_bytes
+        self._free = free
         self.budget = budget
         self._pacer = Pacer()
 
@@ -214,7 +230,7 @@ class BodyReader:
             else:
                 parts.append(chunk)
             if not message.get("more_body"):
-                return Body(b"".join(parts) if memory is None else memory.map(), memory, grant)
+                return Body(b"".join(parts) if memory is None else memory.map(), memory, grant, self._free)
             await self._pacer.turn()
             message = await receive()
         raise Cancelled(f"the client left after {size} bytes of its body")

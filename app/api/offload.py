@@ -31,6 +31,7 @@ HELPER_OUTPUT_BYTES: Final = 64 << 10
 _UNPACKED_BY_THREAD: Final = 16 << 10
 """Packed bytes; they may become a thousand times as many."""
 _COMPRESSED_HERE: Final = 16 << 10
+_FREED_AFTER_S: Final = 0.2
 
 
 class Place(Enum):
@@ -73,9 +74,10 @@ class Offload:
         cores = workers or len(os.sched_getaffinity(0))
         self.budget = BodyBudget(budget_bytes, budget_wait_s)
         self.helpers = HelperPool(context, cores, queue_limit)
-        self._reader = BodyReader(body_limit_bytes, self.budget)
+        self._reader = BodyReader(body_limit_bytes, self.budget, self._free)
         self._threads = ThreadPoolExecutor(max(2, cores), thread_name_prefix="hone-offload")
         self._thread_jobs = 0
+        self._closed = False
         self._queue_limit = queue_limit
 
     def body(self, headers: Mapping[bytes, bytes], receive: Receive) -> BodyInUse:
@@ -142,7 +144,9 @@ class Offload:
             return parse_infer(data, header_length, signature, received_at)
         if place is Place.HELPER:
             try:
-                return await self.helpers.parse(await self._shared(body), header_length, received_at)
+                parsed = await self.helpers.parse(await self._shared(body), header_length, received_at)
+                body.free_too(parsed.request.inputs[0].data)
+                return parsed
             except HelperUnavailable:
                 pass
         return await self.run_in_thread(parse_infer, data, header_length, signature, received_at)
@@ -167,7 +171,16 @@ class Offload:
                 pass
         return await self.run_in_thread(compress, reply, encoding)
 
+    def _free(self, holders: list[object]) -> None:
+        """Let a thread drop what is in `holders`, a moment later: then those who still use it have mostly gone, and the thread unmaps it."""
+        asyncio.get_running_loop().call_later(_FREED_AFTER_S, self._free_now, holders)
+
+    def _free_now(self, holders: list[object]) -> None:
+        if not self._closed:
+            self._threads.submit(holders.clear)
+
     async def close(self) -> None:
+        self._closed = True
         await self.helpers.close()
         await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
 
