@@ -98,10 +98,8 @@ def sync_tree(folder: Path) -> None:
 
 def write_file(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` by `data`: readers see the old file or the whole new one, whatever happens."""
-    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    temporary, descriptor = _locked_file(path.parent, mode)
     try:
-        _lock(descriptor)
         with open(descriptor, "wb", closefd=False) as file:
             file.write(data)
         os.fsync(descriptor)
@@ -187,6 +185,15 @@ def _locked_folder(parent: Path, mode: int) -> tuple[Path, int]:
             continue
         if _lock(descriptor) and folder.exists():
             return folder, descriptor
+        os.close(descriptor)
+
+
+def _locked_file(parent: Path, mode: int) -> tuple[Path, int]:
+    while True:
+        path = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        if _lock(descriptor) and path.exists():
+            return path, descriptor
         os.close(descriptor)
 
 

@@ -35,8 +35,8 @@ class StateFolder:
         """Remove temporary files and folders of dead processes everywhere; returns how many."""
         folders = [self.root, self.models, self.staging, self.scratch]
         for model in self.model_folders():
-            folders += [model, *(inner for inner in model.iterdir() if inner.is_dir() and not inner.is_symlink())]
-            folders += [inner / "proofs" for inner in model.iterdir() if is_version(inner.name)]
+            inner = [path for path in model.iterdir() if not path.name.startswith(durable.TEMPORARY)]
+            folders += [model, *inner, *(path / "proofs" for path in inner if is_version(path.name))]
         return sum(durable.sweep(folder) for folder in folders)
 
     @property
