@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optimizers.stats import least_samples, mean_bounds, paired_difference, wilson, z_for
+from optimizers.task_child import plain
 
 Outputs = Mapping[str, NDArray[Any]]
 BIT_CLOSE: Final = 1e-3
@@ -122,12 +123,7 @@ class Fidelity:
         return any(o.non_finite_candidate > o.non_finite_golden for o in self.outputs)
 
     def to_json(self) -> dict[str, Any]:
-        plain = asdict(self) | {
-            "classes": classes_json(self.classes),
-            "met": self.met.value,
-            "worst": self.worst and asdict(self.worst),
-        }
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+        return dict(plain({**asdict(self), "classes": classes_json(self.classes)}))
 
 
 def classes_json(classes: tuple[ClassFidelity, ...]) -> dict[str, Any]:

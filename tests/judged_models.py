@@ -65,6 +65,15 @@ def mlp(
     return save(path, nodes, [value("x", (batch, weights[0].shape[0]))], [value("y", (batch, weights[-1].shape[1]))], **named)
 
 
+def deep(path: Path, layers: int, width: int = 128) -> Path:
+    """`layers` products with the same small weight: arithmetic in proportion to depth, and a working set that stays in the cache."""
+    nodes = []
+    for i in range(layers):
+        nodes.append(helper.make_node("MatMul", [f"t{i}" if i else "x", "w"], [f"m{i}"]))
+        nodes.append(helper.make_node("Tanh", [f"m{i}"], [f"t{i + 1}" if i < layers - 1 else "y"]))
+    return save(path, nodes, [value("x", ("n", width))], [value("y", ("n", width))], w=mlp_weights((width, width))[0])
+
+
 def mlp_with(path: Path, extra: list[onnx.NodeProto], sizes: Sequence[int] = (16, 32, 5), **weights: NDArray[Any]) -> Path:
     """The same net, and `extra` nodes from its output `logits` to `y`."""
     first, second = mlp_weights(sizes)
