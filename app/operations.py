@@ -20,6 +20,7 @@ from starlette.requests import Request
 from app import __version__
 from app.control.commands import Commands
 from app.control.planner import default_tries
+from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
 from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
 from app.serving.admission import Admission
@@ -34,7 +35,6 @@ from app.serving.uploads import stage_upload
 from app.settings import Settings
 from app.store.base import Journal
 from app.store.codec import settings_from_json
-from optimizers.base import NotApplicable
 
 LOAD_WAIT_S: Final = 120.0
 """How long a load call waits for the model to answer; loading goes on after that."""
@@ -111,22 +111,9 @@ class ServerOperations:
     async def optimize(
         self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
     ) -> JSON:  # fmt: skip
-        from optimizers.catalogue import parse_recipe
-
         slot = self._service.slot(name)
         wanted = tries if tries is not None else default_tries(slot.config)
-        try:
-            steps = [[config.to_json() for config in parse_recipe(list(recipe))] for recipe in wanted]
-        except (ValueError, NotApplicable) as error:
-            raise InvalidRequest(str(error)) from None
-        allowed = slot.config.allow
-        for step in (step for recipe in steps for step in recipe):
-            if allowed is not None and step["method"] not in allowed:
-                raise NotAllowed(f"model.yaml of {name!r} allows {', '.join(allowed)}; {step['method']} is not among them")
-        if target:
-            steps = [
-                [{**step, "target": target} if index == len(recipe) - 1 else step for index, step in enumerate(recipe)] for recipe in steps
-            ]
+        steps = await asyncio.to_thread(parse_tries, wanted, slot.config.allow, name, target)
         job = await self._do(self._commands.optimize, name, steps, reason, promote, actor)
         return self._job(job)
 

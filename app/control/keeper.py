@@ -133,7 +133,7 @@ class JobKeeper:
         """Judge one version here; its proof and the event are written before this returns."""
         want = await self._want(job)
         card = await asyncio.to_thread(self._bench.card, piece, version)
-        lossless = isinstance(card, BuiltCard) and bool(card.draft.facts) and all(fact.get("lossless") for fact in card.draft.facts)
+        lossless = isinstance(card, BuiltCard) and bool(card.draft.facts) and bool(card.draft.facts[-1].get("lossless"))
         with self._bench.scratch() as folder:
             request = await asyncio.to_thread(
                 question, self._bench, piece, want, version, self._host_class, self._fallback, folder, proof_only, lossless
@@ -311,9 +311,10 @@ def is_server_side(job: Job) -> bool:
 
 
 def _told(one: Judged) -> JSON:
+    """What a person reads; the whole report is in the proof."""
     return {
         "version": one.version, "verdict": one.verdict.value, "summary": one.summary, "gain": round(one.gain, 4), "evidence": one.evidence,
-        "lossless": one.lossless, "report": one.report,
+        "lossless": one.lossless, "reasons": list(one.report.get("reasons") or ()), "notes": list(one.report.get("notes") or ()),
     }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -34,6 +33,7 @@ from app.store.open import open_journal
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
 from optimizers.base import Progress
+from optimizers.catalogue import catalogue, config_types
 from optimizers.host import memory_budget
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
@@ -137,7 +137,7 @@ class Worker:
                 log.info("job %s: %s: %s", job.id, "+".join(said["try"]), failure.text)
                 continue
             candidates.append(version)
-            tries.append({"try": [step["method"] for step in recipe], "version": version, "facts": facts})
+            tries.append({"try": [step["method"] for step in recipe], "version": version, **facts})
         return candidates, {"built": tries, "skipped": skipped}
 
     async def _try(self, job: Job, piece: Workpiece, index: int, steps: list[JSON], stop: asyncio.Event) -> tuple[str, JSON]:
@@ -152,14 +152,17 @@ class Worker:
         with self._bench.scratch() as folder:
             request = await asyncio.to_thread(self._request, job, piece, steps, folder)
             result = await self._task("optimize", request, job, stop)
-            built = folder / "built"
-            await asyncio.to_thread(_collect, Path(str(result["path"])), [str(f) for f in result.get("files", [])], built)
-            inspected = await self._task("inspect", {"path": str(built / "model.onnx"), "rows": "auto"}, job, stop)
+            built = Path(str(result["path"])).parent
+            inspected = result["inspection"]
             signature = signature_of(inspected)
             rows = RowsProof(bool(inspected["rows"]["independent"]), str(inspected["rows"]["reason"]))
             facts = [dict(fact) for fact in result.get("facts", [])]
-            facts.append({"serving": inspected["serving"], "lossless": all(bool(f.get("lossless")) for f in facts), "method": "inspect"})
-            recipe = tuple(dict(step) for step in result.get("recipe", steps))
+            serving = {
+                **inspected["serving"],
+                **{k: v for k, v in (result.get("settings") or {}).items() if k in {"graph_level", "session_options"}},
+            }
+            facts.append({"method": "inspect", "serving": serving, "lossless": _is_lossless(steps)})
+            recipe = tuple(dict(step) for step in result["recipe"])
             draft = Draft(
                 job.id, index, job.golden, job.golden_sha256, job.golden, recipe, signature, rows, job.reason, tuple(facts)
             )  # fmt: skip
@@ -169,7 +172,7 @@ class Worker:
             taken = [version.version for version in state.built]
             card = await asyncio.to_thread(self._bench.cards.publish, job.model, built, draft, taken)
         await self._announce(job, card.version, card.sha256, card.bytes, draft)
-        return card.version, {"facts": facts, "bytes": card.bytes}
+        return card.version, {"bytes": card.bytes, "seconds": round(float(result.get("seconds") or 0.0), 1)}
 
     async def _announce(self, job: Job, version: str, sha256: str, size: int, draft: Draft) -> None:
         data = {
@@ -186,11 +189,21 @@ class Worker:
             file, function = self._bench.repository.factory(piece.config) if self._bench.repository.factories else ("", "")
             weights = piece.golden_path.parent / source.weights
             described = {"factory": f"{file}:{function}", "weights": str(weights)} if file and weights.is_file() else None
-        origins = {name: getattr(piece.samples, name).origin for name in paths}
+        samples: dict[str, str] = {name: paths[name] for name in ("calibration", "train") if name in paths}
+        if "live" in paths:
+            samples["unlabelled"] = paths["live"]
+        target = next((str(step["target"]) for step in steps if step.get("target")), "")
         return {
-            "path": str(piece.golden_path), "task": piece.config.task, "recipe": steps, "samples": paths, "origins": origins,
-            "stacked": piece.samples.calibration.stacked, "source": described, "scratch": str(folder),
-        }  # fmt: skip
+            "path": str(piece.golden_path),
+            "steps": [{key: value for key, value in step.items() if key != "target"} for step in steps],
+            "out": str(folder / "built"),
+            "task": piece.config.task,
+            "samples": samples,
+            "stacked": piece.samples.calibration.stacked,
+            "origin": piece.samples.calibration.origin,
+            "source": described,
+            "target": target,
+        }
 
     async def _task(self, kind: str, request: Mapping[str, Any], job: Job, stop: asyncio.Event) -> dict[str, Any]:
         memory = min(self._settings.job_memory_bytes, max(512 << 20, memory_budget().available_bytes))
@@ -242,14 +255,9 @@ class Worker:
             pass
 
 
-def _collect(path: Path, beside: list[str], folder: Path) -> None:
-    """The built model under its served name, with what lies beside it."""
-    folder.mkdir()
-    shutil.move(path, folder / "model.onnx")
-    for name in beside:
-        source = path.parent / Path(name).name
-        if source.is_file() and source.name != path.name:
-            shutil.move(source, folder / source.name)
+def _is_lossless(steps: list[JSON]) -> bool:
+    types = config_types()
+    return all(types[str(step["method"])].lossless for step in steps)
 
 
 def _tries(job: Job) -> str:
@@ -257,8 +265,6 @@ def _tries(job: Job) -> str:
 
 
 def _methods() -> list[str]:
-    from optimizers.catalogue import catalogue
-
     return sorted(entry.method for entry in catalogue() if entry.available)
 
 

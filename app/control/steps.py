@@ -1,0 +1,50 @@
+"""Recipes as people write them, checked against the optimizers' own catalogue before a job is made of them.
+
+`tune` and `verify` are not in the catalogue: they build nothing and run where the model is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from app.domain import JSON
+from app.errors import InvalidRequest, NotAllowed
+from optimizers.catalogue import InvalidStep, parse_step
+
+TUNE_OPTIONS: Final[dict[str, tuple[type, ...]]] = {"objective": (str,), "max_seconds": (int, float)}
+
+
+def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] | None, model: str, target: str = "") -> list[list[JSON]]:
+    """Alternatives with every option spelled out, so that equal recipes compare equal. Raises InvalidRequest or NotAllowed."""
+    parsed = [[_step(step) for step in recipe] for recipe in tries]
+    for step in (step for recipe in parsed for step in recipe):
+        if allowed is not None and step["method"] not in allowed:
+            raise NotAllowed(f"model.yaml of {model!r} allows {', '.join(allowed)}; {step['method']} is not among them")
+    for recipe in parsed:
+        if any(step["method"] == "tune" for step in recipe[:-1]):
+            raise InvalidRequest("tune comes last in a recipe: it finds settings for what the steps before it built")
+        if target:
+            recipe[-1]["target"] = target
+    return parsed
+
+
+def _step(step: str | JSON) -> JSON:
+    named = {"method": step} if isinstance(step, str) else dict(step)
+    if named.get("method") == "tune":
+        return _tune(named)
+    try:
+        return dict(parse_step(named).to_json())
+    except InvalidStep as error:
+        raise InvalidRequest(str(error)) from None
+
+
+def _tune(step: dict[str, Any]) -> JSON:
+    for key, value in step.items():
+        if key == "method":
+            continue
+        if key not in TUNE_OPTIONS or not isinstance(value, TUNE_OPTIONS[key]):
+            raise InvalidRequest(f"tune: {key}={value!r} is no option of it; it takes objective (latency or throughput) and max_seconds")
+    if step.get("objective", "latency") not in {"latency", "throughput"}:
+        raise InvalidRequest(f"tune: objective={step['objective']!r} must be latency or throughput")
+    return step
