@@ -40,7 +40,9 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
     row = {name: (1, *values.shape[1:]) if samples.stacked else values.shape[1:] for name, values in samples.inputs.items()}
     share = convolutional_share(source, row)
     if share > MOSTLY:
-        raise NotApplicable(f"{share:.0%} of its work is in convolutions, which int8-dynamic leaves alone; int8-static is the method for them")
+        raise NotApplicable(
+            f"{share:.0%} of its work is in convolutions, which int8-dynamic leaves alone; int8-static is the method for them"
+        )
     ready = prepared(source, folder)
     layers = _linear_layers(ready.model, set(config.exclude))
     if not layers:

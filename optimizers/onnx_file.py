@@ -25,6 +25,8 @@ STANDARD_DOMAINS: Final = frozenset({"", "ai.onnx"})
 RUNTIME_DOMAINS: Final = frozenset(
     {"", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc", "ai.onnx.preview.training"}
 )
+SERVE_AT: Final = "hone.graph_level"
+"""Metadata of a file whose graph was optimized beforehand: the level to serve it at."""
 BITS: Final[dict[int, int]] = {
     TensorProto.FLOAT: 32, TensorProto.DOUBLE: 64, TensorProto.FLOAT16: 16, TensorProto.BFLOAT16: 16, TensorProto.BOOL: 8,
     TensorProto.INT8: 8, TensorProto.INT16: 16, TensorProto.INT32: 32, TensorProto.INT64: 64,
@@ -51,6 +53,11 @@ class OnnxFile:
     @property
     def bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def serve_at(self) -> str:
+        """The graph level that the file asks to be served at, or ''."""
+        return next((prop.value for prop in self.model.metadata_props if prop.key == SERVE_AT), "")
 
     @property
     def custom_domains(self) -> tuple[str, ...]:

@@ -69,13 +69,19 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): int8-static needs a float model")
     if not len(samples):
-        raise NotApplicable("int8-static needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones")
+        raise NotApplicable(
+            "int8-static needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones"
+        )
     ready = prepared(source, folder)
     model = save_and_reload_model_with_shape_infer(ready.model)
     job = _Job(model, config, form, _checked_samples(samples, model, config.samples), budget, folder)
     types = _operators(model)
     excluded = {*config.exclude, *_unquantizable(model, types)}
-    layers = [node for node in model.graph.node if node.op_type in WEIGHTED and node.op_type in types and node.name not in excluded and _weight_of(node, model)]
+    layers = [
+        node
+        for node in model.graph.node
+        if node.op_type in WEIGHTED and node.op_type in types and node.name not in excluded and _weight_of(node, model)
+    ]
     if not layers:
         raise NotApplicable("there is no convolution or matrix product with constant float weights to quantize")
     job.tick("calibration", 0.1)
@@ -118,14 +124,20 @@ def _unquantizable(model: ModelProto, types: Sequence[str]) -> set[str]:
             found.add(node.name)
         if node.op_type in {"MatMul", "Gemm"} and _weight_of(node, model) is None and types == LINEAR:
             found.add(node.name)
-        if node.op_type in {"Pad", "Resize", "Clip"} and any(n in weights and weights[n].data_type not in {TensorProto.FLOAT, TensorProto.INT64} for n in node.input[1:] if n):
+        if node.op_type in {"Pad", "Resize", "Clip"} and any(
+            n in weights and weights[n].data_type not in {TensorProto.FLOAT, TensorProto.INT64} for n in node.input[1:] if n
+        ):
             found.add(node.name)
     return found
 
 
 def _ranges(job: _Job, types: Sequence[str], excluded: set[str]) -> dict[str, Range]:
     """Calibrated ranges of every float activation that the quantizer may ask for."""
-    floats = {v.name for v in (*job.model.graph.value_info, *job.model.graph.input, *job.model.graph.output) if v.type.tensor_type.elem_type == TensorProto.FLOAT}
+    floats = {
+        v.name
+        for v in (*job.model.graph.value_info, *job.model.graph.input, *job.model.graph.output)
+        if v.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
     weights = set(initializers(job.model.graph))
     wanted = dict.fromkeys(
         name
@@ -135,7 +147,9 @@ def _ranges(job: _Job, types: Sequence[str], excluded: set[str]) -> dict[str, Ra
         if name in floats and name not in weights
     )
     how = Calibration(job.config.calibration, job.config.percentile, job.config.averaging)
-    return calibrate(job.model, list(wanted), job.samples, how, job.folder, lambda step, share: job.tick(step, 0.1 + 0.6 * share), job.budget.threads)
+    return calibrate(
+        job.model, list(wanted), job.samples, how, job.folder, lambda step, share: job.tick(step, 0.1 + 0.6 * share), job.budget.threads
+    )
 
 
 def _quantized(job: _Job, types: Sequence[str], ranges: dict[str, Range], excluded: set[str], only: Sequence[str] = ()) -> ModelProto:
@@ -197,13 +211,21 @@ def _most_sensitive(
 
 
 def _look(
-    path: Path, job: _Job, reference: list[Any], types: Sequence[str], layers: Sequence[NodeProto], ranges: dict[str, Range], excluded: set[str]
+    path: Path,
+    job: _Job,
+    reference: list[Any],
+    types: Sequence[str],
+    layers: Sequence[NodeProto],
+    ranges: dict[str, Range],
+    excluded: set[str],
 ) -> float:
     """The outputs' relative error on a few rows; a hopeless one is no candidate, and the worst layer is named."""
     error = root_mean_square(reference, _outputs(path, job, "all"))
     if error > HOPELESS:
         worst, alone = next(iter(_most_sensitive(job, types, layers, ranges, excluded, reference).items()))
-        raise NotApplicable(f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float")
+        raise NotApplicable(
+            f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float"
+        )
     return error
 
 

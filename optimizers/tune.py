@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from optimizers.measure import QUIET, Arm, ArmFailed, interval_json
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval
+from optimizers.tune_config import TuneConfig
 
 SPINS_US: Final = (0, 200, 1000)
 LEAST_GAIN: Final = 0.05
@@ -35,19 +36,6 @@ LONGEST_CALL_S: Final = 0.25
 LEAST_S: Final = 0.5
 LONGEST_COMPARISON_S: Final = 3.0
 _METHOD: Final = "tune"
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """`objective`: latency (a single caller at low load) or throughput (saturation). `cores`: 0 for what this process may use."""
-
-    objective: Literal["latency", "throughput"] = "latency"
-    max_seconds: float = 30.0
-    cores: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in {"latency", "throughput"}:
-            raise ValueError(f"objective {self.objective!r} is unknown; name latency or throughput")
 
 
 @dataclass(frozen=True)
@@ -187,14 +175,14 @@ def choose_batch(used: int, rows: list[BatchRow]) -> int:
 
 def _tune(request: TuneRequest, samples: Samples, budget: Budget, until: float) -> Tuned:
     config = request.config
-    found = Tuned(request.settings, config.objective, cores=config.cores or cpu_budget().cores)
+    found = Tuned(request.settings, config.goal, cores=config.cores or cpu_budget().cores)
     used = request.settings
     if request.batchable and samples.stacked:
         found.batches = _batches(request, samples, budget, until)
         used = replace(used, batch_limit=choose_batch(used.batch_limit, found.batches))
     bench = _Bench(request, samples, used, budget)
-    tried = layouts(found.cores, used, config.objective)
-    steps = len(tried) + (config.objective == "latency")
+    tried = layouts(found.cores, used, config.goal)
+    steps = len(tried) + (config.goal == "latency")
     with Arm(request.path, used) as first:
         for at, layout in enumerate(tried):
             seconds = (until - time.monotonic()) / (steps - at)
@@ -202,9 +190,9 @@ def _tune(request: TuneRequest, samples: Samples, budget: Budget, until: float) 
                 found.notes.append(f"time was over before all layouts were tried: {len(tried) - at} were not")
                 break
             budget.tick(_METHOD, describe(layout), 0.2 + 0.7 * at / steps)
-            found.table.append(bench.row(first, layout, config.objective, seconds))
+            found.table.append(bench.row(first, layout, config.goal, seconds))
     _conclude(found, used, request.settings)
-    if config.objective == "latency" and found.verdict != "inconclusive":
+    if config.goal == "latency" and found.verdict != "inconclusive":
         _fill(found, bench, until)
     return found
 
