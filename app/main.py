@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import signal
 import socket
 import sys
@@ -121,7 +120,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     }  # fmt: skip
     operations = ServerOperations(settings, service, fleet, admission, commands, journal, repository, state, cards, facts)
     guard = Guard.from_settings(settings)
-    offload = Offload(multiprocessing.get_context("forkserver"), settings.max_body_bytes, settings.body_budget_bytes)
+    offload = Offload(settings.max_body_bytes, settings.body_budget_bytes)
 
     def ready() -> tuple[bool, str]:
         if lame_duck.closing:

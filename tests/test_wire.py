@@ -83,7 +83,10 @@ def test_an_integer_that_does_not_fit_is_refused_by_name_place_and_range(value: 
     assert "pixels" in text and "element 1" in text and "0 to 255" in text
 
 
-@pytest.mark.parametrize(("value", "quoted"), [(256, "256"), (True, "true"), (None, "null"), ("7", "'7'"), (1.5, "1.5"), (10**400, "1000")])
+@pytest.mark.parametrize(
+    ("value", "quoted"),
+    [(256, "256"), (True, "true"), (None, "null"), ("7", "'7'"), (1.5, "1.5"), (2**64, "18446744073709551616;"), (10**400, "1000")],
+)
 def test_the_refused_value_is_quoted(value: Any, quoted: str) -> None:
     assert f"element 0 is {quoted}" in refused(json_body(("x", "UINT8", [1], [value])))
 

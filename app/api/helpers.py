@@ -10,25 +10,21 @@ import asyncio
 import contextlib
 import os
 import pickle
-import signal
 import socket
-import struct
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
-from multiprocessing.context import ForkServerContext
-from multiprocessing.process import BaseProcess
-from typing import Any, Final, cast
+from pathlib import Path
+from typing import Any, Final
 
 import app.errors
+from app.api.helper_process import PACKET_BYTES, PARCEL
 from app.api.memfd import Memfd
-from app.api.wire import ParsedRequest, Reply, chosen, compress, encode_response, parse_infer, unpack
-from app.domain import Buffer, InferenceRequest, InferenceResult, Tensor
-from app.errors import HoneError, NotReady, PayloadTooLarge, QueueFull
+from app.api.parcels import open_parcel
+from app.api.wire import ParsedRequest, Reply
+from app.errors import HoneError, NotReady, QueueFull
 
-_PACKET_BYTES: Final = 65536
-_NUMBER: Final = struct.Struct("<Q")
-_ALIGNMENT: Final = 64
-_PARCEL: Final = "parcel"
+_IMPORT_FROM: Final = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
 
 
 class HelperUnavailable(Exception):
@@ -38,8 +34,7 @@ class HelperUnavailable(Exception):
 class HelperPool:
     """At most `size` helpers, each with one job at a time; `queue_limit` jobs may wait for one."""
 
-    def __init__(self, context: ForkServerContext, size: int, queue_limit: int = 128, idle_s: float = 60.0, job_s: float = 120.0) -> None:
-        self._context = context
+    def __init__(self, size: int, queue_limit: int = 128, idle_s: float = 60.0, job_s: float = 120.0) -> None:
         self._queue_limit = queue_limit
         self._idle_s = idle_s
         self._job_s = job_s
@@ -113,8 +108,8 @@ class HelperPool:
 
     async def _start(self) -> _Helper:
         try:
-            helper = await asyncio.get_running_loop().run_in_executor(None, _Helper, self._context)
-        except (OSError, EOFError, MemoryError) as error:
+            helper = await asyncio.get_running_loop().run_in_executor(None, _Helper)
+        except (OSError, MemoryError) as error:
             raise HelperUnavailable(str(error)) from error
         self.started += 1
         return helper
@@ -152,19 +147,22 @@ class HelperPool:
 class _Helper:
     """One helper process and our end of its socket. Starting and ending block."""
 
-    def __init__(self, context: ForkServerContext) -> None:
+    def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process: BaseProcess = context.Process(target=serve, args=(theirs,), name="hone-json-helper", daemon=True)
-            try:
-                self._process.start()
+            code = f"import sys; sys.path[:] = {_IMPORT_FROM!r}; from app.api.helper_process import main; main({theirs.fileno()})"
+            command = [sys.executable, "-c", code]
+            try:  # a process group of its own, for Ctrl-C is the server's to hear
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),), env=_environment(), process_group=0
+                )
             except BaseException:
                 self._socket.close()
                 raise
         self._socket.setblocking(False)
         self._timer: asyncio.TimerHandle | None = None
         self._watched = False
-        self.pid = self._process.pid or 0
+        self.pid = self._process.pid
 
     async def ask(self, packet: bytes, memory: Memfd) -> tuple[bytes, list[Memfd]] | None:
         socket.send_fds(self._socket, [packet], [memory.fd])
@@ -175,7 +173,7 @@ class _Helper:
             await readable.wait()
         finally:
             loop.remove_reader(self._socket)
-        answer, fds, _, _ = socket.recv_fds(self._socket, _PACKET_BYTES, 1)
+        answer, fds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
         return (answer, [Memfd(fd) for fd in fds]) if answer else None
 
     def watch(self, idle_s: float, retire: Callable[[_Helper], None]) -> None:
@@ -193,119 +191,25 @@ class _Helper:
 
     def end(self) -> None:
         self._socket.close()
-        self._process.join(1.0)
-        if self._process.exitcode is None:
+        try:
+            self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.join(5.0)
+            self._process.wait()
 
 
-# ---- what a job carries ----------------------------------------------------------------------------------------------
-
-
-def pack_parcel(content: object) -> Memfd:
-    """`content` in new shared memory: a table of sizes, its pickle, then its large buffers, aligned."""
-    buffers: list[pickle.PickleBuffer] = []
-    stream = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
-    parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
-    memory = Memfd.new([b"".join(map(_NUMBER.pack, (len(parts), *map(len, parts))))])
-    at = _NUMBER.size * (1 + len(parts))
-    for part in parts:
-        at = _aligned(at)
-        memory.skip_to(at)
-        memory.write(part)
-        at += len(part)
-    return memory
-
-
-def open_parcel(memory: Memfd) -> Any:
-    """The content of a parcel; its large buffers are slices of the mapped memory."""
-    view = memory.map()
-    (count,) = _NUMBER.unpack_from(view, 0)
-    at = _NUMBER.size * (1 + count)
-    parts = []
-    for index in range(count):
-        (size,) = _NUMBER.unpack_from(view, _NUMBER.size * (1 + index))
-        at = _aligned(at)
-        parts.append(view[at : at + size])
-        at += size
-    return pickle.loads(parts[0], buffers=parts[1:])
-
-
-def encode_parcel(result: InferenceResult, parsed: ParsedRequest) -> Memfd:
-    """A parcel for `HelperPool.encode`: the outputs that are wanted and the reply's form, without the inputs."""
-    outputs = [_out_of_band(tensor) for tensor, _ in chosen(result, parsed)]
-    form = ParsedRequest(InferenceRequest([]), parsed.id, parsed.outputs, parsed.binary_default)
-    return pack_parcel((replace(result, outputs=outputs), form))
-
-
-def reply_parcel(reply: Reply) -> Memfd:
-    """A parcel of a reply, as `HelperPool.compress` takes it."""
-    return pack_parcel(replace(reply, parts=list(map(_aside, reply.parts))))
-
-
-def _out_of_band(tensor: Tensor) -> Tensor:
-    return replace(tensor, data=_aside(tensor.data))
-
-
-def _aside(data: Buffer) -> Buffer:
-    """Marked for pickle to leave out of its stream."""
-    return cast(Buffer, pickle.PickleBuffer(data))
-
-
-def _aligned(at: int) -> int:
-    return -(-at // _ALIGNMENT) * _ALIGNMENT
+def _environment() -> dict[str, str]:
+    """Without tokens of ours, and with one thread for BLAS."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HONE_")}
+    return kept | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _open_answer(answer: bytes, memories: list[Memfd]) -> Any:
     outcome = pickle.loads(answer)
     if outcome is None:
         return memories[0]
-    if outcome == _PARCEL:
+    if outcome == PARCEL:
         return open_parcel(memories[0])
     kind, text = outcome
     error: type[HoneError] = getattr(app.errors, kind)
     raise error(text)
-
-
-# ---- in the helper ---------------------------------------------------------------------------------------------------
-
-
-def serve(channel: socket.socket) -> None:
-    """A helper's whole life: jobs from the socket until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.nice(5)
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")
-    channel.setblocking(True)
-    while True:
-        packet, fds, _, _ = socket.recv_fds(channel, _PACKET_BYTES, 1)
-        if not packet:
-            return
-        answer, memories = _answer(packet, Memfd(fds[0]))
-        try:
-            socket.send_fds(channel, [answer], [memory.fd for memory in memories])
-        except BrokenPipeError:
-            return
-
-
-def _answer(packet: bytes, memory: Memfd) -> tuple[bytes, list[Memfd]]:
-    try:
-        return _do(memory, *pickle.loads(packet))
-    except HoneError as error:
-        return pickle.dumps((type(error).__name__, str(error))), []
-    except MemoryError:
-        return pickle.dumps((PayloadTooLarge.__name__, "there is not enough memory for this body; send it as binary, or in parts")), []
-
-
-def _do(memory: Memfd, what: str, *how: Any) -> tuple[bytes, list[Memfd]]:
-    if what == "unpack":
-        return pickle.dumps(None), [Memfd.new(unpack(memory.map(), *how))]
-    if what == "parse":
-        parsed = parse_infer(memory.map(), how[0], None, how[1])
-        parsed.request.inputs = [_out_of_band(tensor) for tensor in parsed.request.inputs]
-        parcel = pack_parcel(parsed)
-    elif what == "encode":
-        parcel = reply_parcel(encode_response(*open_parcel(memory)))
-    else:
-        parcel = reply_parcel(compress(open_parcel(memory), *how))
-    return pickle.dumps(_PARCEL), [parcel]

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
-from multiprocessing.context import ForkServerContext
 from typing import Final, ParamSpec, TypeVar
 
 from app.api.bodies import Body, BodyBudget, BodyReader, Grant, Receive, parse_content_length
-from app.api.helpers import HelperPool, HelperUnavailable, encode_parcel, reply_parcel
+from app.api.helpers import HelperPool, HelperUnavailable
 from app.api.memfd import Memfd
+from app.api.parcels import encode_parcel, reply_parcel
 from app.api.wire import ParsedRequest, Reply, compress, decompress, encode_response, json_raw_bytes, parse_content_encoding, parse_infer
 from app.domain import Buffer, InferenceResult, Signature
 from app.errors import QueueFull
@@ -59,12 +59,11 @@ def parse_place(data: Buffer, header_length: int | None) -> Place:
 class Offload:
     """Reads bodies within limits and does long work on them in threads and helper processes. Starts nothing until needed; `close` ends all.
 
-    `context` is the fork server's; it must have been started before the event loop. `workers`: threads and helpers each, 0: one per core.
+    `workers`: threads and helpers each; 0: one per core.
     """
 
     def __init__(
         self,
-        context: ForkServerContext,
         body_limit_bytes: int = 128 << 20,
         budget_bytes: int = 4 << 30,
         budget_wait_s: float = 30.0,
@@ -73,7 +72,7 @@ class Offload:
     ) -> None:
         cores = workers or len(os.sched_getaffinity(0))
         self.budget = BodyBudget(budget_bytes, budget_wait_s)
-        self.helpers = HelperPool(context, cores, queue_limit)
+        self.helpers = HelperPool(cores, queue_limit)
         self._reader = BodyReader(body_limit_bytes, self.budget, self._free)
         self._threads = ThreadPoolExecutor(max(2, cores), thread_name_prefix="hone-offload")
         self._thread_jobs = 0

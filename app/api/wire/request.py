@@ -87,7 +87,11 @@ def parse_infer(
                 raise _no_data(name, parameters)
             if booleans is None:
                 booleans = _may_hold_booleans(head)
-            tensors.append(Tensor(name, datatype, shape, pack_json(name, datatype, shape, count, item["data"], booleans)))
+            try:
+                packed = pack_json(name, datatype, shape, count, item["data"], booleans)
+            except InvalidRequest as error:
+                raise _as_it_was_written(head, error) from None
+            tensors.append(Tensor(name, datatype, shape, packed))
             continue
         data = _slice(name, item, view, at, length, size)
         check_raw(name, datatype, shape, count, data)
@@ -280,6 +284,12 @@ def _explain(head: Buffer, error: orjson.JSONDecodeError) -> str:
         fault
         or f"the body is not JSON: {error}. If it has binary tensors, set Inference-Header-Content-Length to the length of its JSON part"
     )
+
+
+def _as_it_was_written(head: Buffer, error: InvalidRequest) -> InvalidRequest:
+    """An integer past 64 bits comes from the fast parser as a float; quote it in full."""
+    exact = _unwritable_number(head) if "e+" in str(error) and len(head) <= _EXPLAINED_BYTES else None
+    return InvalidRequest(exact) if exact else error
 
 
 def _unwritable_number(head: Buffer) -> str | None:
