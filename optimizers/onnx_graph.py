@@ -6,6 +6,7 @@ Models come in memory with their external data; what a file is made of is optimi
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from optimizers.base import NotApplicable
 from optimizers.onnx_file import STANDARD_DOMAINS, graphs, in_order, read
 
+_SOURCE: Final = re.compile(r"/project/onnx/\S+:\d+: ")
 EXTERNAL_ABOVE: Final = 1 << 30
 """Files larger than this many bytes are written with external data: protobuf ends at 2 GiB, and some readers before."""
 QDQ_OPSET: Final = 13
@@ -163,7 +165,7 @@ def upgrade_opset(model: ModelProto, least: int = QDQ_OPSET) -> ModelProto:
         converted: ModelProto = onnx.version_converter.convert_version(model, least)
     except (RuntimeError, ValueError) as error:
         raise NotApplicable(
-            f"the model is in operator set {opset(model)} and cannot be brought to {least}: {' '.join(str(error).split())[:300]}"
+            f"the model is in operator set {opset(model)} and cannot be brought to {least}: {_SOURCE.sub('', ' '.join(str(error).split()))[:300]}"
         ) from None
     return converted
 
