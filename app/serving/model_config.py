@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from app.domain import Mode
+from app.domain import Mode, Signature, TensorSpec
 from app.errors import ModelRejected
 from app.serving import config_errors, yaml_file
 from app.serving.sections import Postprocess, Preprocess
@@ -43,6 +43,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class DeclaredTensor(Strict):
+    """One input or output of a PyTorch model, which cannot say so itself."""
+
+    name: Annotated[str, Field(min_length=1, max_length=255)]
+    """Its name in requests and answers; inputs are given to forward() in this order."""
+    datatype: Literal["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "BF16", "FP32", "FP64"]
+    """As in the Open Inference Protocol."""
+    shape: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(strict=False, max_length=16)]
+    """-1 is a variable dimension; the first is the batch."""
+
+
 class Source(Strict):
     """The PyTorch source of the model: needed to serve a PyTorch model, and for the methods that train."""
 
@@ -50,6 +61,20 @@ class Source(Strict):
     """FILE.py:FUNCTION that returns the module without weights; the file lies in a folder that the operator allowed (HONE_FACTORIES)."""
     weights: Annotated[str, Field(min_length=1, max_length=255)] = "model.safetensors"
     """Name of the .safetensors file in the version's folder."""
+    inputs: Annotated[tuple[DeclaredTensor, ...], Field(strict=False, max_length=64)] = ()
+    """What forward() takes; needed to serve the PyTorch model itself (platform torch)."""
+    outputs: Annotated[tuple[DeclaredTensor, ...], Field(strict=False, max_length=64)] = ()
+    """What forward() returns; needed to serve the PyTorch model itself (platform torch)."""
+
+    def signature(self) -> Signature:
+        """Raises ModelRejected where inputs or outputs are not declared."""
+        if not self.inputs or not self.outputs:
+            raise ModelRejected(
+                "a PyTorch model does not say what it takes and gives: declare source.inputs and source.outputs in model.yaml, "
+                "each with name, datatype and shape, or export the model to ONNX"
+            )
+        specs = [tuple(TensorSpec(t.name, t.datatype, t.shape) for t in tensors) for tensors in (self.inputs, self.outputs)]
+        return Signature(specs[0], specs[1])
 
     @field_validator("factory")
     @classmethod
