@@ -56,7 +56,11 @@ def _models(arguments: argparse.Namespace, repository: Path) -> list[models.Benc
     source: Path = arguments.model or models.DEMO
     name = source.name if source.is_dir() else source.stem
     plain = models.copied(source, repository, name)
-    known = {"fp32": lambda: plain, "int8": lambda: models.quantized(plain, repository, _samples(arguments)), "linear": lambda: models.linear(repository)}
+    known = {
+        "fp32": lambda: plain,
+        "int8": lambda: models.quantized(plain, repository, _samples(arguments)),
+        "linear": lambda: models.linear(repository),
+    }
     return [known[kind]() for kind in arguments.kinds.split(",")]
 
 

@@ -73,7 +73,9 @@ def binary_body(model: BenchModel, rows: Floats) -> Body:
 def json_body(model: BenchModel, rows: Floats) -> Body:
     """The protocol's readable form."""
     document = {"inputs": [{"name": model.input, "shape": rows.shape, "datatype": "FP32", "data": _numbers(rows.ravel())}]}
-    return Body(f"/v2/models/{model.name}/infer", {"Content-Type": "application/json"}, json.dumps(document, separators=(",", ":")).encode())
+    return Body(
+        f"/v2/models/{model.name}/infer", {"Content-Type": "application/json"}, json.dumps(document, separators=(",", ":")).encode()
+    )
 
 
 def plain_bodies(rows: Floats) -> tuple[Body, Body]:

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,9 @@ class Seen:
         return Seen(self.start[chosen], self.latency_s[chosen], self.status[chosen], self.request[chosen], self.version[chosen], body)
 
     def summary(self) -> dict[str, float]:
-        quantiles = {f"p{str(q * 100).rstrip('0').rstrip('.').replace('.', '')}_ms": round(self.quantile_ms(q), 2) for q in (0.5, 0.99, 0.999)}
+        quantiles = {
+            f"p{str(q * 100).rstrip('0').rstrip('.').replace('.', '')}_ms": round(self.quantile_ms(q), 2) for q in (0.5, 0.99, 0.999)
+        }
         return {"requests": len(self.start), "failed": self.failed, **quantiles}
 
 
@@ -116,8 +118,7 @@ class _Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
 
     def send(self, number: int, request: bytes) -> None:
         assert self.transport is not None

@@ -101,7 +101,9 @@ class ModelBench:
             for kind in self._own:
                 for connections in CONNECTIONS:
                     found["closed"].append(self._closed(kind, connections, singles if connections == 1 else many))
-            capacity = next(row["hone"]["per_s"]["median"] for row in found["closed"] if row["body"] == "binary" and row["connections"] == 32)
+            capacity = next(
+                row["hone"]["per_s"]["median"] for row in found["closed"] if row["body"] == "binary" and row["connections"] == 32
+            )
             found["open"] = self._open(capacity * OPEN_SHARE)
             return found
         finally:

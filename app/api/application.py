@@ -6,6 +6,7 @@ It is handed its parts; app.main makes them.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -22,11 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import __version__
 from app.api.admin import Admin
 from app.api.auth import Guard
+from app.api.docs import docs_routes
 from app.api.errors import error_response, response_of
 from app.api.exchange import Door, request_id
 from app.api.infer import Infer
 from app.api.offload import Offload
-from app.api.docs import docs_routes
 from app.api.oip import Protocol2
 from app.api.openapi import build_openapi
 from app.api.predict import PATHS, Predict
@@ -37,6 +38,9 @@ from app.telemetry.prometheus import Exporter
 log = logging.getLogger("hone.http")
 ADMIN_PREFIX: Final = "/admin"
 REPOSITORY_PREFIX: Final = "/v2/repository/models/"
+_MODEL: Final = r"([^/]+)(?:/versions/([^/]+))?"
+INFER_PATH: Final = re.compile(rf"/v2/models/{_MODEL}/infer")
+PREDICT_PATH: Final = re.compile(rf"/models/{_MODEL}/predict")
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,13 @@ def build_app(
     """One port's application. `metrics` is open, admin or off."""
     app = FastAPI(title="Hone", version=__version__, openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     routes: list[BaseRoute] = []
+    doors: list[tuple[re.Pattern[str], Door]] = []
     if surfaces.inference:
         infer = Door(Infer(service, offload), service, show_internals)
         predict = Door(
             Predict(service, offload, lambda exchange: offload.read_unpacked(exchange.headers, exchange.receive)), service, show_internals
         )  # fmt: skip
+        doors = [(INFER_PATH, infer), (PREDICT_PATH, predict)]
         routes += protocol.routes(infer)
         routes += [Route(path, predict, methods=["POST"]) for path in PATHS]
     else:
@@ -70,7 +76,7 @@ def build_app(
     if surfaces.admin:
         app.include_router(admin.router())
     _answer_errors_as_json(app)
-    return Gate(app, guard, surfaces)
+    return Gate(app, guard, surfaces, doors)
 
 
 def operation_routes(guard: Guard, exporter: Exporter, metrics: str) -> Sequence[BaseRoute]:
@@ -87,17 +93,23 @@ def operation_routes(guard: Guard, exporter: Exporter, metrics: str) -> Sequence
 
 
 class Gate:
-    """Before everything else: who may come to the admin side, and a request id on every answer. Inference passes straight through."""
+    """Before everything else: who may come to the admin side, and a request id on every answer.
 
-    def __init__(self, app: ASGIApp, guard: Guard, surfaces: Surfaces) -> None:
-        self._app, self._guard, self._surfaces = app, guard, surfaces
+    What is posted to a model goes straight to its door: the framework's middleware and router take as long as all that Hone does with
+    a small request, and the door needs neither.
+    """
+
+    def __init__(self, app: ASGIApp, guard: Guard, surfaces: Surfaces, doors: Sequence[tuple[re.Pattern[str], ASGIApp]]) -> None:
+        self._app, self._guard, self._surfaces, self._doors = app, guard, surfaces, doors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return
         path: str = scope["path"]
         if path.endswith(("/infer", "/predict")):
-            return await self._app(scope, receive, send)
+            await self._door(scope, path)(scope, receive, send)
+            return
         identity = request_id(dict(scope["headers"])).encode()
 
         async def send_with_id(message: Message) -> None:
@@ -109,9 +121,19 @@ class Gate:
             try:
                 self._admit(scope)
             except HoneError as error:
-                return await response_of(error)(scope, receive, send_with_id)
+                await response_of(error)(scope, receive, send_with_id)
+                return
             scope = _read_as_json(scope)
         await self._app(scope, receive, send_with_id)
+
+    def _door(self, scope: Scope, path: str) -> ASGIApp:
+        if scope["method"] == "POST":
+            for pattern, door in self._doors:
+                if found := pattern.fullmatch(path):
+                    model, version = found.groups()
+                    scope["path_params"] = {"model": model} if version is None else {"model": model, "version": version}
+                    return door
+        return self._app
 
     def _admit(self, scope: Scope) -> None:
         """Checked before a byte of the body is read: without a token 401 and nothing else."""

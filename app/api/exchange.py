@@ -25,6 +25,8 @@ log = logging.getLogger("hone.http")
 _PREFIX: Final = os.urandom(6).hex()
 _numbers: Final = count(1)
 MAX_ID: Final = 128
+JOINED_BYTES: Final = 64 << 10
+"""Bodies up to here are sent as one part: a copy costs less than another write."""
 
 
 def header_map(scope: Scope) -> dict[bytes, bytes]:
@@ -89,8 +91,9 @@ class Exchange:
             result.batch_rows, self.rows, result.cpu_s, result.wait_s,
         )  # fmt: skip
         await self._send({"type": "http.response.start", "status": 200, "headers": head})
-        last = len(reply.parts) - 1
-        for at, part in enumerate(reply.parts):
+        parts = reply.parts if reply.size > JOINED_BYTES else [b"".join(reply.parts)]
+        last = len(parts) - 1
+        for at, part in enumerate(parts):
             await self._send({"type": "http.response.body", "body": part, "more_body": at < last})
         return seen
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 import httptools
 import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from app.api.http_cycle import OneWriteCycle
 from app.api.http_sweeper import Sweeper
 from app.api.http_upgrade import framing, parser_within_body
 
@@ -176,6 +177,10 @@ class HoneProtocol(HttpToolsProtocol):
         HttpToolsProtocol.on_headers_complete(self)
         if self.lame_duck.closing:
             self.cycle.keep_alive = False
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        cycle.__class__ = OneWriteCycle  # uvicorn makes its own; this one only sends otherwise
+        HttpToolsProtocol._start_asgi_task(self, cycle, app)
 
     def on_chunk_header(self) -> None:
         if not self._chunked:
