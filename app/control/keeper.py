@@ -44,6 +44,8 @@ LEASE_S: Final = 15.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 ACTIVATION_S: Final = 180.0
+KEPT_PROVEN: Final = 4
+"""So many of the newest proven versions keep their weights, beside those in use."""
 
 
 class JobKeeper:
@@ -108,6 +110,19 @@ class JobKeeper:
             watch.cancel()
         report = {**job.report, **report}
         await self._say("job.finished", job, outcome=outcome, candidate=candidate, report=report)
+        await self._remove_unneeded(job.model)
+
+    async def _remove_unneeded(self, model: str) -> None:
+        """Weights that nobody needs go; cards, proofs and events stay."""
+        state = await asyncio.to_thread(self._journal.state)
+        want = state.models.get(model)
+        if want is None:
+            return
+        for version in unneeded(want, list(state.jobs.values()), self._host_class):
+            await asyncio.to_thread(
+                self._journal.append, Event("version.removed", model, version, data={"version": version, "reason": "not needed"})
+            )
+            await asyncio.to_thread(self._cards.remove_weights, model, version)
 
     async def _judge(self, job: Job, stop: asyncio.Event) -> tuple[str, str, JSON]:
         """(outcome, version, report) of everything that the job built or asked for."""
@@ -303,6 +318,21 @@ class JobKeeper:
             self._metrics.count("hone_jobs", method, job.outcome)
             self._metrics.time("hone_job_duration_seconds", method, seconds=max(0.0, job.finished_at - job.requested_at))
         self._counted |= set(finished)
+
+
+def unneeded(want: ModelState, jobs: list[Job], host_class: str) -> list[str]:
+    """Built versions whose weights may go: refused ones, those of an earlier golden, and proven ones beyond the newest few.
+
+    Never the desired or previous one, nor what an open job built, nor what waits for a person.
+    """
+    kept = {want.desired, want.previous, want.golden}
+    kept |= {version for job in jobs if job.model == want.name and job.state is not JobState.FINISHED for version in job.candidates}
+    kept |= {job.candidate for job in jobs if job.model == want.name and job.outcome in {"kept", "inconclusive"}}
+    present = [built for built in want.built if not built.removed]
+    proven = [b.version for b in present if dict(b.verdicts).get(host_class) is Verdict.PASSED and b.golden_sha256 == want.golden_sha256]
+    kept |= set(proven[-KEPT_PROVEN:])
+    open_models = {job.id for job in jobs if job.state is not JobState.FINISHED}
+    return [built.version for built in present if built.version not in kept and built.job not in open_models]
 
 
 def is_server_side(job: Job) -> bool:

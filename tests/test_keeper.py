@@ -1,0 +1,46 @@
+"""What the job keeper decides without a server: which weights may go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from app.control.keeper import KEPT_PROVEN, unneeded
+from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Verdict
+
+HERE = "x86_64-test"
+
+
+def built(number: int, verdict: Verdict | None = Verdict.PASSED, job: str = "done") -> BuiltVersion:
+    verdicts = ((HERE, verdict),) if verdict is not None else ()
+    return BuiltVersion(f"1.{number}", "1", "sha", job, (), "s", verdicts)
+
+
+def model(*versions: BuiltVersion, desired: str = "1", previous: str = "") -> ModelState:
+    return ModelState("m", "1", "sha", desired, previous, Generation(1, 1), built=versions)
+
+
+def job(**changes: object) -> Job:
+    fresh = Job("done", "m", "1", "sha", (), "", "auto", "admin", JobState.FINISHED, 0.0)
+    return replace(fresh, **changes)  # type: ignore[arg-type]
+
+
+def test_refused_versions_go_and_those_in_use_stay() -> None:
+    state = model(built(1, Verdict.FAILED), built(2), built(3, Verdict.FAILED), desired="1.3", previous="1.2")
+    assert unneeded(state, [job()], HERE) == ["1.1"]
+
+
+def test_only_the_newest_proven_versions_are_kept() -> None:
+    state = model(*(built(number) for number in range(1, KEPT_PROVEN + 3)))
+    assert unneeded(state, [job()], HERE) == ["1.1", "1.2"]
+
+
+def test_what_waits_for_a_person_or_an_open_job_stays() -> None:
+    waiting = job(outcome="kept", candidate="1.1")
+    running = job(id="open", state=JobState.VERIFYING, candidates=("1.2",))
+    state = model(built(1, Verdict.INCONCLUSIVE), built(2, None, "open"), built(3, Verdict.FAILED))
+    assert unneeded(state, [waiting, running], HERE) == ["1.3"]
+
+
+def test_versions_of_an_earlier_golden_go() -> None:
+    old = replace(built(1), golden_sha256="another")
+    assert unneeded(model(old, built(2)), [job()], HERE) == ["1.1"]
