@@ -78,8 +78,6 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     state = StateFolder(settings.state).prepare()
     journal = open_journal(settings.journal)
     known = last_state.load(settings.state / "last-state.json")
-    if known is not None:
-        journal.recover(known)
     metrics = Metrics()
     metrics.replace_gauge("hone_host_info", [((host.key,), 1.0)])
     metrics.gauge("hone_cores", value=cores)
@@ -111,7 +109,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     fleet = Fleet(
         service, repository, admission, loader, journal, recorder, metrics,
         lambda name, config: Reservoir(state.captured(name), config.capture), settings.poll_s,
-        lambda folded: last_state.save(settings.state / "last-state.json", folded),
+        lambda folded: last_state.save(settings.state / "last-state.json", folded), known,
     )  # fmt: skip
     keeper = JobKeeper(journal, commands, repository, state, cards, host.key, cores, settings, metrics, loader.replica)
     facts: JSON = {

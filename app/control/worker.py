@@ -21,7 +21,7 @@ from typing import Any, Final
 from app.control.bench import Bench, Workpiece
 from app.control.keeper import is_server_side
 from app.control.verification import SERVER_SIDE
-from app.domain import JSON, Event, Job, JobState
+from app.domain import JSON, Event, Job, JobState, State
 from app.errors import Conflict, HoneError
 from app.serving.admission import signature_of
 from app.serving.cards import Cards, Draft, RowsProof
@@ -30,6 +30,7 @@ from app.serving.state_folder import StateFolder
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
+from app.store.recovery import catch_up
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
 from optimizers.base import Progress
@@ -52,6 +53,7 @@ class Worker:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._stopping = asyncio.Event()
         self._doing = ""
+        self._seen: State | None = None
 
     def stop(self) -> None:
         self._stopping.set()
@@ -78,7 +80,7 @@ class Worker:
     # ---- claiming
     async def _claim(self) -> Job | None:
         """The oldest job that needs building and that nobody builds; claimed by lease, then by the log's order."""
-        state = await asyncio.to_thread(self._journal.state)
+        state = self._seen = await asyncio.to_thread(catch_up, self._journal, self._seen)
         if state.frozen:
             return None
         for job in sorted(state.jobs.values(), key=lambda job: job.requested_at):

@@ -23,6 +23,7 @@ from app.serving.reservoir import Reservoir
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
 from app.store.base import Journal, StoreUnavailable
+from app.store.recovery import catch_up
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
@@ -74,6 +75,7 @@ class Fleet:
     def __init__(
         self, service: InferenceService, repository: Repository, admission: Admission, loader: Loader, journal: Journal, record: Recorder,
         metrics: Metrics, reservoir: Callable[[str, ModelConfig], Reservoir], poll_s: float, keep_state: Callable[[State], None],
+        known: State | None = None,
     ) -> None:  # fmt: skip
         self._service, self._repository, self._admission, self._loader = service, repository, admission, loader
         self._journal, self._record, self._metrics, self._reservoir = journal, record, metrics, reservoir
@@ -83,7 +85,8 @@ class Fleet:
         self._wake = asyncio.Event()
         self._scan_due = True
         self._found: dict[str, FoundModel] = {}
-        self.state = State()
+        self.state = known or State()
+        self._remembered = known is not None
         self.store_error = ""
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
@@ -157,7 +160,7 @@ class Fleet:
     async def refresh(self) -> None:
         """The newest state and board; while the store is away, the last ones stand."""
         try:
-            state, self.board = await asyncio.to_thread(lambda: (self._journal.state(), self._journal.board()))
+            state, self.board = await asyncio.to_thread(self._catch_up)
         except StoreUnavailable as error:
             self.store_error = str(error)
             self._metrics.gauge("hone_store_up", value=0)
@@ -170,6 +173,13 @@ class Fleet:
             for listener in self.listeners:
                 listener(state)
 
+    def _catch_up(self) -> tuple[State, dict[str, JSON]]:
+        """The store's state, after putting back what it lost of what was seen here; blocks."""
+        state = catch_up(self._journal, self.state if self._remembered else None)
+        self._remembered = True
+        self.warnings = self._journal.warnings()
+        return state, self._journal.board()
+
     async def _scan(self) -> None:
         """Look at the repository, and tell the journal of golden versions that are new, changed or gone."""
         try:
@@ -178,10 +188,10 @@ class Fleet:
             self.repository_error = str(error)
             return
         self.repository_error = ""
+        self._found = {model.name: model for model in models}
         await self.refresh()
         if self.store_error:
             return
-        self._found = {model.name: model for model in models}
         for model in models:
             if not model.error:
                 await self._announce(model)
