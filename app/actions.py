@@ -211,23 +211,17 @@ def _following(client: Client, model: str, after: int) -> Iterator[dict[str, Any
 
 
 def _finished(client: Client, job: dict[str, Any], quiet: bool) -> dict[str, Any]:
-    """The job once it has ended, one line for each change on the way."""
+    """The job once it has ended, one line for each step on the way."""
     shown = ""
     while True:
-        line = _progress(job)
+        line = tables.progress(job)
         if line != shown and not quiet:
-            print(line, flush=True)
+            print(f"{tables.clock(time.time())}  {line}", flush=True)
             shown = line
         if job["state"] == "finished":
             return job
         time.sleep(POLL_S)
         job = client.job(job["id"])
-
-
-def _progress(job: dict[str, Any]) -> str:
-    progress = job.get("progress")
-    told = tables.fields_of(progress).replace("\n", ", ") if isinstance(progress, dict) else str(progress or "")
-    return f"{tables.clock(time.time())}  {job['id']}  {job['state']}  {told}".rstrip()
 
 
 def _outcome(job: dict[str, Any]) -> str:

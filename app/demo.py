@@ -52,34 +52,53 @@ def run_demo(settings: Settings) -> int:
 
 def watch(settings: Settings, children: Children, stop: Stop, picture: Path) -> int:
     """Greet when the model answers, then show events. Returns at a signal."""
-    environment = children.environment
-    started_at, last, greeted = time.monotonic(), 0, False
-    with Client(Address.from_env(environment, state=str(settings.state)), timeout_s=10.0) as client:
-        while not stop.asked:
-            children.check()
-            try:
-                if not greeted and client.model_ready(MODEL):
-                    print(greeting(settings, client.address.url, picture), flush=True)
-                    last = start_of_this_life(client)
-                    greeted = True
-                if greeted:
-                    last = show_events(client, last)
-            except ClientError as error:
-                if greeted and not stop.asked:
-                    print(f"(no events for the moment: {error})", flush=True)
-                    stop.wait(2.0)
-            if not greeted and time.monotonic() - started_at > START_S:
-                raise Ended(f"the model did not answer within {START_S:.0f} s; see {children.logs}")
-            stop.wait(POLL_S)
+    if wait_for_model(settings, children, stop):
+        with _client(settings, children) as client:
+            print(greeting(settings, client.address.url, picture), flush=True)
+            show_events(client, children, stop)
     print("\nstopping ...", flush=True)
     return 0
 
 
-def show_events(client: Client, last: int) -> int:
-    for event in client.timeline(after=last, limit=1000)["events"] if last else client.timeline(limit=20)["events"]:
-        print(tables.event_line(event), flush=True)
-        last = event["seq"]
-    return last
+def _client(settings: Settings, children: Children) -> Client:
+    """With the token as it lies in the state folder now: the server makes it at its first start."""
+    return Client(Address.from_env(children.environment, state=str(settings.state)), timeout_s=10.0)
+
+
+def wait_for_model(settings: Settings, children: Children, stop: Stop) -> bool:
+    """True when the model answers, False at a signal. Raises Ended."""
+    deadline = time.monotonic() + START_S
+    with _client(settings, children) as client:
+        while not stop.asked:
+            children.check()
+            try:
+                if client.model_ready(MODEL):
+                    return True
+            except ClientError:
+                pass  # it does not listen yet
+            if time.monotonic() > deadline:
+                raise Ended(f"the model did not answer within {START_S:.0f} s; see {_shown(children.logs)}, and `hone status {MODEL}`")
+            stop.wait(POLL_S)
+    return False
+
+
+def show_events(client: Client, children: Children, stop: Stop) -> None:
+    """One line for each event since the server's start, until a signal. Raises Ended."""
+    last: int | None = None
+    problem = ""
+    while not stop.asked:
+        children.check()
+        try:
+            last = start_of_this_life(client) if last is None else last
+            for event in client.timeline(after=last, limit=1000)["events"]:
+                print(tables.event_line(event), flush=True)
+                last = event["seq"]
+            problem = ""
+        except ClientError as error:
+            if str(error) != problem:
+                print(f"(no events for the moment: {error})", flush=True)
+            problem = str(error)
+        stop.wait(POLL_S)
 
 
 def start_of_this_life(client: Client) -> int:

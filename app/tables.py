@@ -78,7 +78,7 @@ def jobs(rows: Iterable[JSON]) -> str:
         [
             ("JOB", lambda r: r.get("id")),
             ("MODEL", lambda r: r.get("model")),
-            ("TRIES", lambda r: " | ".join(recipe(steps) for steps in r.get("tries") or ()) or "planner's"),
+            ("TRIES", lambda r: recipes(r.get("tries"))),
             ("STATE", lambda r: r.get("state")),
             ("OUTCOME", lambda r: r.get("outcome")),
             ("VERSION", lambda r: r.get("candidate") or ", ".join(r.get("candidates") or ())),
@@ -89,8 +89,21 @@ def jobs(rows: Iterable[JSON]) -> str:
 
 
 def recipe(steps: Iterable[Any] | None) -> str:
-    """Steps in order, with the options that were given: int8-static(calibration=entropy)."""
-    return " + ".join(_step(step) for step in steps or ())
+    """Methods in order. Their options are many, most of them defaults: they stand in the job and on the version's card."""
+    return " + ".join(str(step.get("method", "?")) if isinstance(step, dict) else str(step) for step in steps or ())
+
+
+def recipes(tries: Iterable[Any] | None) -> str:
+    return " | ".join(recipe(steps) for steps in tries or ())
+
+
+def progress(job: JSON) -> str:
+    """Where a job is: its state, and the step of its child process where one says so."""
+    seen = job.get("progress") or {}
+    share = seen.get("share")
+    percent = f"{share:.0%}" if isinstance(share, int | float) and share else ""
+    parts = [job.get("id", ""), job.get("state", ""), seen.get("method", ""), seen.get("step", ""), percent]
+    return "  ".join(_clean(part) for part in parts if part)
 
 
 def event_line(event: JSON) -> str:
@@ -104,6 +117,8 @@ def event_line(event: JSON) -> str:
     report = data.get("report")
     if not reason and isinstance(report, dict):
         reason = str(report.get("summary") or report.get("reason") or "")
+    data |= {"tries": recipes(data["tries"])} if "tries" in data else {}
+    data |= {"recipe": recipe(data["recipe"])} if "recipe" in data else {}
     rest = ", ".join(f"{key}={_inline(value)}" for key, value in data.items() if key not in _QUIET and value not in (None, "", [], {}))
     actor = event.get("actor", "")
     by = f"(by {actor})" if actor not in ("", "hone") else ""
@@ -149,13 +164,6 @@ def _inline(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(_inline(item) for item in value)
     return _text(value)
-
-
-def _step(step: Any) -> str:
-    if not isinstance(step, dict):
-        return str(step)
-    options = ",".join(f"{key}={_inline(value)}" for key, value in step.items() if key != "method")
-    return f"{step.get('method', '?')}({options})" if options else str(step.get("method", "?"))
 
 
 def _settings(settings: JSON) -> str:

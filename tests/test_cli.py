@@ -172,6 +172,17 @@ def test_an_event_of_an_unknown_kind_is_shown_all_the_same() -> None:
     ]  # fmt: skip
 
 
+def test_a_job_says_where_it_is() -> None:
+    seen = {"method": "int8-static", "step": "calibrating", "share": 0.25, "detail": {}}
+    assert tables.progress({"id": "d-1", "state": "building", "progress": seen}) == "d-1  building  int8-static  calibrating  25%"
+    assert tables.progress({"id": "d-1", "state": "finished", "progress": None}) == "d-1  finished"
+
+
+def test_recipes_show_methods_not_all_their_options() -> None:
+    rows = [{"id": "d-1", "model": "d", "tries": [[{"method": "graph", "level": "all"}, {"method": "tune"}], ["int8-static"]]}]
+    assert "graph + tune | int8-static" in tables.jobs(rows)
+
+
 def test_sizes_and_nested_fields_are_readable() -> None:
     assert [tables.size(n) for n in (0, 900, 1_900_000, 2_500_000_000)] == ["-", "900 B", "1.9 MB", "2.5 GB"]
     assert tables.fields_of({"a": 1, "long": {"x": 0.123456, "none": None}}) == "a     1\nlong\n  x  0.1235"
