@@ -36,12 +36,16 @@ Range = tuple[float, float]
 
 @dataclass
 class Statistics:
-    """What is kept of one tensor: extremes, moving averages of each sample's extremes, and a histogram over [low, high]."""
+    """What is kept of one tensor: extremes, moving averages of each sample's extremes, and a histogram over [low, high].
+
+    Zeros are counted apart: they lie on every grid, and half of what a ReLU gives would drown the rest.
+    """
 
     low: float = math.inf
     high: float = -math.inf
     average_low: float = math.nan
     average_high: float = math.nan
+    zeros: float = 0.0
     counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BINS))
 
     def extend(self, rows: NDArray[Any], averaging: float) -> None:
@@ -57,8 +61,11 @@ class Statistics:
     def count(self, rows: NDArray[Any]) -> None:
         flat = rows.reshape(len(rows), -1)
         step = max(1, flat.shape[1] // SEEN_PER_ROW)
+        seen = flat[:, ::step]
+        other = seen[seen != 0]
+        self.zeros += seen.size - other.size
         if self.high > self.low:
-            self.counts += np.histogram(flat[:, ::step], BINS, (self.low, self.high))[0]
+            self.counts += np.histogram(other, BINS, (self.low, self.high))[0]
 
     @property
     def centres(self) -> NDArray[np.float64]:
@@ -75,7 +82,9 @@ class Calibration:
     averaging: float = 0.05
 
 
-def calibrate(model: ModelProto, names: Sequence[str], samples: Samples, how: Calibration, folder: Path, tick: Tick, threads: int = 1) -> dict[str, Range]:
+def calibrate(
+    model: ModelProto, names: Sequence[str], samples: Samples, how: Calibration, folder: Path, tick: Tick, threads: int = 1
+) -> dict[str, Range]:
     """The range of each of `names` (float values of `model`) over `samples`. `folder` is for a scratch file.
 
     Raises NotApplicable naming the tensor whose activations are not finite.
@@ -163,12 +172,14 @@ def choose_range(kept: Statistics, how: Calibration) -> Range:
 
 def _percentile(kept: Statistics, percentile: float) -> Range:
     """Both tails share what is cut, but for values of one sign, whose only tail takes all."""
-    if kept.counts.sum() == 0:
+    counts = kept.counts.copy()
+    counts[int(np.argmin(np.abs(kept.centres)))] += kept.zeros if kept.low <= 0 <= kept.high else 0
+    if kept.counts.sum() == 0 or percentile >= 100:
         return kept.low, kept.high
     cut = 1 - percentile / 100
     below, above = (0.0, cut) if kept.low >= 0 else (cut, 0.0) if kept.high <= 0 else (cut / 2, cut / 2)
     edges = np.linspace(kept.low, kept.high, BINS + 1)
-    cumulative = np.concatenate([[0.0], np.cumsum(kept.counts) / kept.counts.sum()])
+    cumulative = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
     low = edges[np.searchsorted(cumulative, below, side="right") - 1]
     high = edges[min(BINS, int(np.searchsorted(cumulative, 1 - above, side="left")))]
     return float(low), float(high)

@@ -39,16 +39,16 @@ CONVOLUTIONAL: Final = (
 """Operators that have int8 kernels worth having on a CPU, so that activations stay int8 between convolutions."""
 LINEAR: Final = ("MatMul", "Gemm", "Gather")
 """In models without convolutions only products with constant weights and tables: normalizations and softmax stay float."""
-WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 LOOKED_AT: Final = 32
 """Calibration rows on which the result is compared with the float model: a first look, not the judgement."""
 HOPELESS: Final = 0.5
 """Relative root-mean-square error of the outputs beyond which the result is no candidate."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """One static quantization: what each part needs."""
+    """One static quantization: the prepared float model, and what of it is to be quantized how."""
 
     model: ModelProto
     config: Int8StaticConfig
@@ -56,6 +56,9 @@ class _Job:
     samples: Samples
     budget: Budget
     folder: Path
+    types: tuple[str, ...]
+    excluded: frozenset[str]
+    layers: tuple[str, ...]
 
     def tick(self, step: str, share: float) -> None:
         self.budget.tick(self.config.method, step, share)
@@ -73,44 +76,48 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
             "int8-static needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones"
         )
     ready = prepared(source, folder)
-    model = save_and_reload_model_with_shape_infer(ready.model)
-    job = _Job(model, config, form, _checked_samples(samples, model, config.samples), budget, folder)
-    types = _operators(model)
-    excluded = {*config.exclude, *_unquantizable(model, types)}
-    layers = [
-        node
-        for node in model.graph.node
-        if node.op_type in WEIGHTED and node.op_type in types and node.name not in excluded and _weight_of(node, model)
-    ]
-    if not layers:
-        raise NotApplicable("there is no convolution or matrix product with constant float weights to quantize")
+    job = _planned(save_and_reload_model_with_shape_infer(ready.model), config, form, samples, budget, folder)
     job.tick("calibration", 0.1)
-    ranges = _ranges(job, types, excluded)
-    reference = _outputs(save(model, folder / "float.onnx"), job, "basic")
-    sensitive = _most_sensitive(job, types, layers, ranges, excluded, reference) if config.keep_float else {}
+    ranges = _ranges(job)
+    reference = _outputs(save(job.model, folder / "float.onnx"), job, "basic")
+    sensitive = _sensitivity(job, ranges, reference) if config.keep_float else {}
     kept = list(sensitive)[: config.keep_float]
     job.tick("quantizing", 0.9)
-    path = save(_quantized(job, types, ranges, excluded | set(kept)), folder / "model.onnx")
-    error = _look(path, job, reference, types, layers, ranges, excluded)
+    path = save(_quantized(job, ranges, keep=kept), folder / "model.onnx")
     facts = {
-        "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range, "per_channel": config.per_channel,
-        "calibration": config.calibration, "calibration_samples": len(job.samples), "calibration_origin": samples.origin,
-        "calibration_hashes": job.samples.hashes(), "quantized_layers": len(layers) - len(kept), "kept_float": [*sorted(excluded & {n.name for n in model.graph.node if n.op_type in WEIGHTED}), *kept],
-        "sensitivity": sensitive, "operators": sorted({node.op_type for node in model.graph.node} & set(types)), "prepared": ready.facts,
-        "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range,
+        "per_channel": config.per_channel, "calibration": config.calibration, "calibration_samples": len(job.samples),
+        "calibration_origin": samples.origin, "calibration_hashes": job.samples.hashes(), "quantized_layers": len(job.layers) - len(kept),
+        "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive,
+        "operators": sorted({node.op_type for node in job.model.graph.node} & set(job.types)), "prepared": ready.facts,
+        "output_error": _look(path, job, ranges, reference), "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
+        "seconds": time.monotonic() - started,
     }  # fmt: skip
     job.tick("done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
 
 
-def _operators(model: ModelProto) -> tuple[str, ...]:
-    return CONVOLUTIONAL if any(node.op_type in {"Conv", "ConvTranspose"} for node in model.graph.node) else LINEAR
+def _planned(model: ModelProto, config: Int8StaticConfig, form: Form, samples: Samples, budget: Budget, folder: Path) -> _Job:
+    """Which nodes become int8. Raises NotApplicable where there is none, or where samples do not fit."""
+    types = CONVOLUTIONAL if any(node.op_type in {"Conv", "ConvTranspose"} for node in model.graph.node) else LINEAR
+    excluded = frozenset({*config.exclude, *_unquantizable(model, types)})
+    candidates = [node for node in model.graph.node if node.op_type in WEIGHTED & set(types) and node.name not in excluded]
+    layers = tuple(node.name for node in candidates if _weight_of(node, model))
+    if not layers:
+        raise NotApplicable("there is no convolution, matrix product or table with constant float weights to quantize")
+    return _Job(model, config, form, _checked_samples(samples, model, config.samples), budget, folder, types, excluded, layers)
+
+
+def _left_alone(job: _Job) -> list[str]:
+    """Layers that stay float by exclusion or by nature."""
+    return sorted(job.excluded & {node.name for node in job.model.graph.node if node.op_type in WEIGHTED})
 
 
 def _weight_of(node: NodeProto, model: ModelProto) -> TensorProto | None:
-    """The constant float weight of a layer, or None for a product of two activations."""
-    tensor = initializers(model.graph).get(node.input[1]) if len(node.input) > 1 else None
-    return tensor if tensor is not None and tensor.data_type in {TensorProto.FLOAT, TensorProto.FLOAT16} else None
+    """The constant float weight (or table) of a layer, or None for a product of two activations."""
+    at = 0 if node.op_type == "Gather" else 1
+    tensor = initializers(model.graph).get(node.input[at]) if len(node.input) > at else None
+    return tensor if tensor is not None and tensor.data_type == TensorProto.FLOAT else None
 
 
 def _unquantizable(model: ModelProto, types: Sequence[str]) -> set[str]:
@@ -131,7 +138,7 @@ def _unquantizable(model: ModelProto, types: Sequence[str]) -> set[str]:
     return found
 
 
-def _ranges(job: _Job, types: Sequence[str], excluded: set[str]) -> dict[str, Range]:
+def _ranges(job: _Job) -> dict[str, Range]:
     """Calibrated ranges of every float activation that the quantizer may ask for."""
     floats = {
         v.name
@@ -142,7 +149,7 @@ def _ranges(job: _Job, types: Sequence[str], excluded: set[str]) -> dict[str, Ra
     wanted = dict.fromkeys(
         name
         for node in job.model.graph.node
-        if node.op_type in types and node.name not in excluded
+        if node.op_type in job.types and node.name not in job.excluded
         for name in (*node.input, *node.output)
         if name in floats and name not in weights
     )
@@ -152,19 +159,19 @@ def _ranges(job: _Job, types: Sequence[str], excluded: set[str]) -> dict[str, Ra
     )
 
 
-def _quantized(job: _Job, types: Sequence[str], ranges: dict[str, Range], excluded: set[str], only: Sequence[str] = ()) -> ModelProto:
-    """A quantized copy; with `only`, just those nodes are."""
+def _quantized(job: _Job, ranges: dict[str, Range], keep: Sequence[str] = (), only: Sequence[str] = ()) -> ModelProto:
+    """A quantized copy, but for the layers to `keep` in float; with `only`, just those nodes are."""
     copy = ModelProto()
     copy.CopyFrom(job.model)
     data = {name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32)) for name, (low, high) in ranges.items()}
     activation = QuantType.QInt8 if job.form.signed_activations else QuantType.QUInt8
-    options: dict[str, Any] = {"ActivationSymmetric": job.config.symmetric, "MatMulConstBOnly": types == LINEAR}
-    if types == LINEAR:
+    options: dict[str, Any] = {"ActivationSymmetric": job.config.symmetric, "MatMulConstBOnly": job.types == LINEAR}
+    if job.types == LINEAR:
         options["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
     with quiet():
         quantizer = QDQQuantizer(
             copy, job.config.per_channel, job.form.reduce_range, QuantType.QInt8, activation, TensorsData(CalibrationMethod.MinMax, data),
-            list(only), sorted(excluded), list(types), options,
+            list(only), sorted({*job.excluded, *keep}), list(job.types), options,
         )  # fmt: skip
         quantizer.quantize_model()
     result: ModelProto = quantizer.model.model
@@ -198,31 +205,21 @@ def _first_rows(samples: Samples) -> Feeds:
     return {name: values[:LOOKED_AT] if samples.stacked else values[0] for name, values in samples.inputs.items()}
 
 
-def _most_sensitive(
-    job: _Job, types: Sequence[str], layers: Sequence[NodeProto], ranges: dict[str, Range], excluded: set[str], reference: list[Any]
-) -> dict[str, float]:
+def _sensitivity(job: _Job, ranges: dict[str, Range], reference: list[Any]) -> dict[str, float]:
     """Layer to the error of the outputs when it alone is quantized, worst first."""
     errors: dict[str, float] = {}
-    for index, layer in enumerate(layers):
-        job.tick("sensitivity", 0.7 + 0.2 * index / len(layers))
-        alone = save(_quantized(job, types, ranges, excluded, [layer.name]), job.folder / "alone.onnx")
-        errors[layer.name] = root_mean_square(reference, _outputs(alone, job, "all"))
+    for index, layer in enumerate(job.layers):
+        job.tick("sensitivity", 0.7 + 0.2 * index / len(job.layers))
+        alone = save(_quantized(job, ranges, only=[layer]), job.folder / "alone.onnx")
+        errors[layer] = root_mean_square(reference, _outputs(alone, job, "all"))
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def _look(
-    path: Path,
-    job: _Job,
-    reference: list[Any],
-    types: Sequence[str],
-    layers: Sequence[NodeProto],
-    ranges: dict[str, Range],
-    excluded: set[str],
-) -> float:
+def _look(path: Path, job: _Job, ranges: dict[str, Range], reference: list[Any]) -> float:
     """The outputs' relative error on a few rows; a hopeless one is no candidate, and the worst layer is named."""
     error = root_mean_square(reference, _outputs(path, job, "all"))
     if error > HOPELESS:
-        worst, alone = next(iter(_most_sensitive(job, types, layers, ranges, excluded, reference).items()))
+        worst, alone = next(iter(_sensitivity(job, ranges, reference).items()))
         raise NotApplicable(
             f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float"
         )
