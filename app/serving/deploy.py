@@ -130,9 +130,7 @@ def check_file_name(name: str, model_file: str = "") -> str:
 
 def _publish(repository: Repository, name: str, plan: Plan, taken: Sequence[str]) -> None:
     folder = repository.root / name
-    if not folder.is_dir():
-        if folder.exists() or folder.is_symlink():
-            raise ModelRejected(f"{folder} is in the way: it is no folder; remove it, or choose another name")
+    if not (folder.exists() or folder.is_symlink()):
         with durable.temporary_folder(repository.root) as whole:
             number = _next(folder, taken)
             (whole / number).mkdir()
@@ -140,6 +138,8 @@ def _publish(repository: Repository, name: str, plan: Plan, taken: Sequence[str]
             _copy_beside(plan, whole, repository)
             durable.publish(whole, folder)
         return
+    if not folder.is_dir():
+        raise ModelRejected(f"{folder} is in the way: it is no folder; remove it, or choose another name")
     real = repository.policy.resolve(folder)
     with durable.temporary_folder(real) as version, durable.temporary_folder(real, 0o700) as aside:
         _copy(plan.files, version, repository)
