@@ -23,7 +23,7 @@ RUN pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" "$(grep '^to
 
 # Runs on a read-only root: only /state is written, and /tmp.
 FROM base AS runtime
-ENV LANG=C.UTF-8 HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+ENV LANG=C.UTF-8 HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1 \
     HONE_REPOSITORY=/models HONE_STATE=/state HONE_HOST=0.0.0.0 HONE_PORT=8000
 USER hone
 VOLUME /state

@@ -45,6 +45,9 @@ WORKER_FLAGS: Final = frozenset({"repository", "state", "store", "log-level"})
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    os.environ.setdefault(
+        "ORT_DISABLE_TELEMETRY", "1"
+    )  # ONNX Runtime reports to its vendor and writes to HOME otherwise; children inherit it
     command: Command = arguments.run
     try:
         return command(arguments)

@@ -14,6 +14,8 @@ DEBIAN_PACKAGES = {"redis-server": "redis-server", "redis-cli": "redis-tools", "
 PYTHON_PACKAGES = {"torch"}
 LEFT_OUT: dict[str, int] = {}
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as app.cli does: no test reports to ONNX Runtime's vendor, or writes to HOME
+
 
 def is_missing(program: str) -> bool:
     if program in PYTHON_PACKAGES:

@@ -52,7 +52,12 @@ class Demo:
             self.lines.append(line)
 
     def environment(self) -> dict[str, str]:
-        own = {"HONE_PORT": str(self.port), "HONE_STATE": str(self.folder / "state"), "PYTHONPATH": str(ROOT), "HOME": "/nonexistent"}
+        own = {
+            "HONE_PORT": str(self.port),
+            "HONE_STATE": str(self.folder / "state"),
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(self.folder / "home"),
+        }
         return {"PATH": os.environ["PATH"]} | own
 
     @property
@@ -218,6 +223,9 @@ def test_ctrl_c_stops_all_of_it_cleanly(tmp_path: Path) -> None:
     assert "stopping" in demo.output and "Traceback" not in demo.output
     assert demo.processes() == {}
     assert "Traceback" not in "".join(path.read_text() for path in (tmp_path / "state" / "logs").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["state"], (
+        "it writes to its state folder only, not to HOME (ONNX Runtime's telemetry would)"
+    )
 
 
 def test_a_child_that_dies_ends_the_demo_and_says_which(tmp_path: Path) -> None:
