@@ -79,29 +79,41 @@ def side_by_side(
 
 def answers_of(arm: Arm, samples: Samples, index: NDArray[np.intp], sizes: Sequence[int], side: str) -> Rows:
     """Outputs of one side, in cycling batch sizes. Raises Fault."""
-    pieces: list[Rows] = []
-    at = turn = 0
+    batches: list[NDArray[np.intp]] = []
+    at = 0
     while at < len(index):
-        size = sizes[turn % len(sizes)] if samples.stacked else 1
-        rows = index[at : at + size]
-        pieces.append(_call(arm, feeds_of(samples, rows), len(rows) if samples.stacked else None, side))
-        at, turn = at + len(rows), turn + 1
-    return _joined(pieces)
-
-
-def _call(arm: Arm, feeds: Feeds, rows: int | None, side: str) -> Rows:
-    size = "" if rows is None else f" at batch {rows}"
+        size = sizes[len(batches) % len(sizes)] if samples.stacked else 1
+        batches.append(index[at : at + size])
+        at += size
+    feeds = [feeds_of(samples, rows) for rows in batches]
     try:
-        outputs = arm.call(feeds)
+        answers = arm.calls(feeds)
     except ArmFailed as failed:
-        raise Fault(side, f"{side} fails{size}: {failed}") from None
+        if failed.how != "error":
+            raise Fault(side, f"{side} breaks down: {failed}") from None
+        answers = [_alone(arm, each, len(rows), side) for each, rows in zip(feeds, batches, strict=True)]
+    return _joined(
+        [_named(arm, outputs, len(rows) if samples.stacked else None, side) for outputs, rows in zip(answers, batches, strict=True)]
+    )
+
+
+def _alone(arm: Arm, feeds: Feeds, rows: int, side: str) -> list[Any]:
+    """One call by itself, to say at which batch size it fails."""
+    try:
+        return arm.call(feeds)
+    except ArmFailed as failed:
+        raise Fault(side, f"{side} fails at batch {rows}: {failed}") from None
+
+
+def _named(arm: Arm, outputs: list[Any], rows: int | None, side: str) -> Rows:
+    """Outputs by name; those of a whole call get an axis of samples, unless their own first axis is just that."""
     named = {info.name: np.asarray(value) for info, value in zip(arm.opened.outputs, outputs, strict=True)}
     if rows is None:
         one = all(value.ndim > 1 and value.shape[0] == 1 for value in named.values())
         return {name: value if one else value[None] for name, value in named.items()}
     for name, value in named.items():
         if value.ndim == 0 or value.shape[0] != rows:
-            raise Fault(side, f"{side}: output {name!r} has shape {list(value.shape)}{size}; its first axis is not the batch")
+            raise Fault(side, f"{side}: output {name!r} has shape {list(value.shape)} at batch {rows}; its first axis is not the batch")
     return named
 
 

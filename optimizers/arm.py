@@ -139,10 +139,14 @@ class Worker:
         return list(self.session.run(None, feeds)) if self.plain else call(self.session, feeds)
 
 
-def scheduling() -> tuple[float, float]:
-    """Seconds that this process's threads ran, and waited for a core while they could have run; zeros where the kernel does not say."""
+def scheduling(pid: int | str = "self") -> tuple[float, float]:
+    """Seconds that a process's threads ran, and waited for a core while they could have run; zeros where the kernel does not say."""
     ran = waited = 0
-    for task in Path("/proc/self/task").iterdir():
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return 0.0, 0.0
+    for task in tasks:
         try:
             fields = (task / "schedstat").read_text().split()
         except OSError:

@@ -20,6 +20,7 @@ from optimizers.stats import Interval
 
 HARM: Final = 0.05
 """Loss of capacity, or growth of time per call, that is never taken, whatever is gained elsewhere."""
+LEAST_S: Final = 1.0
 Outcome = Literal["passed", "failed", "inconclusive"]
 
 
@@ -115,6 +116,10 @@ def speed(
                 report.latency[f"batch {batch}"] = found
             report.rows_ratio = _rows_ratio(report, goal, sizes)
         left = seconds - (time.monotonic() - began)
+        if left < LEAST_S:
+            report.notes.append("time was over before capacity in the layouts served was measured")
+            conclude(report, goal)
+            return report
         with Arm(incumbent, settings[0]) as first, Arm(candidate, settings[1]) as other:
             part = min(8.0, left / 3)
             feeds = (inputs[sizes[0]], inputs[sizes[1]])

@@ -95,7 +95,8 @@ def _judge(request: VerifyRequest, report: VerifyReport, budget: Budget, until: 
         report.reasons += failures
         return
     report.verdict = Verdict.INCONCLUSIVE if report.reasons else Verdict.PASSED
-    _time(request, report, first, batchable, budget, until)
+    if request.timed:
+        _time(request, report, first, batchable, budget, until)
 
 
 def _nothing_changed(request: VerifyRequest) -> bool:
@@ -124,7 +125,9 @@ def _open_candidate(request: VerifyRequest, report: VerifyReport, stack: ExitSta
     problem = ""
     for level in dict.fromkeys((wanted.graph_level, "basic", "none")):
         try:
-            arm = stack.enter_context(Arm(request.candidate, replace(wanted, graph_level=level).one_quiet_thread()))
+            arm = stack.enter_context(
+                Arm(request.candidate, replace(wanted, graph_level=level).one_quiet_thread(), longest_s=max(60.0, request.seconds / 2))
+            )
         except ArmFailed as failed:
             problem = problem or str(failed)
             continue

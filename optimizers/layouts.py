@@ -116,7 +116,7 @@ def _interleave(
         arm.pin(cpu_budget().affinity)
     rounds: list[_Round] = []
     began, stolen = time.monotonic(), stolen_s()
-    while (spent := time.monotonic() - began) < seconds or (len(rounds) < LEAST_ROUNDS and spent < 2 * seconds):
+    while not rounds or (spent := time.monotonic() - began) < seconds or (len(rounds) < LEAST_ROUNDS and spent < 2 * seconds):
         sides: tuple[list[_Turn], list[_Turn]] = ([], [])
         for which in (1, 0, 0, 1) if len(rounds) % 2 else (0, 1, 1, 0):
             sides[which].append(turn(which))

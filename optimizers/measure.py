@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from optimizers.arm import Load, Opened, Slice
+from optimizers.arm import Load, Opened, Slice, scheduling
 from optimizers.running import brief
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, hodges_lehmann, trimmed_mean
@@ -74,10 +74,13 @@ class Quietness:
 
 
 class Arm:
-    """The parent's side of one arm. A context manager; leaving it ends the process."""
+    """The parent's side of one arm. A context manager; leaving it ends the process.
 
-    def __init__(self, path: str | Path, settings: Settings, timeout_s: float = 120.0) -> None:
-        self.path, self.settings, self.timeout_s = Path(path), settings, timeout_s
+    Hung is: no CPU progress for `idle_s` while not waiting for a core either, or no answer to one request within `longest_s`.
+    """
+
+    def __init__(self, path: str | Path, settings: Settings, idle_s: float = 30.0, longest_s: float = 600.0) -> None:
+        self.path, self.settings, self.idle_s, self.longest_s = Path(path), settings, idle_s, longest_s
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         ours, theirs = socket.socketpair()
         bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.arm import main; main()"
@@ -111,14 +114,26 @@ class Arm:
         """Have the arm do one thing. Raises ArmFailed with what went wrong."""
         try:
             self._connection.send((name, arguments))
-            if not self._connection.poll(self.timeout_s):
-                raise ArmFailed("hung", self.path, f"no answer to '{name}' within {self.timeout_s:.0f} s")
+            self._await_answer(name)
             well, answer = self._connection.recv()
         except (EOFError, ConnectionError):
             raise ArmFailed("died", self.path, f"{self._obituary()} during '{name}'") from None
         if not well:
             raise ArmFailed("error", self.path, brief(answer))
         return answer
+
+    def _await_answer(self, name: str) -> None:
+        """Returns when there is something to read, or raises."""
+        began = moved = time.monotonic()
+        account = scheduling(self._process.pid)
+        while not self._connection.poll(min(1.0, self.idle_s)):
+            now, latest = time.monotonic(), scheduling(self._process.pid)
+            if latest != account:
+                account, moved = latest, now
+            if now - moved > self.idle_s:
+                raise ArmFailed("hung", self.path, f"no answer to '{name}', and no CPU time used for {self.idle_s:.0f} s")
+            if now - began > self.longest_s:
+                raise ArmFailed("hung", self.path, f"no answer to '{name}' within {self.longest_s:.0f} s")
 
     def call(self, feeds: Feeds) -> list[Any]:
         """The outputs of one call, in the order of `opened.outputs`."""

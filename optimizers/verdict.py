@@ -84,6 +84,7 @@ class VerifyRequest:
 
     `sets` by name: reference, live, labelled; each that exists must be passed. `exclude`: hashes of samples that calibrated.
     `batchable`: golden is served in batches. `lossless`: the method promises the same answers; then bit-close outputs are evidence enough.
+    `timed`: False compares answers only, and says nothing of speed.
     """
 
     golden: str
@@ -99,6 +100,7 @@ class VerifyRequest:
     golden_settings: Settings = Settings()
     batchable: bool = True
     lossless: bool = False
+    timed: bool = True
     purpose: Purpose = Purpose.SWAP
     exclude: frozenset[str] = frozenset()
     seconds: float = 300.0

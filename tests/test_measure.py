@@ -124,12 +124,20 @@ def test_an_arm_that_dies_says_by_which_signal_and_takes_nobody_along(models: tu
         assert bystander.call(rows(1))[0].shape == (1, 128)
 
 
-def test_an_arm_that_hangs_is_given_up(models: tuple[Path, Path]) -> None:
-    with Arm(models[0], Settings(), timeout_s=60) as arm:
-        arm.timeout_s = 0.5
-        with pytest.raises(ArmFailed, match="no answer to 'time' within") as caught:
-            arm.time(arm.keep(rows(1)), 100, 1, pause_s=0.1)
+def test_an_arm_that_hangs_is_given_up_and_one_that_works_or_waits_is_not(models: tuple[Path, Path]) -> None:
+    with Arm(models[0], Settings()) as arm:
+        key, arm.idle_s = arm.keep(rows(1)), 0.5
+        assert arm.saturate(key, 2.0).calls_per_s > 0
+        with pytest.raises(ArmFailed, match="no CPU time used") as caught:
+            arm.time(key, 3, 1, pause_s=5.0)
         assert caught.value.how == "hung"
+
+
+def test_an_arm_that_works_for_ever_is_given_up(models: tuple[Path, Path]) -> None:
+    with Arm(models[0], Settings()) as arm:
+        key, arm.longest_s = arm.keep(rows(1)), 1.0
+        with pytest.raises(ArmFailed, match="within 1 s"):
+            arm.saturate(key, 60.0)
 
 
 def test_arms_end_with_the_process_that_started_them(models: tuple[Path, Path]) -> None:
