@@ -503,6 +503,16 @@ def test_an_output_at_an_odd_address_is_read_all_the_same() -> None:
     assert json_reply(parsed, Tensor("y", "FP32", (2,), memory))["outputs"][0]["data"] == [1.5, 2.5]
 
 
+def test_large_replies_are_written_in_slices_of_the_outputs_own_memory() -> None:
+    data = np.random.default_rng(0).integers(0, 90, 5_000_001, "u1").tobytes()
+    parsed = parse_infer(json_body(("x", "FP32", [1], [1.0]), parameters={"binary_data_output": True}), None)
+    reply = encode_response(result(Tensor("y", "UINT8", (5_000_001,), data), Tensor("e", "UINT8", (0,), b"")), parsed)
+    assert max(map(len, reply.parts)) == 1 << 20 and b"".join(reply.parts[1:]) == data
+    assert all(isinstance(part, memoryview) and part.obj is data for part in reply.parts[1:])
+    packed = compress(reply, "gzip")
+    assert gzip.decompress(b"".join(packed.parts)) == b"".join(reply.parts) and len(packed.parts) > 2
+
+
 # ---- compression -----------------------------------------------------------------------------------------------------
 
 

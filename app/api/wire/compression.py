@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Final
 
-from app.api.wire.reply import Reply
+from app.api.wire.reply import Reply, in_slices
 from app.domain import Buffer
 from app.errors import InvalidRequest, PayloadTooLarge, Unsupported
 
@@ -69,7 +69,7 @@ def compress(reply: Reply, encoding: str) -> Reply:
         return Reply([*reply.headers, vary], reply.parts, reply.size, reply.non_finite)
     headers = [header for header in reply.headers if header[0] != b"content-length"]
     headers += [(b"content-encoding", encoding.encode()), (b"content-length", b"%d" % size), vary]
-    return Reply(headers, [b"".join(parts)], size, reply.non_finite)
+    return Reply(headers, in_slices([b"".join(parts)]), size, reply.non_finite)
 
 
 def decompress(body: Buffer, encoding: str, limit: int) -> Buffer:

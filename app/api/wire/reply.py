@@ -13,6 +13,7 @@ from app.domain import Buffer, InferenceResult, Tensor
 
 _JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
+_SLICE_BYTES: Final = 1 << 20
 
 
 @dataclass(slots=True)
@@ -52,8 +53,16 @@ def encode_response(result: InferenceResult, parsed: ParsedRequest) -> Reply:
     size += len(head)
     length_header = (b"content-length", b"%d" % size)
     if len(parts) == 1:
-        return Reply([_JSON, length_header], parts, size, non_finite)
-    return Reply([_BINARY, (b"inference-header-content-length", b"%d" % len(head)), length_header], parts, size, non_finite)
+        headers = [_JSON, length_header]
+    else:
+        headers = [_BINARY, (b"inference-header-content-length", b"%d" % len(head)), length_header]
+    return Reply(headers, parts if size <= _SLICE_BYTES else in_slices(parts), size, non_finite)
+
+
+def in_slices(parts: list[Buffer]) -> list[Buffer]:
+    """The same bytes in parts of at most 1 MiB, so that no single write keeps the event loop busy for long."""
+    views = (memoryview(part) for part in parts)
+    return [view[at : at + _SLICE_BYTES] for view in views for at in range(0, len(view), _SLICE_BYTES)]
 
 
 def chosen(result: InferenceResult, parsed: ParsedRequest) -> list[tuple[Tensor, bool]]:
