@@ -10,10 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optimizers.artifact import Artifact, Source
-    from optimizers.base import Budget, Cancelled, Config, Gain, Need, NotApplicable, Progress, optimize
+    from optimizers.base import Budget, Cancelled, Config, Gain, Need, NotApplicable, Progress, Rejected, optimize
     from optimizers.samples import Samples
 
-__all__ = ["Artifact", "Budget", "Cancelled", "Config", "Gain", "Need", "NotApplicable", "Progress", "Samples", "Source", "optimize"]
+__all__ = [
+    "Artifact",
+    "Budget",
+    "Cancelled",
+    "Config",
+    "Gain",
+    "Need",
+    "NotApplicable",
+    "Progress",
+    "Rejected",
+    "Samples",
+    "Source",
+    "optimize",
+]
 
 _homes = {"Artifact": "artifact", "Source": "artifact", "Samples": "samples"}
 

@@ -63,7 +63,7 @@ def build(artifact: Artifact, config: GraphConfig, samples: Samples, budget: Bud
     timed = _timed(artifact.path, incumbent, variants, feeds, budget) if here else variants
     best = min(timed, key=lambda v: v.ratio.estimate if v.ratio else 1.0)
     if config.level == "auto" and here and not (best.ratio and best.ratio.high < 1 - config.least_gain):
-        raise NotApplicable(f"no gain: CPU time relative to the file as it is served (level {incumbent.graph_level}): {_told(timed)}")
+        raise NotApplicable(f"no gain: CPU time relative to the file as it is served (level {incumbent.graph_level}): {told(timed)}")
     path = best.path.rename(folder / "model.onnx")
     built = load(path)
     facts = {
@@ -150,7 +150,7 @@ def _timed(parent: Path, incumbent: Settings, variants: list[Variant], feeds: Fe
     return timed
 
 
-def _told(variants: list[Variant]) -> str:
+def told(variants: list[Variant]) -> str:
     return ", ".join(f"{v.name} {v.ratio.estimate:.2f} ({v.ratio.low:.2f} to {v.ratio.high:.2f})" for v in variants if v.ratio)
 
 
