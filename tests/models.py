@@ -151,29 +151,36 @@ def failing(path: Path) -> Path:
     return save(path, [node], [value("index", "INT64", ["N"])], [value("y", "FP32", ["N"])], weights)
 
 
-KILLING_ROW = (-(2**31), -1)
+KILLING_ROW = (-(2**63), -1)
 """x and d with which `killer` ends its process: the quotient does not fit, and the processor traps."""
 
 
-def killer(path: Path) -> Path:
-    """y [N] = x / d in int32. ONNX Runtime checks d = 0 but not KILLING_ROW: SIGFPE, the process is gone."""
+def killer(path: Path, constant: bool = False) -> Path:
+    """y [N] = x / d in int64. ONNX Runtime checks d = 0 but not KILLING_ROW: SIGFPE, the process is gone.
+
+    With `constant` the killing row stands in the file, so that whatever runs or folds the graph dies.
+    """
     node = helper.make_node("Div", ["x", "d"], ["y"])
-    return save(path, [node], [value("x", "INT32", ["N"]), value("d", "INT32", ["N"])], [value("y", "INT32", ["N"])])
+    if constant:
+        add = helper.make_node("Add", ["z", "y"], ["w"])
+        weights = {"x": np.array([KILLING_ROW[0]], np.int64), "d": np.array([KILLING_ROW[1]], np.int64)}
+        return save(path, [node, add], [value("z", "INT64", ["N"])], [value("w", "INT64", ["N"])], weights)
+    return save(path, [node], [value("x", "INT64", ["N"]), value("d", "INT64", ["N"])], [value("y", "INT64", ["N"])])
 
 
-def endless(path: Path) -> Path:
-    """y [N] = x after n[0] turns of a loop: as long as you like, busy all the time."""
+def endless(path: Path, turns: int = 0) -> Path:
+    """y [N] = x after n[0] turns of a loop, or `turns` if given: as long as you like, busy all the time."""
     body = helper.make_graph(
         [helper.make_node("Add", ["v", "one"], ["v2"]), helper.make_node("Identity", ["go"], ["go2"])],
         "body",
         [value("turn", "INT64", []), value("go", "BOOL", []), value("v", "FP32", ["N"])],
         [value("go2", "BOOL", []), value("v2", "FP32", ["N"])],
     )
-    nodes = [
-        helper.make_node("Squeeze", ["n"], ["turns"]),
-        helper.make_node("Loop", ["turns", "yes", "x"], ["y"], body=body),
-    ]
-    weights = {"yes": np.array(True), "one": np.float32(0.0)}
+    loop = helper.make_node("Loop", ["turns", "yes", "x"], ["y"], body=body)
+    weights: dict[str, Any] = {"yes": np.array(True), "one": np.float32(0.0)}
+    if turns:
+        return save(path, [loop], [value("x", "FP32", ["N"])], [value("y", "FP32", ["N"])], weights | {"turns": np.array(turns)})
+    nodes = [helper.make_node("Squeeze", ["n"], ["turns"]), loop]
     return save(path, nodes, [value("x", "FP32", ["N"]), value("n", "INT64", [1])], [value("y", "FP32", ["N"])], weights)
 
 

@@ -90,6 +90,7 @@ class Dispatcher:
         self._account = ledger.join(spec.name, self.pump)
         self._pump_due = False
         self._expiry: asyncio.TimerHandle | None = None
+        self._expires_at = 0.0
         self._copies: set[asyncio.Task[None]] = set()
 
     # ---- requests come
@@ -355,7 +356,8 @@ class Dispatcher:
             runner.remove_instance(instance)
         else:
             self._free.append(instance)
-        self._account.give(batch.tokens, batch.expected_s, cpu_s)
+        more = self.queue.length or self.suspects
+        self._account.give(batch.tokens, batch.expected_s, cpu_s, self.settings.intra_op_threads if more else 0)
 
     def _answer(self, batch: Batch, reply: list[Any], data: bytes) -> None:
         _, compute_ns, cpu_ns, wait_ns, _, _, described = reply
@@ -403,11 +405,12 @@ class Dispatcher:
 
     def _expire_at(self, deadline: float) -> None:
         """One timer for all deadlines: armed for the earliest."""
-        when = deadline + self._loop.time() - monotonic()
-        if self._expiry is None or when < self._expiry.when():
-            if self._expiry is not None:
-                self._expiry.cancel()
-            self._expiry = self._loop.call_at(when, self._expire)
+        if self._expiry is not None:
+            if deadline >= self._expires_at:
+                return
+            self._expiry.cancel()
+        self._expires_at = deadline
+        self._expiry = self._loop.call_later(max(0.0, deadline - monotonic()), self._expire)
 
     def _expire(self) -> None:
         self._expiry = None

@@ -35,6 +35,7 @@ _PAUSES_S: Final = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 _TRIES: Final = 3
 WATCH_S: Final = 0.25
 _MEMORY_LOOK_S: Final = 2.0
+_TRIM_IDLE_S, _TRIM_BUSY_S = 2.0, 30.0
 _RECYCLE_S: Final = 60.0
 _SLACK_BYTES: Final = 64 << 20
 """A runner may hold this much more than after its warm-up before it is asked to give freed memory back."""
@@ -84,8 +85,10 @@ class Engine:
         self._watch: asyncio.TimerHandle | None = None
         self._patience = patience
         self._memory_looked_at = 0.0
+        self._trimmed_at = -_TRIM_BUSY_S
         self._recycled_at = -_RECYCLE_S
         self._recycling: asyncio.Task[None] | None = None
+        self._endings: set[asyncio.Task[None]] = set()
         self.recycles = 0
         self._failures = 0
         self._completed_at_death = 0
@@ -168,7 +171,7 @@ class Engine:
         self.inflight += 1
         self._idle.clear()
         if self._watch is None:
-            self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
+            self._keep_watch()
         try:
             return await work.future
         except asyncio.CancelledError:
@@ -199,6 +202,12 @@ class Engine:
         self.spec = replace(self.spec, settings=settings)
         self._dispatcher.resize(settings)
 
+    def rank(self, oom_score_adj: int) -> None:
+        """Say who dies first when memory runs out (larger: sooner); later runners of this engine inherit it."""
+        self.spec = replace(self.spec, oom_score_adj=oom_score_adj)
+        if self._runner is not None:
+            procfs.set_oom_score(self._runner.pid, oom_score_adj)
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those inside; False where some are left after `timeout_s`."""
         self._closed = self._closed or "is being replaced"
@@ -228,6 +237,8 @@ class Engine:
             self._keep_cpu(self._runner)
             await self._runner.end()
             self._runner = None
+        if self._endings:
+            await asyncio.wait(self._endings)
 
     # ---- life and death of runners
 
@@ -238,6 +249,7 @@ class Engine:
             return
         self._down = ""
         self._dispatcher.attach(runner)
+        self._keep_watch()
 
     def _see_cpu(self, runner: Runner | None) -> None:
         facts = procfs.facts(runner.pid) if runner is not None and runner.pid else None
@@ -269,8 +281,10 @@ class Engine:
                 work.future.set_exception(error)
 
     async def _recover(self, runner: Runner, lost: list[list[Work]]) -> None:
-        ending = await runner.ending()
-        await runner.end(0.0)
+        try:
+            ending = await runner.ending()
+        finally:
+            self._end_soon(runner)
         await self._judge(ending, runner.pid, lost)
         while not self._closed:
             pause_s = self._pause_s()
@@ -306,19 +320,24 @@ class Engine:
             if judgement is not None:
                 runner.kill(judgement.reason, judgement.own_fault)
                 break
-        if now - self._memory_looked_at > _MEMORY_LOOK_S:
+        if now - self._memory_looked_at > _MEMORY_LOOK_S or not self.inflight:
             self._memory_looked_at = now
             self._look_at_memory(runner, now)
-        if self.inflight:
+        if self.inflight or self._dispatcher.busy or self._dispatcher.suspects:
+            self._keep_watch()
+
+    def _keep_watch(self) -> None:
+        if self._watch is None and not self._closed:
             self._watch = asyncio.get_running_loop().call_later(WATCH_S, self._look)
 
     def _look_at_memory(self, runner: Runner, now: float) -> None:
         self._see_cpu(runner)
         used = procfs.private_bytes(runner.pid) or 0
-        if used > runner.settled_bytes + _SLACK_BYTES:
+        if used > runner.settled_bytes + _SLACK_BYTES and now - self._trimmed_at > (_TRIM_BUSY_S if self.inflight else _TRIM_IDLE_S):
+            self._trimmed_at = now
             runner.trim()
         limit = self.spec.memory_limit_bytes
-        if limit and used > limit and now - self._recycled_at > _RECYCLE_S and self._recycling is None:
+        if limit and used > limit and now - self._recycled_at > _RECYCLE_S:
             self._recycled_at = now
             self._recycling = asyncio.get_running_loop().create_task(self._recycle(used), name=f"recycling of {self.spec.name}")
 
@@ -331,18 +350,22 @@ class Engine:
         except HoneError as error:
             _log.warning("%s: no fresh runner: %s", self.spec.name, error)
             return
+        spare, old = fresh, self._runner
+        try:
+            if old is not None and not self._closed and await self._dispatcher.hand_over(fresh):
+                self._keep_cpu(old)
+                self._runner, spare = fresh, old
+                self.recycles += 1
+                if not fresh.alive:
+                    self._on_exit(fresh)
         finally:
-            self._recycling = None
-        old = self._runner
-        if old is None or self._closed or not await self._dispatcher.hand_over(fresh):
-            await fresh.end(0.0)
-            return
-        self._keep_cpu(old)
-        self._runner = fresh
-        self.recycles += 1
-        if not fresh.alive:
-            self._on_exit(fresh)
-        await old.end()
+            self._end_soon(spare)
+
+    def _end_soon(self, runner: Runner) -> None:
+        """End a runner in the background; stop() waits for it."""
+        task = asyncio.get_running_loop().create_task(runner.end(), name=f"end of a runner of {self.spec.name}")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
 
     async def _judge(self, ending: Ending, pid: int, lost: list[list[Work]]) -> None:
         """Write the death down, quarantine a row that was alone twice, and put the others up for another try."""

@@ -19,6 +19,10 @@ USAGE_S: Final = 1.0
 """Time constant of the decayed CPU usage by which a light model is told from a heavy one."""
 PATIENCE_S: Final = 0.1
 """A batch that is next, but wants more tokens than ever come free together, goes after this long all the same."""
+IDLE_S: Final = 0.1
+"""Between two batches of a busy model less than this passes; one that paused longer starts at the current virtual time."""
+CREDIT_S: Final = 0.1
+"""The most CPU time that a model may be behind its share and still get it back."""
 _RECOUNT_S: Final = 0.05
 
 
@@ -44,9 +48,9 @@ class Account:
         """Tokens for one batch of `threads` threads that will use about `expected_s` CPU seconds; 0: wait, wake() will be called."""
         return self._ledger.take(self, threads, expected_s, monotonic())
 
-    def give(self, tokens: int, expected_s: float, cpu_s: float) -> None:
-        """The batch is done: return its tokens and pay what it really used."""
-        self._ledger.give(self, tokens, expected_s, cpu_s, monotonic())
+    def give(self, tokens: int, expected_s: float, cpu_s: float, wants: int = 0) -> None:
+        """The batch is done: return its tokens, pay what it really used, and compete for `wants` more threads at once."""
+        self._ledger.give(self, tokens, expected_s, cpu_s, monotonic(), wants)
 
     def withdraw(self) -> None:
         """Nothing is queued any more: stop waiting, and let the next one by."""
@@ -90,9 +94,9 @@ class CoreLedger:
 
     def take(self, account: Account, threads: int, expected_s: float, now: float) -> int:
         tokens = min(max(1, threads), self.cores)
+        was_idle = not account.running and not account.wanted and now - account.seen_at > IDLE_S
+        account.vtime = max(account.vtime, self._vtime - (0.0 if was_idle else CREDIT_S))
         self._see(account, now)
-        if not account.running and not account.wanted:
-            account.vtime = max(account.vtime, self._vtime)
         if not self._may(account, tokens, now):
             if not account.wanted:
                 account.waits_since = now
@@ -105,7 +109,7 @@ class CoreLedger:
         account.vtime += expected_s / account.weight
         return tokens
 
-    def give(self, account: Account, tokens: int, expected_s: float, cpu_s: float, now: float) -> None:
+    def give(self, account: Account, tokens: int, expected_s: float, cpu_s: float, now: float, wants: int = 0) -> None:
         if account.running < tokens:  # closed meanwhile: its tokens are back already
             return
         account.running -= tokens
@@ -113,6 +117,8 @@ class CoreLedger:
         account.vtime += (cpu_s - expected_s) / account.weight
         account.pay(cpu_s, now)
         self._see(account, now)
+        if wants and not account.wanted:
+            account.wanted, account.waits_since = min(wants, self.cores), now
         self._wake_next(now)
 
     def withdraw(self, account: Account, now: float) -> None:
@@ -141,7 +147,7 @@ class CoreLedger:
             return self._first_waiting() is account
         if self.running + tokens <= self.cores:
             return not any(other.wanted and other.vtime < account.vtime for other in recent if other is not account)
-        share = self.cores / len(recent)
+        share = self.cores * account.weight / sum([other.weight for other in recent])
         return (
             account.running + tokens <= max(1.0, share)
             and self.running + tokens <= 2 * self.cores

@@ -5,6 +5,7 @@ It judges nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Final
@@ -80,3 +81,9 @@ def oom_kills() -> int:
     if position < 0:
         return 0
     return int(text[position + 10 :].split(b"\n", 1)[0])
+
+
+def set_oom_score(pid: int, adjustment: int) -> None:
+    """Best effort: without privileges the kernel lets it only rise (proc(5), oom_score_adj)."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write(str(adjustment))

@@ -23,6 +23,7 @@ import orjson
 
 from app.domain import BYTES
 from app.errors import HoneError, ModelRejected, Unsupported
+from app.serving import procfs
 from app.serving.runner_loop import MESSAGE_BYTES, Instance, Model, Named, cleaned, is_memory
 from app.serving.runner_tensors import DTYPES, Array
 from app.serving.runner_torch import TorchModel
@@ -65,12 +66,13 @@ class OnnxModel:
         self._types = known
         self._half = {i.name for i in self._session.get_inputs() if i.type == "tensor(bfloat16)"}
         self._plain = not self._half and "BF16" not in self._types.values()
+        self._shrink: Any = None
 
     def _options(self, settings: dict[str, Any], signature: dict[str, Any]) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = max(1, settings["intra_op_threads"])
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would log it also raises, and any client can make a model raise
         options.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[settings["graph_level"]])
         spin_us = settings["spin_duration_us"]
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
@@ -78,21 +80,20 @@ class OnnxModel:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         if any(-1 in spec["shape"][1:] for spec in signature["inputs"]):
-            # Case 51 (many shapes): patterns and the arena keep the largest of everything they ever saw.
-            options.enable_mem_pattern = False
-            options.enable_cpu_mem_arena = False
+            options.enable_mem_pattern = False  # a pattern per shape ever seen would be kept (case 51)
         for key, value in settings["session_options"]:
             options.add_session_config_entry(key, value)
         return options
 
     def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
         names = self._outputs if outputs is None else list(outputs)
+        options, self._shrink = self._shrink, None
         if self._plain:
-            values = self._session.run(names, feeds)
+            values = self._session.run(names, feeds, options)
             return [(name, self._types[name], _array(name, value)) for name, value in zip(names, values, strict=True)]
-        return self._run_half(names, feeds)
+        return self._run_half(names, feeds, options)
 
-    def _run_half(self, names: list[str], feeds: dict[str, Array]) -> list[Named]:
+    def _run_half(self, names: list[str], feeds: dict[str, Array], options: Any) -> list[Named]:
         """BF16 is no numpy type: it goes in as OrtValue over uint16 and comes out as memory at an address."""
         value_of = self._ort.OrtValue
         given = {
@@ -101,8 +102,14 @@ class OnnxModel:
             else value_of.ortvalue_from_numpy(array)
             for name, array in feeds.items()
         }
-        results = self._session.run_with_ort_values(names, given)
+        results = self._session.run_with_ort_values(names, given, options)
         return [(name, self._types[name], _half_array(value)) for name, value in zip(names, results, strict=True)]
+
+    def trim(self) -> None:
+        """The next run gives back what the arena does not need: shapes that vary leave it at the size of the largest (case 51)."""
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._shrink = options
 
 
 def _array(name: str, value: Any) -> Array:
@@ -177,7 +184,8 @@ def _control(control: socket.socket) -> None:
                 instance = Instance(model, socket.socket(fileno=fds[0]), fds[1], own_clock)
                 thread = threading.Thread(target=_serve, args=(instance, control, order["id"]), daemon=True)
                 thread.start()
-            case "trim":
+            case "trim" if model is not None:
+                model.trim()
                 _trim()
             case "stop":
                 return
@@ -243,8 +251,7 @@ def _name_and_bound(spec: dict[str, Any]) -> None:
     """
     with open("/proc/self/comm", "w") as comm:
         comm.write("hone-runner")
-    with open("/proc/self/oom_score_adj", "w") as adj:
-        adj.write(str(spec["oom_score_adj"]))
+    procfs.set_oom_score(os.getpid(), spec["oom_score_adj"])
     if limit := spec["memory_limit_bytes"]:
         with open("/proc/self/statm") as statm:
             mapped = int(statm.read().split()[5]) * resource.getpagesize()

@@ -33,6 +33,9 @@ class Model(Protocol):
     def run(self, outputs: Sequence[str] | None, feeds: dict[str, Array]) -> list[Named]:
         """All or the named outputs as (name, datatype, array)."""
 
+    def trim(self) -> None:
+        """Give back memory that earlier, larger runs needed."""
+
 
 @dataclass(slots=True)
 class Call:
@@ -126,7 +129,11 @@ def _waited(fd: int) -> int:
     return int(os.pread(fd, 96, 0).split()[1])
 
 
-_SOURCE = re.compile(r"(?:\S*[/\\])?[\w.]+\.(?:cc|h|cpp|hpp):\d+ (?:[^\n]*?\) (?:const )?(?:\[[^\]]*\] ?)?|\w+ |operator\(\)\S* )?")
+_SOURCE = re.compile(
+    r"(?:/[\w.@+~/-]+/)?[\w.]+\.(?:cc|h|cpp|hpp):\d+ "
+    r"(?:(?:[\w:<>*&~,]+ )*[\w:~<>]*::[\w~<>]+\([^\n]*?\)(?: const)?(?: \[with [^\]]*\])? |operator\(\) |\w+ )?"
+)
+"""A place in the runtime's source and the function there, as its messages quote them."""
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _PATH = re.compile(r"(?<![\w.])/(?:[\w.@+~-]+/)+")
 

@@ -40,6 +40,9 @@ class TorchModel:
         wanted = None if outputs is None else set(outputs)
         return [(n, t, self._back(named[n])) for n, t in self._outputs if wanted is None or n in wanted]
 
+    def trim(self) -> None:
+        """Nothing: torch frees as it goes on the CPU."""
+
     def _tensor(self, array: Array, datatype: str) -> Any:
         if datatype == BYTES:
             raise InvalidRequest("PyTorch models take no BYTES inputs")

@@ -1,0 +1,297 @@
+"""Core tokens: who runs, who waits, and that one model's flood is not another's drought."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, perf_counter
+
+import numpy as np
+import pytest
+
+from app.domain import RuntimeSettings
+from app.serving.engine import Engine, RunnerSpec
+from app.serving.forkserver import ForkServer
+from app.serving.ledger import PATIENCE_S, RECENT_S, Account, CoreLedger
+from tests import models
+from tests.engines import anyio_backend, forkserver, request
+
+__all__ = ["anyio_backend", "forkserver"]
+
+
+def nobody() -> None:
+    """A wake-up call for an account that is driven by hand."""
+
+
+def take(ledger: CoreLedger, account: Account, threads: int = 1, now: float = 100.0, expected_s: float = 0.01) -> int:
+    return ledger.take(account, threads, expected_s, now)
+
+
+def test_a_batch_takes_as_many_tokens_as_threads_but_never_more_than_there_are_cores() -> None:
+    ledger = CoreLedger(2)
+    account = ledger.join("a", nobody)
+    assert take(ledger, account, threads=8) == 2
+    ledger.give(account, 2, 0.01, 0.01, 100.0)
+    assert ledger.running == 0
+
+
+def test_a_model_alone_runs_as_many_batches_as_it_has_instances() -> None:
+    ledger = CoreLedger(2)
+    account = ledger.join("a", nobody)
+    assert [take(ledger, account) for _ in range(5)] == [1] * 5
+
+
+def heavy_and(ledger: CoreLedger, now: float = 100.0) -> Account:
+    """An account that has used both cores for seconds and still holds them."""
+    heavy = ledger.join("heavy", nobody)
+    for step in range(40):
+        take(ledger, heavy, now=now - 4 + step / 10)
+        ledger.give(heavy, 1, 0.01, 0.2, now - 4 + step / 10)
+    take(ledger, heavy, now=now)
+    take(ledger, heavy, now=now)
+    return heavy
+
+
+def test_a_light_model_need_not_wait_for_a_heavy_ones_batch() -> None:
+    ledger = CoreLedger(2)
+    heavy = heavy_and(ledger)
+    light = ledger.join("light", nobody)
+    assert take(ledger, light) == 1
+    assert take(ledger, light) == 0, "one batch beyond the tokens, not more"
+    assert take(ledger, heavy) == 0, "and none for the heavy one"
+
+
+def test_of_two_heavy_models_the_one_that_has_used_less_is_next() -> None:
+    ledger = CoreLedger(1)
+    woken: list[str] = []
+    accounts = {name: ledger.join(name, lambda name=name: woken.append(name)) for name in "abc"}  # type: ignore[misc]
+    now = 100.0
+    for name, used in (("a", 3.0), ("b", 1.0), ("c", 2.0)):
+        assert take(ledger, accounts[name], now=now)
+        ledger.give(accounts[name], 1, 0.01, used, now)
+    busy = ledger.join("busy", nobody)
+    assert take(ledger, busy, now=now)
+    woken.clear()
+    assert [take(ledger, accounts[name], now=now) for name in "abc"] == [0, 0, 0]
+    ledger.give(busy, 1, 0.01, 0.01, now)
+    assert woken == ["b"]
+
+
+def test_one_that_returns_from_idleness_has_saved_up_no_credit() -> None:
+    ledger = CoreLedger(1)
+    sleeper, worker = ledger.join("sleeper", nobody), ledger.join("worker", nobody)
+    for step in range(50):
+        take(ledger, worker, now=100.0 + step)
+        ledger.give(worker, 1, 0.01, 1.0, 100.0 + step)
+    take(ledger, sleeper, now=150.0)
+    assert sleeper.vtime >= worker.vtime - 1.1
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_a_weight_of_two_is_twice_the_cpu_time(weight: float) -> None:
+    simulation = Simulation(cores=1)
+    simulation.add("a", cost_s=0.010, weight=weight)
+    simulation.add("b", cost_s=0.003)
+    simulation.run(30.0)
+    assert simulation.used["a"] / simulation.used["b"] == pytest.approx(weight, rel=0.15)
+
+
+def test_a_batch_of_all_cores_is_not_starved_by_batches_of_one() -> None:
+    simulation = Simulation(cores=2)
+    simulation.add("wide", cost_s=0.010, threads=2)
+    for name in ("b", "c", "d"):
+        simulation.add(name, cost_s=0.004, instances=2)
+    simulation.run(20.0)
+    assert simulation.batches["wide"] > 100
+    assert simulation.used["wide"] > 0.5 * simulation.used["b"]
+
+
+def test_more_threads_than_cores_do_not_deadlock() -> None:
+    simulation = Simulation(cores=2)
+    simulation.add("a", cost_s=0.010, threads=16)
+    simulation.add("b", cost_s=0.010, threads=3)
+    simulation.run(5.0)
+    assert min(simulation.batches.values()) > 50
+
+
+def test_one_that_withdraws_or_closes_lets_the_next_one_by() -> None:
+    ledger = CoreLedger(2)
+    woken: list[str] = []
+    holder = heavy_and(ledger)
+    wide = ledger.join("wide", nobody)
+    wide.pay(9.0, 100.0)
+    narrow = ledger.join("narrow", lambda: woken.append("narrow"))
+    narrow.pay(9.0, 100.0)
+    narrow.vtime = wide.vtime + 5
+    assert take(ledger, wide, threads=2) == 0
+    assert take(ledger, narrow) == 0
+    ledger.give(holder, 1, 0.01, 0.01, 100.0)
+    assert woken == [], "a token is kept for the wide one, which is next"
+    wide.vtime = 0.0
+    ledger.withdraw(wide, 100.0)
+    assert woken == ["narrow"]
+    ledger.close(holder, 100.0)
+    assert ledger.running == 0
+
+
+def test_waiting_is_bounded_for_the_one_that_is_next() -> None:
+    ledger = CoreLedger(1)
+    heavy_and(ledger)
+    patient = ledger.join("patient", nobody)
+    patient.pay(9.0, 100.0)
+    assert take(ledger, patient) == 0
+    assert take(ledger, patient, now=100.0 + PATIENCE_S * 2) in {0, 1}
+
+
+def test_company_is_forgotten_after_a_while() -> None:
+    ledger = CoreLedger(2)
+    one, other = ledger.join("one", nobody), ledger.join("other", nobody)
+    take(ledger, one, now=100.0)
+    assert not ledger.has_company(one, 100.0)
+    take(ledger, other, now=100.1)
+    ledger.give(other, 1, 0.0, 0.01, 100.2)
+    assert ledger.has_company(one, 100.3)
+    assert not ledger.has_company(one, 100.3 + RECENT_S)
+
+
+def test_alone_it_costs_next_to_nothing() -> None:
+    ledger = CoreLedger(2)
+    account = ledger.join("a", nobody)
+    others = [ledger.join(str(n), nobody) for n in range(50)]
+    began = perf_counter()
+    for _ in range(2000):
+        account.give(account.take(1, 0.001), 0.001, 0.001)
+    assert (perf_counter() - began) / 2000 < 100e-6
+    assert len(others) == 50
+
+
+@dataclass(eq=False)
+class Running:
+    account: Account
+    tokens: int
+    cost_s: float
+    left_s: float
+
+
+@dataclass
+class Simulation:
+    """Models that always have work, on a clock of its own: what the ledger grants shares the cores as a kernel would share them."""
+
+    cores: int
+    now: float = 1000.0
+    used: dict[str, float] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ledger = CoreLedger(self.cores)
+        self.running: list[Running] = []
+        self.free: dict[str, int] = {}
+        self.starters: dict[str, tuple[Account, int, float]] = {}
+
+    def add(self, name: str, cost_s: float, threads: int = 1, instances: int = 1, weight: float = 1.0) -> None:
+        account = self.ledger.join(name, lambda: self.start(name), weight)
+        self.starters[name] = (account, threads, cost_s)
+        self.free[name] = instances
+        self.used[name] = 0.0
+        self.batches[name] = 0
+
+    def start(self, name: str) -> None:
+        account, threads, cost_s = self.starters[name]
+        while self.free[name]:
+            tokens = self.ledger.take(account, threads, cost_s, self.now)
+            if not tokens:
+                return
+            self.free[name] -= 1
+            self.running.append(Running(account, tokens, cost_s, cost_s))
+        self.ledger.withdraw(account, self.now)
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        for name in self.starters:
+            self.start(name)
+        while self.now < end:
+            assert self.running, "everybody waits: a deadlock"
+            rate = min(1.0, self.cores / sum(batch.tokens for batch in self.running))
+            first = min(self.running, key=lambda batch: batch.left_s)
+            passed = first.left_s
+            self.now += passed / rate
+            for batch in self.running:
+                batch.left_s -= passed
+            self.running.remove(first)
+            name = first.account.name
+            self.used[name] += first.cost_s * first.tokens
+            self.batches[name] += 1
+            self.free[name] += 1
+            self.ledger.give(first.account, first.tokens, first.cost_s, first.cost_s * first.tokens, self.now, first.tokens)
+            self.start(name)
+
+
+# ---- with real models -----------------------------------------------------------------------------------------------
+
+IMAGE = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+
+
+async def open_loop(engine: Engine, rate: float, seconds: float) -> list[float]:
+    """Latencies in seconds under random arrivals, counted from the intended start."""
+    rng = random.Random(7)
+    tasks: list[asyncio.Task[float]] = []
+    at = monotonic()
+    end = at + seconds
+
+    async def one(intended: float) -> float:
+        await engine.infer(request(x=IMAGE))
+        return monotonic() - intended
+
+    while at < end:
+        at += rng.expovariate(rate)
+        await asyncio.sleep(max(0.0, at - monotonic()))
+        tasks.append(asyncio.create_task(one(at)))
+    return sorted(await asyncio.gather(*tasks))
+
+
+@pytest.mark.anyio
+async def test_one_model_s_flood_leaves_anothers_tail_alone(forkserver: ForkServer, tmp_path: Path) -> None:
+    """One model at full flood, another at a fifth of a core: its tail beside the flood against its tail alone, in turns.
+
+    The product's bound is 2 ×, measured on a quiet machine by the benchmark; here neighbours may be busy too, so the best of a few
+    paired rounds is held to 3 ×. Without the ledger the light model waits for eight-row batches on every core.
+    """
+    path = models.resnetish_cnn(tmp_path / "m.onnx", width=32, blocks=3)
+    ledger = CoreLedger(2)
+    signature = models.signature_of(path)
+    flooded_settings = RuntimeSettings(instances=2, batch_limit=8, queue_limit=1000)
+    flooded = await Engine.start(
+        RunnerSpec("flooded", "1", 1, str(path), signature, flooded_settings), forkserver=forkserver, ledger=ledger
+    )
+    light = await Engine.start(RunnerSpec("light", "1", 1, str(path), signature, RuntimeSettings()), forkserver=forkserver, ledger=ledger)
+    warm = await open_loop(light, 20, 1.0)
+    rate = min(100.0, 0.2 / max(warm[len(warm) // 2], 1e-4))
+    ratios = []
+    for _ in range(4):
+        await asyncio.sleep(RECENT_S)
+        alone = await open_loop(light, rate, 2.0)
+        stop = asyncio.Event()
+
+        async def flood(stop: asyncio.Event) -> int:
+            count = 0
+            while not stop.is_set():
+                await flooded.infer(request(x=IMAGE))
+                count += 1
+            return count
+
+        floods = [asyncio.create_task(flood(stop)) for _ in range(48)]
+        await asyncio.sleep(0.3)
+        beside = await open_loop(light, rate, 2.0)
+        stop.set()
+        served = sum(await asyncio.gather(*floods))
+        tails = [latencies[int(len(latencies) * 0.95)] for latencies in (alone, beside)]
+        ratios.append(tails[1] / tails[0])
+        print(
+            f"alone {tails[0] * 1e3:.2f} ms, beside {tails[1] * 1e3:.2f} ms, ratio {ratios[-1]:.2f}; the flood was served {served / 2.3:.0f}/s"
+        )
+        assert served > 0
+    await flooded.stop()
+    await light.stop()
+    assert min(ratios) < 3.0, ratios
