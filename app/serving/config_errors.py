@@ -62,7 +62,7 @@ def _problem(found: ErrorDetails, document: Document, schema: type[BaseModel]) -
     if kind == "missing":
         return f"{where}: {name} is missing; {dotted(key[:-1]) or 'model.yaml'} needs it"
     if kind == "literal_error" or kind == "enum":
-        choices = [c for c in str(found["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")]
+        choices = str(found["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         return f"{where}: {name} = {_shown(value)} must be {' or '.join(choices)}{_nearest(str(value), choices)}"
     if kind in _EXPECTED:
         return f"{where}: {name} = {_shown(value)} must be {_EXPECTED[kind]}, not {_kind(value)}{_remedy(kind, value)}"
