@@ -154,7 +154,7 @@ def judge(
     common: dict[str, Any] = {"samples": rows, "floor": floor.floor, "outputs": numbers, "worst": worst, "secondary_below": below}
     if floor.metric in {"agreement", "accuracy"}:
         return _classes(golden[name], candidate[name], floor, labels, class_axis, common)
-    per_row = cosines(golden[name], candidate[name]) if floor.metric == "cosine" else sqnrs(golden[name], candidate[name])
+    per_row = closeness(golden[name], candidate[name], floor.metric)
     low, high = mean_bounds(per_row)
     high = min(high, 1.0) if floor.metric == "cosine" else high
     value = float(per_row.mean()) if len(per_row) else 0.0
@@ -193,6 +193,14 @@ def divergence(golden: NDArray[Any], candidate: NDArray[Any], axis: int = -1) ->
     terms = np.where(p > 0, p * (np.log(np.maximum(p, 1e-30)) - np.log(np.maximum(q, 1e-12))), 0.0)
     per_place = np.maximum(terms.sum(axis=axis), 0.0)
     return np.asarray(per_place.reshape(len(golden), -1).mean(axis=1), dtype=np.float64)
+
+
+def closeness(golden: NDArray[Any], candidate: NDArray[Any], metric: str) -> NDArray[np.float64]:
+    """Cosine or SQNR of each row. Texts have neither: a row of them is right in the share of its elements that are equal."""
+    if golden.dtype.kind in "fiub":
+        return cosines(golden, candidate) if metric == "cosine" else sqnrs(golden, candidate)
+    equal = (golden.astype(str) == candidate.astype(str)).reshape(len(golden), -1).mean(axis=1)
+    return np.asarray(equal if metric == "cosine" else np.where(equal == 1, SQNR_CAP_DB, 0.0), dtype=np.float64)
 
 
 def cosines(golden: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:

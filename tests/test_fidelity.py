@@ -117,6 +117,14 @@ def test_scores_become_classes_as_their_form_says() -> None:
     assert predicted(np.array(["cat", "dog", "cat"], object)).tolist() == [0, 1, 0]
 
 
+def test_texts_are_equal_or_not() -> None:
+    golden = np.array([["a", "b"]] * 400, dtype=object)
+    candidate = golden.copy()
+    candidate[:100, 1] = "c"
+    assert judge({"y": golden}, {"y": golden.copy()}, Floor("cosine", 0.999)).met is Met.MET
+    assert judge({"y": golden}, {"y": candidate}, Floor("cosine", 0.999)).value == pytest.approx(0.875)
+
+
 def test_more_non_finite_values_than_golden_are_an_objection_and_equal_ones_are_not() -> None:
     golden = np.ones((400, 20), np.float32)
     golden[0, 0] = np.nan
