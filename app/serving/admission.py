@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from app.domain import JSON, ModelState, RuntimeSettings, Signature, TensorSpec
 from app.errors import HoneError, InsufficientStorage, ModelRejected, NotFound, NotReady
+from app.serving import durable
 from app.serving.cards import BuiltCard, Card, Cards, GoldenCard, Proof, RowsProof, card_files
 from app.serving.model_config import ModelConfig
 from app.serving.model_files import ModelFile
@@ -88,18 +89,16 @@ class Admission:
         config = found.config or ModelConfig()
         reader = await self.sample_reader(found, admitted)
         samples = await asyncio.to_thread(reference_inputs, config.samples, reader)
-        folder = await asyncio.to_thread(self._scratch, found.name)
-        try:
+        with durable.temporary_folder(self._state.scratch, 0o700) as folder:
             await asyncio.to_thread(samples.save, folder / "samples.npz")
             outputs = await self._golden_outputs(admitted, folder, samples.stacked)
             return await asyncio.to_thread(references.freeze, samples, outputs, admitted.golden_sha256, self._host_class)
-        finally:
-            await asyncio.to_thread(_remove, folder)
 
     async def sample_reader(self, found: FoundModel, admitted: Admitted) -> SampleReader:
         processor = await self.processor(found, admitted)
         return SampleReader(
-            found.folder, admitted.signature, self._repository.policy, self._state.captured(found.name), processor, self._repository.factories
+            found.folder, admitted.signature, self._repository.policy, self._state.captured(found.name), processor, self._repository.factories,
+            row_shapes=admitted.card.facts.get("row_shapes") if isinstance(admitted.card, GoldenCard) else None,
         )  # fmt: skip
 
     # ---- golden
@@ -181,12 +180,6 @@ class Admission:
             return None
         return reference if reference is not None and reference.meta.golden_sha256 == golden_sha256 else None
 
-    def _scratch(self, model: str) -> Path:
-        import tempfile
-
-        self._state.scratch.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"reference-{model}-", dir=self._state.scratch))
-
     # ---- built versions
     async def _built(self, found: FoundModel, want: ModelState, version: str) -> Admitted:
         card = await asyncio.to_thread(self._cards.card, found.name, version)
@@ -257,9 +250,3 @@ def rows_by_word(proven: RowsProof, signature: Signature, config: ModelConfig) -
     if not all(spec.shape and spec.shape[0] == -1 for spec in (*signature.inputs, *signature.outputs)):
         return proven
     return RowsProof(True, "stated by the owner in model.yaml (rows: independent)", True)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -208,7 +208,7 @@ class ModelReconciler:
         slot = self.slot
         slot.processor = await self._admission.processor(found, admitted)
         classifies = slot.config.task == "classification"
-        await asyncio.to_thread(slot.reservoir.configure, slot.config.capture, admitted.signature, classifies)
+        await asyncio.to_thread(slot.reservoir.configure, slot.config.capture, admitted.signature, classifies, admitted.golden_sha256)
         self._prepared = (admitted.golden_sha256, slot.config)
 
     def _swap(self, new: Loaded, want: ModelState, took_s: float) -> None:
