@@ -69,8 +69,8 @@ def _samples(arguments: argparse.Namespace) -> models.Floats | None:
         return None
     from optimizers.samples import Samples
 
-    loaded: models.Floats = next(iter(Samples.load(arguments.samples).inputs.values()))
-    return loaded[:256]
+    (values,) = Samples.load(arguments.samples).inputs.values()
+    return values[:256].astype("float32")
 
 
 def _say(text: str) -> None:

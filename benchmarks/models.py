@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from app.demo import SHIPPED
+from optimizers.host import cpu_budget
 
 DEMO: Final = SHIPPED / "repository" / "digits"
 Floats = NDArray[np.float32]
@@ -120,16 +121,23 @@ def copied(source: Path, repository: Path, name: str) -> BenchModel:
     return described(name, path)
 
 
+def demo(repository: Path) -> BenchModel:
+    """The demo's model with its model.yaml and samples, as `hone demo` serves it."""
+    shutil.copytree(DEMO, repository / DEMO.name)
+    return described(DEMO.name, repository / DEMO.name / "1" / "model.onnx")
+
+
 def quantized(model: BenchModel, repository: Path, samples: Floats | None = None) -> BenchModel:
     """The same model in int8, in the form that this host computes rightly. Made-up samples do for a benchmark of speed."""
     from optimizers.artifact import Artifact
-    from optimizers.base import Budget
-    from optimizers.catalogue import parse_recipe, run_recipe
+    from optimizers.base import Budget, optimize
+    from optimizers.catalogue import parse_recipe
     from optimizers.samples import Samples
 
     name = f"{model.name}-int8"
     rows = model.rows(64, seed=9) if samples is None else samples
-    built = run_recipe(Artifact(model.path), parse_recipe(["int8-static"]), Samples({model.input: rows}), Budget())
+    (config,) = parse_recipe(["int8-static"])
+    built = optimize(Artifact(model.path), config, Samples({model.input: rows}), Budget(threads=cpu_budget().cores))
     path = _place(repository, name)
     shutil.copyfile(built.path, path)
     return described(name, path)
@@ -152,3 +160,35 @@ def _place(repository: Path, name: str) -> Path:
 def _numbers(values: Any) -> list[float]:
     """Numbers as a client writes them: short."""
     return [float(f"{value:.4f}") for value in values]
+
+
+def shifted(model: BenchModel, repository: Path, version: str, by: float) -> BenchModel:
+    """The same model as another version of the same name, whose outputs are all `by` larger: nobody can mistake whose answer one is."""
+    built = onnx.load(model.path)
+    graph, (output,) = built.graph, [o for o in built.graph.output if o.name == model.output]
+    for node in graph.node:
+        node.output[:] = [f"{name}.unshifted" if name == model.output else name for name in node.output]
+    graph.initializer.append(numpy_helper.from_array(np.array(by, np.float32), "shift"))
+    graph.node.append(helper.make_node("Add", [f"{output.name}.unshifted", "shift"], [output.name]))
+    path = repository / model.name / version / "model.onnx"
+    path.parent.mkdir(parents=True)
+    onnx.save(built, path)
+    return described(model.name, path)
+
+
+def heavy(repository: Path, name: str, megabytes: int = 45) -> BenchModel:
+    """Weights of this size in three layers: what loading costs."""
+    width = int((megabytes * 1e6 / 4 / 3) ** 0.5)
+    rng = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(rng.standard_normal((width, width), np.float32) * width**-0.5, f"w{i}") for i in range(3)]
+    nodes = [helper.make_node("MatMul", ["x" if i == 0 else f"h{i}", f"w{i}"], ["y" if i == 2 else f"h{i + 1}"]) for i in range(3)]
+    graph = helper.make_graph(
+        nodes,
+        name,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", width])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", width])],
+        weights,
+    )
+    path = _place(repository, name)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    return described(name, path)

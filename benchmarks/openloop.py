@@ -7,6 +7,7 @@ of its own: `run_apart`. Start times are Poisson, from a seed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -20,20 +21,23 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_CONNECTIONS: Final = 512
 LOST: Final = 0
 """Status of a request whose connection broke or that was not answered within the patience."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to send: `requests` (whole, as bytes) in turn, `rate` a second on average for `seconds`. `keep` stores bodies and versions."""
+    """What to send: `requests` (whole, as bytes) in turn, `rate` a second on average for `seconds`. `keep` stores bodies.
+
+    All `connections` are opened first, so that the server's open files stay level; a request that finds none free waits, its clock running.
+    """
 
     host: str
     port: int
     requests: list[bytes]
     rate: float
     seconds: float
+    connections: int = 256
     keep: bool = False
     seed: int = 0
     patience_s: float = 30.0
@@ -82,7 +86,7 @@ class Running:
         self._folder = tempfile.TemporaryDirectory(prefix="hone-open-")
         folder = Path(self._folder.name)
         np.savez(folder / "requests.npz", *[np.frombuffer(request, np.uint8) for request in plan.requests])
-        settings = {name: getattr(plan, name) for name in ("host", "port", "rate", "seconds", "keep", "seed", "patience_s")}
+        settings = {name: getattr(plan, name) for name in ("host", "port", "rate", "seconds", "connections", "keep", "seed", "patience_s")}
         (folder / "plan.json").write_text(json.dumps(settings))
         self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.openloop", str(folder)])
 
@@ -159,17 +163,16 @@ class _Client:
         self._open = 0
         self._waiting: deque[int] = deque()
         self._done = 0
-        self._sent = 0
+        self._sent = -1
         self.latency = np.full(count, np.nan)
         self.status = np.zeros(count, np.int16)
         self.version: list[bytes] = [b""] * count
         self.body: list[bytes] = [b""] * (count if plan.keep else 0)
         self._connecting: set[asyncio.Task[None]] = set()
+        self._all_done = asyncio.Event()
 
     async def run(self) -> Seen:
-        loop = asyncio.get_running_loop()
-        for _ in range(8):
-            await self._connect()
+        await asyncio.gather(*(self._connect() for _ in range(self._plan.connections)))
         began = monotonic() + 0.05
         self._starts = [began + start for start in self._starts]
         count, number = len(self._starts), 0
@@ -184,9 +187,9 @@ class _Client:
             if number % 64 == 0 and self._stop.exists():
                 break
         self._sent = number
-        until = loop.time() + self._plan.patience_s
-        while self._done < number and loop.time() < until:
-            await asyncio.sleep(0.01)
+        if self._done < number:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._all_done.wait(), self._plan.patience_s)
         return self._seen(number)
 
     def _seen(self, count: int) -> Seen:
@@ -201,7 +204,7 @@ class _Client:
             self._idle.pop().send(number, self._plan.requests[number % len(self._plan.requests)])
             return
         self._waiting.append(number)
-        if self._open + len(self._connecting) < MOST_CONNECTIONS:
+        if self._open + len(self._connecting) < self._plan.connections:
             task = asyncio.get_running_loop().create_task(self._connect())
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
@@ -244,6 +247,8 @@ class _Client:
         self.latency[number] = monotonic() - self._starts[number]
         self.status[number] = status
         self._done += 1
+        if self._done == self._sent:
+            self._all_done.set()
 
 
 def _main(folder: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 HOST: Final = "127.0.0.1"
 
@@ -67,7 +67,7 @@ class ServerUnderTest:
                 self.process.kill()
                 self.process.wait()
 
-    def __enter__(self) -> ServerUnderTest:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -97,7 +97,7 @@ class ModelBench:
             singles = self._limit.sweep(single_layouts(cores), self._effort.sweep_s)
             many = self._limit.sweep(many_layouts(cores), self._effort.sweep_s)
             self._say(f"{self._model.name}: best single call {singles[0]}; best of many {many[0]}")
-            found = {"single": str(singles[0]), "many": str(many[0]), "closed": [], "open": []}
+            found: dict[str, Any] = {"single": str(singles[0]), "many": str(many[0]), "closed": [], "open": []}
             for kind in self._own:
                 for connections in CONNECTIONS:
                     found["closed"].append(self._closed(kind, connections, singles if connections == 1 else many))
@@ -123,7 +123,7 @@ class ModelBench:
         for number in range(effort.rounds):
             for turn in rotated(turns, number):
                 turn()
-        row = {
+        row: dict[str, Any] = {
             "body": kind, "connections": connections, "limit": limit.to_json(), "control": control.to_json(), "hone": hone.to_json(),
             "of_limit": ratios(hone.per_s, limit).to_json(), "of_control": ratios(hone.per_s, control.per_s).to_json(),
         }  # fmt: skip
