@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.domain import InferenceRequest, InferenceResult, Tensor
 from app.errors import InvalidRequest
-from app.serving.batcher import Planner, Queue, Work, check_sizes, gather, key_of, split, wanted
+from app.serving.batcher import Planner, Queue, Sizes, Work, gather, key_of, split, wanted
 from app.serving.rates import Rates
 from app.serving.shm import ALIGNMENT, Arena, read_all, write_all
 from tests.engines import request
@@ -228,10 +228,21 @@ def test_an_output_without_rows_cannot_be_cut(loop: asyncio.AbstractEventLoop) -
     assert split(batch[:1], [("p", "FP32", [], 0, 4, None)], bytes(4), 1) is not None
 
 
-def test_a_size_that_does_not_add_up_is_refused_before_it_shifts_its_neighbours() -> None:
-    with pytest.raises(InvalidRequest, match=r"'x': shape \[1, 3\] of FP32 takes 12 bytes, not 8"):
-        check_sizes([Tensor("x", "FP32", (1, 3), bytes(8))])
-    check_sizes([Tensor("x", "FP32", (1, 3), memoryview(floats(1, 3)))])
+@pytest.mark.parametrize("batchable", [True, False])
+def test_a_size_that_does_not_add_up_is_refused_before_it_shifts_its_neighbours(batchable: bool) -> None:
+    sizes = Sizes()
+
+    def check(data: Any) -> None:
+        inputs = [Tensor("x", "FP32", (2, 3), data), Tensor("t", "BYTES", (2,), bytes(11))]
+        key, rows, _ = key_of(inputs, batchable)
+        sizes.check(inputs, key, rows)
+
+    for _ in range(2):
+        check(bytes(24))
+        check(memoryview(floats(2, 3)))
+        for wrong in (bytes(8), bytes(28), bytearray(23), b""):
+            with pytest.raises(InvalidRequest, match=r"'x': shape \[2, 3\] of FP32 takes 24 bytes, not " + str(len(wrong))):
+                check(wrong)
 
 
 def test_memoryviews_with_large_items_are_measured_in_bytes(loop: asyncio.AbstractEventLoop) -> None:

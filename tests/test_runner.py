@@ -345,6 +345,43 @@ def ended(pid: int) -> bool:
         return True
 
 
+async def test_a_start_that_is_cancelled_leaves_no_process_and_no_descriptor(tmp_path: Path, forkserver: ForkServer) -> None:
+    path = models.endless(tmp_path / "m.onnx", turns=1 << 40)
+    spec = RunnerSpec("m", "1", 1, str(path), models.signature_of(path), RuntimeSettings())
+    ledger = CoreLedger(2)
+
+    async def given_up_after(seconds: float) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await Engine.start(spec, forkserver=forkserver, ledger=ledger)
+
+    await given_up_after(1.0)
+    before = len(os.listdir("/proc/self/fd"))
+    for seconds in (0.0, 0.0005, 0.002, 0.005, 0.01, 0.02, 0.1):
+        await given_up_after(seconds)
+    await until(lambda: not children_of(forkserver.pid))
+    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+async def test_a_runner_holds_nothing_of_its_siblings(start: Start, tmp_path: Path) -> None:
+    path = models.scaled(tmp_path / "m.onnx")
+    pids = [(await start(path)).pid for _ in range(3)]
+    for pid in pids[1:]:
+        held = [os.readlink(f"/proc/{pid}/fd/{fd}").split(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")]
+        assert held.count("socket") == 2, "its control socket and its one instance's"
+        assert held.count("/memfd") + sum("hone-arena" in name for name in held) <= 2
+        assert not any("pidfd" in name or "eventpoll" in name for name in held)
+
+
+async def test_cpu_time_is_shared_by_the_calls_that_run_at_once(start: Start, tmp_path: Path) -> None:
+    """With several threads a call's CPU time can only be read from the process: two at once must not both be charged for both."""
+    engine = await start(models.endless(tmp_path / "m.onnx"), intra_op_threads=2, instances=2)
+    call = {"x": np.ones(2, np.float32), "n": np.array([100_000])}
+    alone = (await engine.infer(request(**call))).cpu_s  # type: ignore[arg-type]
+    both = await asyncio.gather(*(engine.infer(request(**call)) for _ in range(2)))  # type: ignore[arg-type]
+    assert sum(result.cpu_s for result in both) < 3.2 * alone
+
+
 async def test_descriptors_are_level_over_a_hundred_starts_and_nothing_is_left(
     start: Start, tmp_path: Path, forkserver: ForkServer
 ) -> None:

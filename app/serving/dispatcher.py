@@ -18,8 +18,8 @@ import orjson
 
 from app.domain import BYTES, InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import CannotMeetDeadline, DeadlineExceeded, HoneError, InvalidRequest, ModelFailed, QueueFull
-from app.serving.batcher import Plan, Planner, Queue, Work, check_sizes, gather, key_of, split
-from app.serving.ledger import CoreLedger
+from app.serving.batcher import Plan, Planner, Queue, Sizes, Work, gather, key_of, split
+from app.serving.ledger import PATIENCE_S, CoreLedger
 from app.serving.rates import ENOUGH, STALE_S, Rates
 from app.serving.runners import Instance, Runner, RunnerSpec
 from app.serving.shm import read_all, write_all
@@ -79,6 +79,7 @@ class Dispatcher:
         self._spec = spec
         self._texts_out = any(output.datatype == BYTES for output in spec.signature.outputs)
         self._planner = Planner()
+        self._sizes = Sizes()
         self._observer = observer
         self._runner: Runner | None = None
         self._free: list[Instance] = []
@@ -91,6 +92,7 @@ class Dispatcher:
         self._pump_due = False
         self._expiry: asyncio.TimerHandle | None = None
         self._expires_at = 0.0
+        self._asking: asyncio.TimerHandle | None = None
         self._copies: set[asyncio.Task[None]] = set()
 
     # ---- requests come
@@ -100,8 +102,8 @@ class Dispatcher:
         now = monotonic()
         if self.queue.length >= self.settings.queue_limit:
             raise self._full()
-        check_sizes(request.inputs)
         key, rows, alone = key_of(request.inputs, self.batchable)
+        self._sizes.check(request.inputs, key, rows)
         work = Work(request, key, rows, alone, self._loop.create_future(), now)
         if work.deadline is not None:
             self._check_deadline(work, now)
@@ -190,10 +192,14 @@ class Dispatcher:
         self._account.withdraw()
         return sorted(lost, key=lambda batch: batch.sent_at)
 
-    def close(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
+    async def close(self) -> None:
+        """Stop for good; returns when no thread copies for it any more."""
+        for timer in (self._expiry, self._asking):
+            if timer is not None:
+                timer.cancel()
         self._account.close()
+        if self._copies:
+            await asyncio.wait(self._copies)
 
     def usual(self, batch: Batch) -> Usual:
         """What batches like this one took at worst."""
@@ -246,11 +252,21 @@ class Dispatcher:
             expected_s = self.rates.cpu_s(min(limit, self.queue.rows or 1))
             tokens = self._account.take(self.settings.intra_op_threads, expected_s)
             if not tokens:
+                self._ask_again_in(PATIENCE_S)
                 return
             self._solo = bool(self.suspects)
             work = [self.suspects.popleft()] if self.suspects else self.queue.take(limit)
             self._send(self._free.pop(), work, tokens, expected_s)
         self._account.withdraw()
+
+    def _ask_again_in(self, seconds: float) -> None:
+        """The ledger wakes who is next when tokens come free; where none do for long, patience has an end and somebody must ask."""
+        if self._asking is None:
+            self._asking = self._loop.call_later(seconds * 1.05, self._ask)
+
+    def _ask(self) -> None:
+        self._asking = None
+        self.pump()
 
     def _ready(self) -> bool:
         if self._held or self._solo or not self._free or self._busy >= self.settings.instances:

@@ -111,7 +111,7 @@ class Engine:
         try:
             engine._adopt(await Runner.start(spec, forkserver, engine._on_exit, timeout_s))
         except BaseException:
-            engine._dispatcher.close()
+            await engine._dispatcher.close()
             raise
         return engine
 
@@ -232,7 +232,7 @@ class Engine:
             for work in batch.work:
                 if not work.future.done():
                     work.future.set_exception(NotReady(f"{self.spec.name} was unloaded"))
-        self._dispatcher.close()
+        await self._dispatcher.close()
         if self._runner is not None:
             self._keep_cpu(self._runner)
             await self._runner.end()

@@ -22,6 +22,8 @@ def main(fd: int, *preload: str) -> NoReturn:
     """Import `preload`, then answer {"fork": n} with {"forked": n, "pid": p} and a pidfd, and say {"exited": p, "status": s} later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with open("/proc/self/comm", "w") as comm:
+        comm.write("hone-forkserver")
     for name in preload:
         with contextlib.suppress(ImportError):
             __import__(name)

@@ -10,7 +10,7 @@ from typing import Final
 from app.domain import InferenceRequest
 from app.serving.shm import size_of
 
-LARGE_BYTES: Final = 1 << 20
+LARGE_BYTES: Final = 128 << 10
 """More than this is hashed in a thread."""
 
 

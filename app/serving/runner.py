@@ -24,7 +24,7 @@ import orjson
 from app.domain import BYTES
 from app.errors import HoneError, ModelRejected, Unsupported
 from app.serving import procfs
-from app.serving.runner_loop import MESSAGE_BYTES, Instance, Model, Named, cleaned, is_memory
+from app.serving.runner_loop import MESSAGE_BYTES, Instance, Meter, Model, Named, cleaned, is_memory
 from app.serving.runner_tensors import DTYPES, Array
 from app.serving.runner_torch import TorchModel
 
@@ -50,10 +50,9 @@ class OnnxModel:
 
         self._ort = ort
         signature = spec["signature"]
+        options = self._options(spec["settings"], signature)
         try:
-            self._session = ort.InferenceSession(
-                spec["path"], self._options(spec["settings"], signature), providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(spec["path"], options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT raises a class of its own for each status code, sharing no base but Exception
             raise ModelRejected(f"ONNX Runtime refuses {os.path.basename(spec['path'])}: {cleaned(str(error))}") from error
         known = {output.name: _ONNX_TYPES.get(output.type, output.type) for output in self._session.get_outputs()}
@@ -73,13 +72,17 @@ class OnnxModel:
         options.intra_op_num_threads = max(1, settings["intra_op_threads"])
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # what it would log it also raises, and any client can make a model raise
-        options.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, _LEVELS[settings["graph_level"]])
+        level = _LEVELS.get(settings["graph_level"])
+        if level is None:
+            raise ModelRejected(f"graph_level {settings['graph_level']!r} is unknown; it is one of {', '.join(_LEVELS)}")
+        options.graph_optimization_level = getattr(self._ort.GraphOptimizationLevel, level)
         spin_us = settings["spin_duration_us"]
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
         if spin_us:
             options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-        if any(-1 in spec["shape"][1:] for spec in signature["inputs"]):
+        first = 1 if signature["batchable"] else 0
+        if any(-1 in spec["shape"][first:] for spec in signature["inputs"]):
             options.enable_mem_pattern = False  # a pattern per shape ever seen would be kept (case 51)
         for key, value in settings["session_options"]:
             options.add_session_config_entry(key, value)
@@ -168,7 +171,7 @@ def _end_with_server(lifeline_fd: int) -> None:
 
 def _control(control: socket.socket) -> None:
     model: Model | None = None
-    own_clock = True
+    meter = Meter(own_thread=True)
     while True:
         message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES * 16, _FDS)
         if not message:
@@ -178,10 +181,10 @@ def _control(control: socket.socket) -> None:
             case "open":
                 spec = orjson.loads(os.pread(fds[0], order["size"], 0))
                 os.close(fds[0])
-                own_clock = spec["settings"]["intra_op_threads"] <= 1 and spec["kind"] == "onnx"
+                meter = Meter(own_thread=spec["settings"]["intra_op_threads"] <= 1)
                 model = _opened(control, spec)
             case "instance" if model is not None:
-                instance = Instance(model, socket.socket(fileno=fds[0]), fds[1], own_clock)
+                instance = Instance(model, socket.socket(fileno=fds[0]), fds[1], meter)
                 thread = threading.Thread(target=_serve, args=(instance, control, order["id"]), daemon=True)
                 thread.start()
             case "trim" if model is not None:

@@ -48,30 +48,53 @@ class Call:
     rows: list[int] | None
 
 
+class Meter:
+    """CPU time of a call: the thread's own where it computes alone, else the process's, shared by the calls that run at once."""
+
+    def __init__(self, own_thread: bool) -> None:
+        self._own_thread = own_thread
+        self._running = 0
+
+    def start(self) -> tuple[int, int]:
+        if self._own_thread:
+            return time.thread_time_ns(), 1
+        self._running += 1
+        return time.process_time_ns(), self._running
+
+    def stop(self, began: tuple[int, int]) -> int:
+        at, sharers = began
+        if self._own_thread:
+            return time.thread_time_ns() - at
+        used = (time.process_time_ns() - at) * 2 // (sharers + self._running)
+        self._running -= 1
+        return used
+
+
 class Instance:
     """One thread's loop: read a description, compute, write outputs behind the inputs, answer."""
 
-    def __init__(self, model: Model, sock: socket.socket, arena: int, own_clock: bool) -> None:
+    def __init__(self, model: Model, sock: socket.socket, arena: int, meter: Meter) -> None:
         self._model = model
         self._sock = sock
         self._mapping = Mapping(arena)
         self._calls: dict[bytes, Call] = {}
-        self._clock = time.thread_time_ns if own_clock else time.process_time_ns
+        self._meter = meter
 
     def serve(self) -> None:
         """Answer batches until the server closes the socket."""
         waits = _open_waits()
+        outcome: tuple[Any, ...]
         buffer = bytearray(MESSAGE_BYTES)
         window = memoryview(buffer)
         while size := self._sock.recv_into(buffer):
-            wall, cpu, wait = time.perf_counter_ns(), self._clock(), _waited(waits)
+            wall, wait, cpu = time.perf_counter_ns(), _waited(waits), self._meter.start()
             try:
                 described, base, total = self._compute(bytes(window[:size]))
-                times = time.perf_counter_ns() - wall, self._clock() - cpu, _waited(waits) - wait
-                self._answer([0, *times, base, total, described], base + total)
+                outcome, failed, end = (base, total, described), 0, base + total
             except Exception as error:  # noqa: BLE001 - the loop's boundary: whatever a model raises is that batch's answer
-                times = time.perf_counter_ns() - wall, self._clock() - cpu, _waited(waits) - wait
-                self._answer([1, *times, *_explained(error)], 0)
+                outcome, failed, end = _explained(error), 1, 0
+            cpu_ns = self._meter.stop(cpu)
+            self._answer([failed, time.perf_counter_ns() - wall, cpu_ns, _waited(waits) - wait, *outcome], end)
         if waits >= 0:
             os.close(waits)
         os.close(self._mapping.fd)
