@@ -28,8 +28,9 @@ BINS: Final = 2048
 SHRINKINGS: Final = 100
 SLICE_BYTES: Final = 64 << 20
 """Activations held at once; a slice of samples, and of tensors, is cut to it (one tensor of one sample is the least)."""
-SEEN_PER_ROW: Final = 1 << 15
-"""Elements of one tensor of one sample that enter its histogram, evenly spaced; its minimum and maximum are always exact."""
+SEEN_PER_ROW: Final = 1 << 13
+SEEN_AT_LEAST: Final = 1 << 21
+"""Elements of one tensor that enter its histogram, per sample and over all of them, evenly spaced; minimum and maximum are always exact."""
 Tick = Callable[[str, float], None]
 Range = tuple[float, float]
 
@@ -58,9 +59,9 @@ class Statistics:
             self.average_low += averaging * (low - self.average_low)
             self.average_high += averaging * (high - self.average_high)
 
-    def count(self, rows: NDArray[Any]) -> None:
+    def count(self, rows: NDArray[Any], per_row: int) -> None:
         flat = rows.reshape(len(rows), -1)
-        step = max(1, flat.shape[1] // SEEN_PER_ROW)
+        step = max(1, flat.shape[1] // per_row)
         seen = flat[:, ::step]
         other = seen[seen != 0]
         self.zeros += seen.size - other.size
@@ -97,9 +98,10 @@ def calibrate(
             raise NotApplicable(f"the activations of {name!r} are not finite on the calibration samples")
         kept[name].extend(rows, how.averaging)
     if how.method in {"percentile", "entropy", "mse"}:
+        per_row = max(SEEN_PER_ROW, SEEN_AT_LEAST // len(samples))
         for share, name, rows in observed:
             tick("histograms", 0.5 + share / 2)
-            kept[name].count(rows)
+            kept[name].count(rows, per_row)
     return {name: choose_range(statistics, how) for name, statistics in kept.items()}
 
 

@@ -272,7 +272,7 @@ def test_cancelling_and_time_are_obeyed_in_calibration(tmp_path: Path) -> None:
 def statistics_of(values: NDArray[Any], averaging: float = 0.05) -> Statistics:
     kept = Statistics()
     kept.extend(values, averaging)
-    kept.count(values)
+    kept.count(values, 1 << 20)
     return kept
 
 
