@@ -106,6 +106,20 @@ def progress(job: JSON) -> str:
     return "  ".join(_clean(part) for part in parts if part)
 
 
+def job_report(report: JSON) -> str:
+    """What became of each alternative, a line each; every number is in the version's proof (hone versions MODEL --json)."""
+    lines = [f"{one.get('version')}  built by {recipe(one.get('try'))}, {size(one.get('bytes'))}" for one in report.get("built") or ()]
+    lines += [f"skipped {recipe(one.get('try'))}: {one.get('reason')}" for one in report.get("skipped") or ()]
+    for verdict in report.get("verdicts") or ():
+        lines.append(f"{verdict.get('version')}  {verdict.get('summary')}")
+        lines += [f"  note: {note}" for note in verdict.get("notes") or ()]
+    tuned = report.get("tune")
+    if isinstance(tuned, dict):
+        lines.append(f"tune: {tuned.get('verdict')}: {tuned.get('reason')}")
+    lines += [f"{key}: {report[key]}" for key in ("reason", "waits") if report.get(key)]
+    return "\n".join(f"  {_clean(line)}" for line in lines)
+
+
 def event_line(event: JSON) -> str:
     """One event on one line: when, what, of which model and version, and why."""
     data = dict(event.get("data") or {})

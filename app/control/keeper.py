@@ -109,6 +109,7 @@ class JobKeeper:
         finally:
             watch.cancel()
         report = {**job.report, **report}
+        report["summary"] = summary_of(report)
         await self._say("job.finished", job, outcome=outcome, candidate=candidate, report=report)
         await self._remove_unneeded(job.model)
 
@@ -318,6 +319,17 @@ class JobKeeper:
             self._metrics.count("hone_jobs", method, job.outcome)
             self._metrics.time("hone_job_duration_seconds", method, seconds=max(0.0, job.finished_at - job.requested_at))
         self._counted |= set(finished)
+
+
+def summary_of(report: JSON) -> str:
+    """The one line of a job's end for the timeline."""
+    said = [str(report[key]) for key in ("reason", "waits") if report.get(key)]
+    said += [f"{verdict['version']} {verdict['summary']}" for verdict in report.get("verdicts") or ()]
+    tuned = report.get("tune")
+    if isinstance(tuned, dict):
+        said.append(f"tune {tuned.get('verdict')}: {tuned.get('reason')}")
+    said += [f"{'+'.join(skipped['try'])} skipped: {skipped['reason']}" for skipped in report.get("skipped") or ()]
+    return "; ".join(said)
 
 
 def unneeded(want: ModelState, jobs: list[Job], host_class: str) -> list[str]:
