@@ -17,11 +17,13 @@ from optimizers.census import Census, census, quantization_of
 from optimizers.difference import difference, root_mean_square, scales_of
 from optimizers.inputs import DATATYPES, InputMaker, find_maker
 from optimizers.onnx_file import OnnxFile, checker_complaint, read
-from optimizers.rows import QUANTIZED_TOLERANCE, ROWS, TOLERANCE, RowsProof, per_batch_objection, prove, shape_objection
+from optimizers.rows import FEW_ROWS, QUANTIZED_TOLERANCE, ROWS, TOLERANCE, RowsProof, per_batch_objection, prove, shape_objection
 from optimizers.running import ORT_ERRORS, RunRefused, brief, raise_if_memory, runner
 from optimizers.samples import Samples
 from optimizers.session import PRECISE_INT8, Feeds, Settings, TensorInfo, open_session, tensors
 
+SLOW_ROW_S: Final = 1.0
+LARGE_ROW_BYTES: Final = 64 << 20
 LEVEL_TOLERANCE: Final = {"float": 1e-3, "quantized": 5e-2}
 """How far a served graph may be from the unoptimized one (root mean square, relative): int8 kernels round where QDQ rounds twice."""
 
@@ -129,6 +131,7 @@ class _Check:
         self.maker: InputMaker | None = None
         self.unmade = ""
         self.row_shapes: dict[str, tuple[int, ...]] = {}
+        self.heavy = False
 
     def open(self) -> None:
         """Open the file as it stands; where that fails, with as little optimization as loads."""
@@ -166,7 +169,7 @@ class _Check:
         """The highest level that loads and agrees with the reference; int8 may need the precise kernels on this host."""
         if self.maker is None:
             return Serving("all", (), f"not compared with the unoptimized graph: {self.unmade}", 0.0, self.reference_level)
-        feeds = self.maker.rows(ROWS if not shape_objection(self.inputs, self.outputs) else 1)
+        feeds = self.maker.rows(1 if self.heavy or shape_objection(self.inputs, self.outputs) else ROWS)
         try:
             expected = runner(self.reference)(feeds)
         except RunRefused:
@@ -233,9 +236,8 @@ class _Check:
         kinds = {DATATYPES[info.type] for info in (*self.inputs, *self.outputs)}
         tolerance = max(TOLERANCE.get(kind, 0.0) for kind in kinds) or TOLERANCE["FP32"]
         tolerance = max(tolerance, QUANTIZED_TOLERANCE) if self.quantized else tolerance
-        return prove(
-            runner(session), self.maker.rows(ROWS), tolerance, lambda share: self.budget.tick("inspect", "rows", 0.4 + 0.5 * share)
-        )
+        rows = self.maker.rows(FEW_ROWS if self.heavy else ROWS)
+        return prove(runner(session), rows, tolerance, lambda share: self.budget.tick("inspect", "rows", 0.4 + 0.5 * share))
 
     def _make_inputs(self) -> None:
         samples = Samples.load(Path(self.request.samples), stacked=self.request.stacked) if self.request.samples else None
@@ -247,7 +249,11 @@ class _Check:
 
         try:
             self.maker = find_maker(self.inputs, self.file.model.graph, accepts, self.budget.seed, samples)
-            self.row_shapes = {name: values.shape for name, values in self.maker.rows(1).items()}
+            row = self.maker.rows(1)
+            self.row_shapes = {name: values.shape for name, values in row.items()}
+            began = time.monotonic()
+            answers = run(row)
+            self.heavy = time.monotonic() - began > SLOW_ROW_S or sum(v.nbytes for v in (*row.values(), *answers)) > LARGE_ROW_BYTES
         except RunRefused as refused:
             self.unmade = f"no input could be made up that the model accepts ({refused})"
             self.notes.append(self.unmade)

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import optimizers.inspect
 from optimizers.base import Budget, Cancelled, Rejected
 from optimizers.host import host_class
 from optimizers.inspect import Report, Request, inspect
@@ -112,6 +113,13 @@ def test_rows_that_are_not_independent_are_found(built: onnx.ModelProto, reason:
     report = check(built, tmp_path)
     assert not report.batchable
     assert re.search(reason, report.rows.reason), report.rows.reason
+
+
+def test_a_heavy_model_is_proven_on_fewer_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers.inspect, "SLOW_ROW_S", 0.0)
+    report = check(resnet(), tmp_path / "a")
+    assert report.batchable and report.rows.batches == (1, 2, 3)
+    assert not check(OVER_BATCH, tmp_path / "b").batchable and not check(OUTLIER, tmp_path / "c").batchable
 
 
 def test_the_owner_may_state_rows_but_not_against_the_shapes(tmp_path: Path) -> None:
