@@ -181,8 +181,13 @@ def _spawn(module: str, fds: tuple[int, ...], arguments: tuple[str, ...]) -> sub
 
 
 def _environment() -> dict[str, str]:
-    """One thread for BLAS (a forked child must not need its pool), and neither tokens of ours nor thread counts of ONNX Runtime's."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HONE_") and key not in _DROPPED}
+    """One thread for BLAS (a forked child must not need its pool), and neither tokens of ours nor thread counts of ONNX Runtime's.
+
+    ONNX Runtime 1.32 keeps a telemetry database in HOME and a connection to its vendor, opened at import; children would share both.
+    """
+    kept = {"ORT_DISABLE_TELEMETRY": "1"} | {
+        key: value for key, value in os.environ.items() if not key.startswith("HONE_") and key not in _DROPPED
+    }
     return kept | _ONE_THREAD
 
 
