@@ -48,11 +48,15 @@ def large_json(count: int) -> tuple[bytes, np.ndarray[Any, Any]]:
 
 
 def sender(*messages: Message, then: Message | None = None) -> Callable[[], Awaitable[Message]]:
-    queue = list(messages)
+    return sender_of(messages, then)
+
+
+def sender_of(messages: Iterable[Message], then: Message | None = None) -> Callable[[], Awaitable[Message]]:
+    waiting = iter(messages)
 
     async def receive() -> Message:
         await asyncio.sleep(0)
-        return queue.pop(0) if queue else (then or {"type": "http.disconnect"})
+        return next(waiting, None) or then or {"type": "http.disconnect"}
 
     return receive
 
@@ -529,39 +533,39 @@ def test_helpers_go_when_the_pool_closes() -> None:
 
 
 def test_the_loop_answers_while_many_large_bodies_are_read() -> None:
-    """Thirty-two bodies at once, a third each JSON, packed, binary: the loop's worst pause stays small beside the work's time."""
+    """Twelve bodies at once, JSON, packed and binary. Counted in the loop's own CPU time between two of its rounds: how busy the machine
+    is with other things does not matter, and one of these bodies read on the loop would show."""
 
     async def main() -> None:
-        text, _ = large_json(300_000)
+        text, _ = large_json(1_000_000)
         packed = gzip.compress(text, 1)
-        head = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1000000],"parameters":{"binary_data_size":4000000}}]}'
-        binary = head + bytes(4_000_000)
-        pauses: list[float] = []
+        head = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[4000000],"parameters":{"binary_data_size":16000000}}]}'
+        binary = head + bytes(16_000_000)
+        rounds: list[float] = []
 
         async def watch() -> None:
             while True:
-                before = time.monotonic()
+                before = time.thread_time()
                 await asyncio.sleep(0.001)
-                pauses.append(time.monotonic() - before)
+                rounds.append(time.thread_time() - before)
 
         async with offload() as work:
-            await work.parse(Body(text), None)
 
             async def one(number: int) -> None:
-                kind = number % 3
-                whole, header = ((text, None), (packed, None), (binary, len(head)))[kind]
-                async with work.body({b"content-length": b"%d" % len(whole)}, sender(*chunks(whole, 256_000))) as body:
-                    if kind == 1:
+                whole, header = ((text, None), (packed, None), (binary, len(head)))[number % 3]
+                async with work.body({b"content-length": b"%d" % len(whole)}, sender_of(chunks(whole, 256_000))) as body:
+                    if whole is packed:
                         await work.decompress(body, "gzip")
                     parsed = await work.parse(body, header)
-                    assert len(parsed.request.inputs[0].data) in (1_200_000, 4_000_000)
+                    assert len(parsed.request.inputs[0].data) in (4_000_000, 16_000_000)
 
             watcher = asyncio.create_task(watch())
-            started = time.monotonic()
-            await asyncio.gather(*(one(number) for number in range(32)))
-            took = time.monotonic() - started
+            await asyncio.gather(*(one(number) for number in range(12)))
             watcher.cancel()
             assert work.budget.used_bytes == 0
-        assert max(pauses) < max(0.1, took / 3), (max(pauses), took)
+        started = time.thread_time()
+        parse_infer(text, None)
+        on_the_loop = time.thread_time() - started
+        assert len(rounds) > 10 and max(rounds) < on_the_loop / 2, (sorted(rounds)[-5:], on_the_loop)
 
     run(main())
