@@ -70,9 +70,7 @@ class Limit:
         return max(self.measure(layout, seconds / len(leading)) for layout in leading)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
+        self._process.communicate(timeout=10)
 
 
 # ---- the measuring process

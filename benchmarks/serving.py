@@ -32,6 +32,7 @@ class Effort:
     sweep_s: float
     open_s: float
     warm_s: float = 1.0
+    connections: tuple[int, ...] = CONNECTIONS
 
 
 FULL: Final = Effort(rounds=7, seconds=4, sweep_s=0.5, open_s=20)
@@ -99,11 +100,9 @@ class ModelBench:
             self._say(f"{self._model.name}: best single call {singles[0]}; best of many {many[0]}")
             found: dict[str, Any] = {"single": str(singles[0]), "many": str(many[0]), "closed": [], "open": []}
             for kind in self._own:
-                for connections in CONNECTIONS:
+                for connections in self._effort.connections:
                     found["closed"].append(self._closed(kind, connections, singles if connections == 1 else many))
-            capacity = next(
-                row["hone"]["per_s"]["median"] for row in found["closed"] if row["body"] == "binary" and row["connections"] == 32
-            )
+            capacity = max(row["hone"]["per_s"]["median"] for row in found["closed"] if row["body"] == "binary")
             found["open"] = self._open(capacity * OPEN_SHARE)
             return found
         finally:

@@ -108,8 +108,10 @@ class Gate:
             return
         path: str = scope["path"]
         if path.endswith(("/infer", "/predict")):
-            await self._door(scope, path)(scope, receive, send)
-            return
+            door = self._door(scope, path)
+            if door is not None:
+                await door(scope, receive, send)
+                return
         identity = request_id(dict(scope["headers"])).encode()
 
         async def send_with_id(message: Message) -> None:
@@ -126,14 +128,14 @@ class Gate:
             scope = _read_as_json(scope)
         await self._app(scope, receive, send_with_id)
 
-    def _door(self, scope: Scope, path: str) -> ASGIApp:
+    def _door(self, scope: Scope, path: str) -> ASGIApp | None:
         if scope["method"] == "POST":
             for pattern, door in self._doors:
                 if found := pattern.fullmatch(path):
                     model, version = found.groups()
                     scope["path_params"] = {"model": model} if version is None else {"model": model, "version": version}
                     return door
-        return self._app
+        return None
 
     def _admit(self, scope: Scope) -> None:
         """Checked before a byte of the body is read: without a token 401 and nothing else."""
