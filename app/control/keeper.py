@@ -362,7 +362,8 @@ def _told(one: Judged) -> JSON:
 
 def _outcome_without_winner(seen: list[Judged], job: Job) -> str:
     if not seen:
-        return "not_applicable" if job.report.get("skipped") else "failed"
+        skipped = job.report.get("skipped") or [{}]
+        return "not_applicable" if all(one.get("kind") == Failure.NOT_APPLICABLE.value for one in skipped) else "failed"
     if all(one.nothing_changed for one in seen):
         return "nothing_changed"
     verdicts = {one.verdict for one in seen}

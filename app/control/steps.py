@@ -1,18 +1,12 @@
-"""Recipes as people write them, checked against the optimizers' own catalogue before a job is made of them.
-
-`tune` and `verify` are not in the catalogue: they build nothing and run where the model is served.
-"""
+"""Recipes as people write them, checked against the optimizers' own catalogue before a job is made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
 
 from app.domain import JSON
 from app.errors import InvalidRequest, NotAllowed
 from optimizers.catalogue import InvalidStep, parse_step
-
-TUNE_OPTIONS: Final[dict[str, tuple[type, ...]]] = {"objective": (str,), "max_seconds": (int, float)}
 
 
 def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] | None, model: str, target: str = "") -> list[list[JSON]]:
@@ -30,21 +24,7 @@ def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] 
 
 
 def _step(step: str | JSON) -> JSON:
-    named = {"method": step} if isinstance(step, str) else dict(step)
-    if named.get("method") == "tune":
-        return _tune(named)
     try:
-        return dict(parse_step(named).to_json())
+        return dict(parse_step(step).to_json())
     except InvalidStep as error:
         raise InvalidRequest(str(error)) from None
-
-
-def _tune(step: dict[str, Any]) -> JSON:
-    for key, value in step.items():
-        if key == "method":
-            continue
-        if key not in TUNE_OPTIONS or not isinstance(value, TUNE_OPTIONS[key]):
-            raise InvalidRequest(f"tune: {key}={value!r} is no option of it; it takes objective (latency or throughput) and max_seconds")
-    if step.get("objective", "latency") not in {"latency", "throughput"}:
-        raise InvalidRequest(f"tune: objective={step['objective']!r} must be latency or throughput")
-    return step

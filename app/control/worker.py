@@ -39,6 +39,7 @@ from optimizers.host import memory_budget
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.worker")
+_SETS: Final = {"unlabelled": "live"}
 LEASE_S: Final = 20.0
 RENEW_S: Final = 5.0
 BOARD_S: Final = 15.0
@@ -194,17 +195,15 @@ class Worker:
         samples: dict[str, str] = {name: paths[name] for name in ("calibration", "train") if name in paths}
         if "live" in paths:
             samples["unlabelled"] = paths["live"]
-        target = next((str(step["target"]) for step in steps if step.get("target")), "")
         return {
             "path": str(piece.golden_path),
-            "steps": [{key: value for key, value in step.items() if key != "target"} for step in steps],
-            "out": str(folder / "built"),
+            "recipe": steps,
+            "scratch": str(folder),
             "task": piece.config.task,
             "samples": samples,
             "stacked": piece.samples.calibration.stacked,
-            "origin": piece.samples.calibration.origin,
+            "origins": {name: getattr(piece.samples, _SETS.get(name, name)).origin for name in samples},
             "source": described,
-            "target": target,
         }
 
     async def _task(self, kind: str, request: Mapping[str, Any], job: Job, stop: asyncio.Event) -> dict[str, Any]:

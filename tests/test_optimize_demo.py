@@ -1,0 +1,49 @@
+"""The main job from end to end: the demo model is served, int8 is asked for, built beside the traffic, proven, and takes over."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+from tests.running_server import DEMO, server
+
+PICTURE = (DEMO / "digit.png").read_bytes()
+
+
+def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
+    with server(tmp_path, demo=True) as running:
+        running.ready("digits").worker()
+        statuses: Counter[int] = Counter()
+        labels: set[str] = set()
+        stop = threading.Event()
+
+        def load() -> None:
+            with httpx.Client(base_url=running.url, timeout=60) as client:
+                while not stop.wait(0.05):
+                    answer = client.post("/models/digits/predict", content=PICTURE)
+                    statuses[answer.status_code] += 1
+                    labels.add(answer.json()["predictions"][0]["label"])
+
+        caller = threading.Thread(target=load)
+        caller.start()
+        try:
+            job = running.admin("POST", "/admin/models/digits/optimize", 202, json={"recipe": ["int8-static"]})
+            done = running.job_done(job["id"], 400)
+        finally:
+            stop.set()
+            caller.join()
+        assert done["outcome"] in {"promoted", "inconclusive"}, done["report"]  # a loud machine may leave it open, never wrong
+        assert set(statuses) == {200}
+        assert len(labels) == 1
+        version = done["report"]["built"][0]["version"]
+        assert version == "1.1"
+        lineage = {one["version"]: one for one in running.admin("GET", "/admin/models/digits/versions")["versions"]}
+        assert lineage["1.1"]["bytes"] < lineage["1"]["bytes"] / 2
+        assert lineage["1.1"]["proof"]["host_class"] in lineage["1.1"]["proven_on"]
+        if done["outcome"] == "promoted":
+            assert running.admin("GET", "/admin/models/digits")["active"] == "1.1"
+            back = running.admin("POST", "/admin/models/digits/rollback", 200)
+            assert back["active"] == "1"
