@@ -21,6 +21,8 @@ from optimizers.stats import Interval
 HARM: Final = 0.05
 """Loss of capacity, or growth of time per call, that is never taken, whatever is gained elsewhere."""
 LEAST_S: Final = 1.0
+HOPELESS: Final = 0.6
+"""Share of time spent waiting for a core above which wall time in layouts is not even tried."""
 Outcome = Literal["passed", "failed", "inconclusive"]
 
 
@@ -116,8 +118,9 @@ def speed(
                 report.latency[f"batch {batch}"] = found
             report.rows_ratio = _rows_ratio(report, goal, sizes)
         left = seconds - (time.monotonic() - began)
-        if left < LEAST_S:
-            report.notes.append("time was over before capacity in the layouts served was measured")
+        if left < LEAST_S or report.quiet.waiting_ratio > HOPELESS:
+            why = "time was over" if left < LEAST_S else f"threads waited for a core {report.quiet.waiting_ratio:.0%} of the time"
+            report.notes.append(f"capacity in the layouts served was not measured: {why}")
             conclude(report, goal)
             return report
         with Arm(incumbent, settings[0]) as first, Arm(candidate, settings[1]) as other:

@@ -90,7 +90,7 @@ class Tuned:
         waiting = max((row.waiting_ratio for row in self.table), default=0.0)
         return {
             "verdict": self.verdict, "changed": self.verdict == "tuned", "settings": self.settings.to_json(), "objective": self.objective,
-            "reason": self.reason, "gain": interval_json(self.gain) if self.gain else None, "host_class": host_class().key, "cores": self.cores,
+            "reason": self.reason, "summary": f"{self.verdict}: {self.reason}", "gain": interval_json(self.gain) if self.gain else None, "host_class": host_class().key, "cores": self.cores,
             "table": [row.to_json(self.unit) for row in self.table], "batches": [asdict(row) for row in self.batches],
             "saturated": self.saturated.to_json("rows_per_s") if self.saturated else None, "notes": self.notes,
             "quiet": {"waiting_ratio": waiting, "label": "quiet" if waiting <= 0.05 else "busy" if waiting <= QUIET else "loud"}, "seconds": self.seconds,

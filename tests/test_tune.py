@@ -13,7 +13,8 @@ from optimizers.base import Budget, Rejected
 from optimizers.session import Settings
 from optimizers.stats import Interval
 from optimizers.tune import BatchRow, Row, choose, choose_batch, describe, layouts, run
-from tests.judged_models import deep, samples
+from tests.judged_models import deep
+from tests.judged_models import samples as saved_samples
 
 
 def row(settings: Settings, speedup: tuple[float, float, float], cores_burnt: float) -> Row:
@@ -64,14 +65,14 @@ def test_a_small_model_is_tuned_in_time_and_the_table_says_what_was_tried(object
     path = deep(tmp_path / "model.onnx", 12)
     request = {
         "path": str(path),
-        "samples": samples(tmp_path / "s.npz", 64, 128),
+        "samples": saved_samples(tmp_path / "s.npz", 64, 128),
         "config": {"objective": objective, "max_seconds": 10, "cores": 2},
     }
     began = time.monotonic()
     answer = run(request, Budget())
     assert time.monotonic() - began < 60
     json.dumps(answer, allow_nan=False)
-    assert answer["verdict"] in {"tuned", "kept", "inconclusive"}
+    assert answer["verdict"] in {"tuned", "kept", "inconclusive"} and answer["summary"].startswith(answer["verdict"])
     settings = answer["settings"]
     assert settings["intra_op_threads"] * settings["instances"] <= 2
     assert settings["batch_limit"] in {entry["batch"] for entry in answer["batches"]}
@@ -87,7 +88,7 @@ def test_a_batch_is_cheaper_per_row_than_a_row_alone(tmp_path: Path) -> None:
     path = deep(tmp_path / "model.onnx", 12)
     request = {
         "path": str(path),
-        "samples": samples(tmp_path / "s.npz", 64, 128),
+        "samples": saved_samples(tmp_path / "s.npz", 64, 128),
         "config": {"max_seconds": 6, "cores": 1},
         "settings": {"batch_limit": 1},
     }
@@ -102,7 +103,7 @@ def test_a_model_that_is_not_batched_keeps_its_batch_limit(tmp_path: Path) -> No
     path = deep(tmp_path / "model.onnx", 3)
     request = {
         "path": str(path),
-        "samples": samples(tmp_path / "s.npz", 8, 128),
+        "samples": saved_samples(tmp_path / "s.npz", 8, 128),
         "batchable": False,
         "config": {"max_seconds": 2, "cores": 1},
     }
@@ -115,7 +116,7 @@ def test_a_model_that_is_not_batched_keeps_its_batch_limit(tmp_path: Path) -> No
     [({"config": {"objective": "speed"}}, "objective 'speed'"), ({"samples": "/nowhere.npz"}, "nowhere"), ({"color": 1}, "color")],
 )
 def test_a_wrong_request_is_rejected(change: dict[str, object], says: str, tmp_path: Path) -> None:
-    request = {"path": str(deep(tmp_path / "model.onnx", 1)), "samples": samples(tmp_path / "s.npz", 8, 128), **change}
+    request = {"path": str(deep(tmp_path / "model.onnx", 1)), "samples": saved_samples(tmp_path / "s.npz", 8, 128), **change}
     with pytest.raises(Rejected, match=says):
         run(request, Budget())
 
