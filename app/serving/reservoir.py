@@ -143,6 +143,9 @@ class Reservoir:
             self._opens_at = now + interval / 50
             return False
         self._opens_at = now + interval * random.uniform(0.5, 1.5)
+        rows = max(1, inputs[0].shape[0] if inputs and inputs[0].shape and signature.batchable else 1)
+        if sum(len(tensor.data) for tensor in inputs) > MAX_SAMPLE_BYTES * rows:
+            return False  # before a byte is copied: this runs on the event loop
         row = one_row(inputs, outputs, signature)
         if row is None or sum(len(tensor.data) for tensor in row[0]) > MAX_SAMPLE_BYTES:
             return False
