@@ -40,6 +40,7 @@ from app.serving.repository import Repository
 from app.serving.reservoir import Reservoir
 from app.serving.service import InferenceService
 from app.serving.state_folder import StateFolder
+from app.serving.wording import Wording
 from app.settings import Settings
 from app.store import last_state
 from app.store.open import open_journal
@@ -93,7 +94,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     async def look(kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
         limits = TaskLimits(
             seconds=300,
-            threads=1,
+            threads=1 if fleet.ready else cores,  # at start nobody is served yet, and everybody waits
             memory_bytes=min(memory, settings.job_memory_bytes),
             nice=5,
             scheduler="other",
@@ -107,10 +108,11 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
 
     admission = Admission(repository, state, cards, host.key, cores, look)
     loader = Loader(forkserver, CoreLedger(cores), metrics, host.key, memory, died)
+    told = Wording.of(settings.repository, settings.state, (*settings.factories, *settings.allowed_roots))
     fleet = Fleet(
         service, repository, admission, loader, journal, recorder, metrics,
         lambda name, config: Reservoir(state.captured(name), config.capture), settings.poll_s,
-        lambda folded: last_state.save(settings.state / "last-state.json", folded), known,
+        lambda folded: last_state.save(settings.state / "last-state.json", folded), known, told,
     )  # fmt: skip
     keeper = JobKeeper(journal, commands, repository, state, cards, host.key, cores, settings, metrics, loader.replica)
     facts: JSON = {
@@ -125,15 +127,15 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         if lame_duck.closing:
             return False, "the server is shutting down"
         if not fleet.ready:
-            return False, "the server is starting: its models are being loaded"
-        return True, fleet.store_error and f"the journal is away, change pauses: {fleet.store_error}"
+            return False, told(fleet.repository_error) or "the server is starting: its models are being loaded"
+        return True, fleet.store_error and f"the journal is away, change pauses: {told(fleet.store_error)}"
 
     protocol = Protocol2(service, metrics, operations, guard, ready, settings.metrics, settings.allow_file_parameters)
     exporter = Exporter(metrics, service.loaded_keys)
     recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
     poller = Poller(service, metrics)
     return Parts(
-        settings, service, fleet, recorder, keeper, poller, offload, metrics, guard, protocol, Admin(operations, guard), exporter, lame_duck
+        settings, service, fleet, recorder, keeper, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck
     )  # fmt: skip
 
 
@@ -184,7 +186,7 @@ class Server(uvicorn.Server):
         duck = self._parts.lame_duck
         if duck.closing or self.should_exit:
             self.force_exit = sig == signal.SIGINT
-            self.should_exit = True
+            self._stop()
             return
         duck.closing = True
         self._parts.metrics.gauge("hone_server_ready", value=0)
@@ -192,6 +194,7 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(self._parts.settings.lame_duck_s, self._stop)
 
     def _stop(self) -> None:
+        self._parts.fleet.end_news()
         self.should_exit = True
 
 

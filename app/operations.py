@@ -24,7 +24,7 @@ from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
 from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
 from app.serving.admission import Admission
-from app.serving.cards import BuiltCard, Card, Cards, Proof
+from app.serving.cards import BuiltCard, Card, Cards, GoldenCard, Proof
 from app.serving.deploy import deploy, remove
 from app.serving.fleet import Fleet
 from app.serving.repository import FoundModel, Repository
@@ -104,8 +104,8 @@ class ServerOperations:
         events = await asyncio.to_thread(self._journal.read, after, limit, model, newest_first)
         return [asdict(event) for event in events]
 
-    async def wait_for_events(self, after: int, timeout_s: float) -> None:
-        await asyncio.to_thread(self._journal.wait, after, timeout_s)
+    async def news(self, after: int, timeout_s: float) -> int | None:
+        return await self._fleet.news(after, timeout_s)
 
     # ---- changing
     async def optimize(
@@ -129,6 +129,7 @@ class ServerOperations:
         slot = self._service.slot(name)
         if version.isdigit() and version not in slot.known:
             raise NotFound(f"model {name!r} has no version {version!r}; it has {', '.join(slot.known) or 'none'}")
+        self._fleet.reconciler(name).try_again(version)
         event = await self._do(self._commands.promote, name, version, actor, reason, force)
         return await self._reached(name, event)
 
@@ -205,6 +206,8 @@ class ServerOperations:
     async def serve_found(self, found: FoundModel) -> JSON:
         """Wait, bounded, until the newest version of `found` answers, and say how it went."""
         number = found.versions[-1].number
+        if found.name in self._service.slots:
+            self._fleet.reconciler(found.name).try_again(number)
         self._fleet.poke(scan=True)
         ready = await self._fleet.settle(
             found.name, lambda slot: number in slot.versions or number in slot.failed, LOAD_WAIT_S
@@ -224,6 +227,7 @@ class ServerOperations:
             if broken is not None:
                 raise ModelRejected(f"model {model!r} does not load: {broken.reason}")
             raise NotFound(f"no model {model!r} in the repository; put it into {model}/1/model.onnx, or upload it with POST /admin/models")
+        self._fleet.reconciler(model).try_again(self._fleet.state.models[model].desired)
         await self._do(self._commands.set_loaded, model, True, actor)
         await self._fleet.settle(model, lambda slot: slot.active is not None or bool(slot.failed), LOAD_WAIT_S)
         slot = self._service.slot(model)
@@ -361,9 +365,19 @@ class ServerOperations:
             "active": slot.active is not None and slot.active.version == card.version,
             "stale": isinstance(card, BuiltCard) and card.draft.golden_sha256 != want.golden_sha256,
             "batching": card.rows.reason,
+            "notes": _found_at_deploy(card),
             "proof": _proof(proof),
             "proven_on": [p.host_class for p in self._cards.proofs(card, want.golden_sha256)],
         }
+
+
+def _found_at_deploy(card: Card) -> list[str]:
+    """What the inspection of a golden has to tell people: weights that are listed as inputs, graph levels that compute something else."""
+    if not isinstance(card, GoldenCard):
+        return []
+    serving = card.facts.get("serving") or {}
+    level = [f"served at graph level {serving['graph_level']}: {serving['reason']}"] if serving.get("graph_level", "all") != "all" else []
+    return [*(str(note) for note in card.facts.get("notes") or ()), *level]
 
 
 def _loaded(loaded: Loaded) -> JSON:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import orjson
 from fastapi import APIRouter, Body, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.auth import Guard
+from app.api.auth import Guard, Role
 from app.domain import JSON, Mode
 from app.errors import InvalidRequest
 
@@ -22,6 +21,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+FOLLOWED_AT_ONCE: Final = 1000
 Step = str | dict[str, Any]
 
 
@@ -83,7 +83,7 @@ class Operations(Protocol):
     def job(self, identity: str) -> JSON: ...
     async def cancel(self, identity: str, actor: str) -> JSON: ...
     async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[JSON]: ...
-    async def wait_for_events(self, after: int, timeout_s: float) -> None: ...
+    async def news(self, after: int, timeout_s: float) -> int | None: ...
     def status(self) -> JSON: ...
 
 
@@ -94,8 +94,13 @@ def answer(content: Any, status: int = 200) -> Response:
 class Admin:
     """All admin handlers over one Operations."""
 
-    def __init__(self, operations: Operations, guard: Guard) -> None:
-        self._do, self._guard = operations, guard
+    def __init__(self, operations: Operations, guard: Guard, without_paths: Callable[[bytes], bytes] = bytes) -> None:
+        self._do, self._guard, self._without_paths = operations, guard, without_paths
+
+    def _show(self, role: Role, content: Any) -> Response:
+        """What only reads: a viewer gets it without this server's paths."""
+        body = orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
+        return Response(self._without_paths(body) if role is Role.VIEWER else body, media_type="application/json")
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/admin", include_in_schema=False)
@@ -115,20 +120,20 @@ class Admin:
         return router
 
     async def status(self, request: Request) -> Response:
-        self._guard.may_read(request)
-        return answer(self._do.status())
+        role = self._guard.may_read(request)
+        return self._show(role, self._do.status())
 
     async def models(self, request: Request) -> Response:
-        self._guard.may_read(request)
-        return answer({"models": self._do.models()})
+        role = self._guard.may_read(request)
+        return self._show(role, {"models": self._do.models()})
 
     async def model(self, request: Request, name: str) -> Response:
-        self._guard.may_read(request)
-        return answer(self._do.model(name))
+        role = self._guard.may_read(request)
+        return self._show(role, self._do.model(name))
 
     async def versions(self, request: Request, name: str) -> Response:
-        self._guard.may_read(request)
-        return answer({"model": name, "versions": await self._do.versions(name)})
+        role = self._guard.may_read(request)
+        return self._show(role, {"model": name, "versions": await self._do.versions(name)})
 
     async def upload(self, request: Request) -> Response:
         return answer(await self._do.upload(request, self._guard.may_change(request)), 201)
@@ -186,12 +191,12 @@ class Admin:
         return answer(await self._do.freeze(False, self._guard.may_change(request)))
 
     async def jobs(self, request: Request, model: str = "", open: bool = False) -> Response:
-        self._guard.may_read(request)
-        return answer({"jobs": self._do.jobs(model, open)})
+        role = self._guard.may_read(request)
+        return self._show(role, {"jobs": self._do.jobs(model, open)})
 
     async def job(self, request: Request, identity: str) -> Response:
-        self._guard.may_read(request)
-        return answer(self._do.job(identity))
+        role = self._guard.may_read(request)
+        return self._show(role, self._do.job(identity))
 
     async def cancel(self, request: Request, identity: str) -> Response:
         return answer(await self._do.cancel(identity, self._guard.may_change(request)), 202)
@@ -201,17 +206,20 @@ class Admin:
         follow: bool = False,
     ) -> Response:  # fmt: skip
         """The newest `limit` events, oldest first; with `after` those that follow it; with `follow` server-sent events until you leave."""
-        self._guard.may_read(request)
+        role = self._guard.may_read(request)
         if not follow:
             events = await self._do.timeline(model, after, limit, newest_first=not after)
-            return answer({"events": events if after else events[::-1]})
-        return StreamingResponse(self._follow(model, after), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            return self._show(role, {"events": events if after else events[::-1]})
+        return StreamingResponse(self._follow(model, after, role), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def _follow(self, model: str, after: int) -> AsyncIterator[bytes]:
-        while True:
-            for event in await self._do.timeline(model, after, 1000, newest_first=False):
+    async def _follow(self, model: str, after: int, role: Role) -> AsyncIterator[bytes]:
+        looked_at: int | None = after
+        while looked_at is not None:
+            events = await self._do.timeline(model, after, FOLLOWED_AT_ONCE, newest_first=False)
+            for event in events:
                 after = event["seq"]
-                yield b"id: %d\ndata: %s\n\n" % (after, orjson.dumps(event))
-            yield b": alive\n\n"
-            await self._do.wait_for_events(after, 10.0)
-            await asyncio.sleep(0)
+                data = orjson.dumps(event)
+                yield b"id: %d\ndata: %s\n\n" % (after, self._without_paths(data) if role is Role.VIEWER else data)
+            if len(events) < FOLLOWED_AT_ONCE:
+                yield b": alive\n\n"
+                looked_at = await self._do.news(max(looked_at, after), 10.0)

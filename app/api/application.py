@@ -31,13 +31,15 @@ from app.api.offload import Offload
 from app.api.oip import Protocol2
 from app.api.openapi import build_openapi
 from app.api.predict import PATHS, Predict
-from app.errors import HoneError
+from app.errors import HoneError, NotReady
 from app.serving.service import InferenceService
+from app.store.base import StoreUnavailable
 from app.telemetry.prometheus import Exporter
 
 log = logging.getLogger("hone.http")
 ADMIN_PREFIX: Final = "/admin"
 REPOSITORY_PREFIX: Final = "/v2/repository/models/"
+_UNPARSED: Final = "There was an error parsing the body"
 _MODEL: Final = r"([^/]+)(?:/versions/([^/]+))?"
 INFER_PATH: Final = re.compile(rf"/v2/models/{_MODEL}/infer")
 PREDICT_PATH: Final = re.compile(rf"/models/{_MODEL}/predict")
@@ -162,9 +164,14 @@ def _answer_errors_as_json(app: FastAPI) -> None:
         assert isinstance(error, HoneError)
         return response_of(error)
 
+    async def away(request: Request, error: Exception) -> Response:
+        return response_of(NotReady(f"the journal does not answer, so nothing can be changed or looked up there now: {error}"))
+
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         text = error.detail
+        if error.status_code == 400 and text == _UNPARSED:
+            text = "the body cannot be read as JSON; send an object that is not nested so deeply"
         if error.status_code == 404 and text == HTTPStatus.NOT_FOUND.phrase:
             text = f"nothing is at {request.url.path[:200]}; /docs describes all there is"
         if error.status_code == 405:
@@ -180,11 +187,15 @@ def _answer_errors_as_json(app: FastAPI) -> None:
         return error_response(500, "internal error; the server's log tells more")
 
     app.add_exception_handler(HoneError, known)
+    app.add_exception_handler(StoreUnavailable, away)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(Exception, unexpected)
 
 
 def _problem(problem: dict[str, Any]) -> str:
+    if problem.get("type") == "json_invalid":
+        why = problem.get("ctx", {}).get("error", "it cannot be read")
+        return f"the body is not JSON: {why} at character {problem.get('loc', ('?',))[-1]}; it must be an object"
     place = ".".join(str(part) for part in problem.get("loc", ()) if part != "body")
     return f"{place or 'body'}: {problem.get('msg', 'is wrong')}"

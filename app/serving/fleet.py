@@ -75,13 +75,17 @@ class Fleet:
     def __init__(
         self, service: InferenceService, repository: Repository, admission: Admission, loader: Loader, journal: Journal, record: Recorder,
         metrics: Metrics, reservoir: Callable[[str, ModelConfig], Reservoir], poll_s: float, keep_state: Callable[[State], None],
-        known: State | None = None,
+        known: State | None = None, told: Callable[[str], str] = str,
     ) -> None:  # fmt: skip
         self._service, self._repository, self._admission, self._loader = service, repository, admission, loader
         self._journal, self._record, self._metrics, self._reservoir = journal, record, metrics, reservoir
-        self._poll_s, self._keep_state = poll_s, keep_state
+        self._poll_s, self._keep_state, self._told = poll_s, keep_state, told
         self._reconcilers: dict[str, ModelReconciler] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._readying: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        self._ending = False
         self._wake = asyncio.Event()
         self._scan_due = True
         self._found: dict[str, FoundModel] = {}
@@ -100,13 +104,13 @@ class Fleet:
             next_scan = 0.0
             while True:
                 self._wake.clear()
-                if self._scan_due or (self._poll_s and monotonic() >= next_scan):
+                scan = self._scan_due or (self._poll_s > 0 and monotonic() >= next_scan)
+                if scan:
                     self._scan_due, next_scan = False, monotonic() + self._poll_s
-                    await self._scan()
-                await self.refresh()
-                self._direct()
-                if not self.ready:
-                    await self._first()
+                try:
+                    await self._pass(scan)
+                except Exception:
+                    log.exception("a pass over all models failed; the next one tries again")
                 wait_s = max(0.05, next_scan - monotonic()) if self._poll_s else 5.0
                 try:
                     await asyncio.wait_for(self._wake.wait(), wait_s)
@@ -115,10 +119,18 @@ class Fleet:
         finally:
             watcher.cancel()
 
+    async def _pass(self, scan: bool) -> None:
+        if scan:
+            await self._scan()
+        await self.refresh()
+        self._direct()
+        if self._readying is None and not self.repository_error:
+            self._readying = asyncio.create_task(self._first(), name="first-pass")
+
     async def close(self) -> None:
-        for task in self._tasks.values():
+        for task in (*self._tasks.values(), *((self._readying,) if self._readying is not None else ())):
             task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), *self._closing, return_exceptions=True)
         await asyncio.gather(*(reconciler.close() for reconciler in self._reconcilers.values()))
 
     def poke(self, scan: bool = False) -> None:
@@ -146,6 +158,23 @@ class Fleet:
             await asyncio.sleep(0.02)
         return False
 
+    async def news(self, after: int, timeout_s: float) -> int | None:
+        """Wait, bounded, for an event later than `after`. The number of the latest one; None once the server ends.
+
+        Any number may wait: one task asks the journal for all of them.
+        """
+        if self.state.seq <= after and not self._ending:
+            try:
+                await asyncio.wait_for(self._news.wait(), timeout_s)
+            except TimeoutError:
+                pass
+        return None if self._ending else self.state.seq
+
+    def end_news(self) -> None:
+        """The server is about to end: whoever waits for news need not any more."""
+        self._ending = True
+        self._news.set()
+
     # ---- following
     async def _watch(self) -> None:
         """Wake `run` when another process wrote an event."""
@@ -155,6 +184,9 @@ class Fleet:
                     self._wake.set()
                     await asyncio.sleep(0.02)
             except StoreUnavailable:
+                await asyncio.sleep(1.0)
+            except Exception:
+                log.exception("the journal could not be watched")
                 await asyncio.sleep(1.0)
 
     async def refresh(self) -> None:
@@ -169,7 +201,12 @@ class Fleet:
         self._metrics.gauge("hone_store_up", value=1)
         if state.seq != self.state.seq:
             self.state = state
-            await asyncio.to_thread(self._keep_state, state)
+            self._news.set()
+            self._news = asyncio.Event()
+            try:
+                await asyncio.to_thread(self._keep_state, state)
+            except OSError as error:
+                log.warning("the last state could not be kept in a file: %s", error)
             for listener in self.listeners:
                 listener(state)
 
@@ -185,6 +222,8 @@ class Fleet:
         try:
             models = await asyncio.to_thread(self._repository.scan)
         except HoneError as error:
+            if not self.repository_error:
+                log.warning("%s", error)
             self.repository_error = str(error)
             return
         self.repository_error = ""
@@ -237,7 +276,7 @@ class Fleet:
         config = found.config or ModelConfig()
         slot = Slot(name, config, self._reservoir(name, config))
         self._service.slots[name] = slot
-        reconciler = ModelReconciler(slot, self._service, self._admission, self._loader, self._record, self._metrics)
+        reconciler = ModelReconciler(slot, self._service, self._admission, self._loader, self._record, self._metrics, self._told)
         self._reconcilers[name] = reconciler
         self._tasks[name] = asyncio.create_task(reconciler.run(), name=f"reconcile-{name}")
         return reconciler
@@ -248,7 +287,9 @@ class Fleet:
         self._metrics.objective(name, None)
         self._tasks.pop(name).cancel()
         reconciler = self._reconcilers.pop(name)
-        self._tasks[f"close-{name}"] = asyncio.create_task(reconciler.close(), name=f"close-{name}")
+        closing = asyncio.create_task(reconciler.close(), name=f"close {name}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def _first(self) -> None:
         """Ready once every model was tried once: one broken model makes itself unready, not the server."""

@@ -175,8 +175,7 @@ class Loader:
             ]
             result = await loaded.engine.infer(InferenceRequest(tensors, "check", deadline=until))
             for tensor in result.outputs:
-                array = to_array(tensor)
-                got[tensor.name].append(array[0] if stacked else array)
+                got[tensor.name].append(_row(to_array(tensor), stacked, reference.outputs[tensor.name].shape[1:]))
             done += 1
         expected = {name: reference.outputs[name][:done] for name in names}
         return await asyncio.to_thread(held_against_golden, loaded.admitted, config, expected, got)
@@ -184,6 +183,12 @@ class Loader:
     def _one(self, loaded: Loaded, name: str, values: Any) -> Tensor:
         spec = next(spec for spec in loaded.admitted.signature.inputs if spec.name == name)
         return to_tensor(name, spec.datatype, values)
+
+
+def _row(array: Any, stacked: bool, row_shape: tuple[int, ...]) -> Any:
+    """One sample's entry among the outputs. A whole call whose first axis is 1 has its axis of samples there already, as golden's has."""
+    whole_row = array.ndim > 1 and array.shape[0] == 1 and array.shape[1:] == row_shape
+    return array[0] if stacked or whole_row else array
 
 
 def held_against_golden(admitted: Admitted, config: ModelConfig, expected: dict[str, Any], got: dict[str, list[Any]]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from time import monotonic, time
 
 from app.domain import Event, ModelState, VersionState
-from app.errors import HoneError, NotFound
+from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
 from app.serving.loader import Loader
 from app.serving.model_config import ModelConfig
@@ -49,7 +49,7 @@ class Backoff:
         self._failed[version] = (identity, count, monotonic() + min(RETRY_MOST_S, RETRY_FIRST_S * 2 ** (count - 1)))
         return count
 
-    def passed(self, version: str) -> None:
+    def forget(self, version: str) -> None:
         self._failed.pop(version, None)
 
 
@@ -57,9 +57,11 @@ class ModelReconciler:
     """Brings one model to its desired state; its passes never overlap, and other models never notice them."""
 
     def __init__(
-        self, slot: Slot, service: InferenceService, admission: Admission, loader: Loader, record: Recorder, metrics: Metrics
-    ) -> None:
+        self, slot: Slot, service: InferenceService, admission: Admission, loader: Loader, record: Recorder, metrics: Metrics,
+        told: Callable[[str], str] = str,
+    ) -> None:  # fmt: skip
         self.slot = slot
+        self._told = told
         self._service, self._admission, self._loader = service, admission, loader
         self._record, self._metrics = record, metrics
         self._backoff = Backoff()
@@ -67,6 +69,8 @@ class ModelReconciler:
         self._freezing: asyncio.Task[None] | None = None
         self._freeze_after = 0.0
         self._prepared: tuple[str, ModelConfig] | None = None
+        self._turn = asyncio.Lock()
+        self._closed = False
         self.changed = asyncio.Event()
         self.settled = asyncio.Event()
         self.want: ModelState | None = None
@@ -77,9 +81,10 @@ class ModelReconciler:
         while True:
             self.changed.clear()
             try:
-                await self.converge()
+                async with self._turn:
+                    await self.converge()
             except HoneError as error:
-                self.slot.reason = str(error)
+                self.slot.reason = self._told(str(error))
             except Exception as error:
                 log.exception("model %s: a pass failed", self.slot.name)
                 self.slot.reason = f"internal error: {type(error).__name__}; the log tells more"
@@ -93,7 +98,7 @@ class ModelReconciler:
         """One pass."""
         want, found, slot = self.want, self.found, self.slot
         if found is not None and found.error and slot.active is None:
-            slot.reason = found.error
+            slot.reason = self._told(found.error)
         if want is None or found is None:
             return
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
@@ -119,19 +124,31 @@ class ModelReconciler:
 
     async def load_version(self, version: str) -> Loaded:
         """Load one version beside the active one and keep it warm, on request. Raises NotFound or why it does not load."""
-        want, found = self.want, self.found
-        if want is None or found is None or version not in self.slot.known:
-            raise NotFound(f"model {self.slot.name!r} has no version {version!r}; it has {', '.join(self.slot.known) or 'none'}")
-        loaded = self.slot.versions.get(version) or await self._load(want, found, version)
-        loaded.pinned = True
-        self.slot.versions[version] = loaded
-        await self._bound_warm(want)
-        return loaded
+        async with self._turn:
+            want, found = self.want, self.found
+            if self._closed or want is None or found is None or version not in self.slot.known:
+                raise NotFound(f"model {self.slot.name!r} has no version {version!r}; it has {', '.join(self.slot.known) or 'none'}")
+            if want.unloaded:
+                raise Conflict(f"model {self.slot.name!r} is unloaded; load it with POST /v2/repository/models/{self.slot.name}/load")
+            loaded = self.slot.versions.get(version) or await self._load(want, found, version)
+            loaded.pinned = True
+            self.slot.versions[version] = loaded
+            await self._bound_warm(want)
+            return loaded
+
+    def try_again(self, version: str) -> None:
+        """Somebody asks for `version` anew: what was wrong with it before does not count, nor does the wait that followed."""
+        self._backoff.forget(version)
+        self.slot.failed.pop(version, None)
+        self.changed.set()
 
     async def close(self) -> None:
+        self._closed = True
         self.slot.active = None
         if self._freezing is not None:
             self._freezing.cancel()
+        async with self._turn:
+            pass  # a version that is being loaded on request is stopped with the others
         await asyncio.gather(*(self._stop(loaded) for loaded in list(self.slot.versions.values())))
         await asyncio.gather(*self._stopping, return_exceptions=True)
 
@@ -157,7 +174,7 @@ class ModelReconciler:
             else:
                 self._activated(current, want, 0.0)
             return
-        identity = (want.golden_sha256, given)
+        identity = (want.golden_sha256, want.generation, given, slot.config)
         if self._backoff.blocked(version, identity):
             return
         began = monotonic()
@@ -166,7 +183,11 @@ class ModelReconciler:
         except HoneError as error:
             self._failed(version, identity, error)
             return
-        self._backoff.passed(version)
+        except Exception as error:
+            log.exception("model %s: version %s could not be loaded", slot.name, version)
+            self._failed(version, identity, ModelRejected(f"internal error: {type(error).__name__}; the log tells more"))
+            return
+        self._backoff.forget(version)
         replaced = slot.versions.get(version)
         slot.versions[version] = loaded
         self._swap(loaded, want, monotonic() - began)
@@ -175,7 +196,7 @@ class ModelReconciler:
 
     async def _warm(self, want: ModelState, found: FoundModel, version: str) -> None:
         """Load a version beside the active one, where memory allows: golden answers under /versions too."""
-        identity = (want.golden_sha256, "warm")
+        identity = (want.golden_sha256, "warm", self.slot.config)
         if self._backoff.blocked(version, identity):
             return
         try:
@@ -236,9 +257,9 @@ class ModelReconciler:
         self._record(Event("version.activated", self.slot.name, loaded.version, data=data))
 
     def _failed(self, version: str, identity: object, error: HoneError) -> None:
-        self.slot.failed[version] = str(error)
+        reason = self.slot.failed[version] = self._told(str(error))
         if self.slot.active is None:
-            self.slot.reason = f"version {version} does not load: {error}"
+            self.slot.reason = f"version {version} does not load: {reason}"
         count = self._backoff.failed(version, identity)
         self._metrics.count("hone_swaps", self.slot.name, "failed")
         log.warning("model %s: version %s does not load (%d): %s", self.slot.name, version, count, error)

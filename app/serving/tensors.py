@@ -21,14 +21,20 @@ FLOATS: Final = frozenset({"FP16", "BF16", "FP32", "FP64"})
 
 
 def to_tensor(name: str, datatype: str, array: Array) -> Tensor:
-    """`array` as a wire tensor of `datatype`; the caller has checked that the values fit."""
+    """`array` as a wire tensor of `datatype` (texts for BYTES); the caller has checked that the values fit."""
+    if datatype == BYTES:
+        return bytes_tensor(name, array.shape, (str(text).encode("utf-8", "surrogateescape") for text in array.ravel()))
     if datatype == "BF16":
         return Tensor(name, datatype, array.shape, _bf16_bits(array).tobytes())
     return Tensor(name, datatype, array.shape, np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes())
 
 
 def to_array(tensor: Tensor) -> Array:
-    """The tensor's values; BF16 comes as float32. Not for BYTES (see `elements`)."""
+    """The tensor's values; BF16 comes as float32, BYTES as texts (for other bytes see `elements`)."""
+    if tensor.datatype == BYTES:
+        texts = np.empty(len(items := elements(tensor)), object)
+        texts[:] = [item.decode("utf-8", "surrogateescape") for item in items]
+        return texts.reshape(tensor.shape)
     if tensor.datatype == "BF16":
         bits = np.frombuffer(tensor.data, dtype="<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(tensor.shape)
