@@ -14,13 +14,14 @@ from typing import Any, Final
 from app import tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.client import Address, Client, ClientError
+from app.settings import Settings
 
 FAILED, NO_VERSION = 1, 3
 POLL_S: Final = 0.5
 TIMEOUT_S: Final = 180.0
 """Promoting answers when the version serves; the server itself waits up to two minutes for that."""
 HEALTH_TIMEOUT_S: Final = 5.0
-WON: Final = frozenset({"promoted", "kept"})
+WON: Final = frozenset({"promoted", "kept", "proven"})
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -115,8 +116,18 @@ def rollback(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     model, version = named(arguments.model)
+    if arguments.here:
+        from app.control.prove import prove_here
+
+        return _show(arguments, prove_here(_local_settings(arguments), model, version), tables.fields_of)
     with _client(arguments) as client:
         return _show(arguments, client.verify(model, version, arguments.reason), tables.fields_of)
+
+
+def _local_settings(arguments: argparse.Namespace) -> Settings:
+    """Settings of the server whose folders are worked on directly."""
+    folders = {name: Path(value) if (value := getattr(arguments, name)) else None for name in ("repository", "state")}
+    return Settings.from_env(os.environ, **folders)
 
 
 def load(arguments: argparse.Namespace) -> int:

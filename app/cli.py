@@ -186,8 +186,15 @@ def _add_versions(commands: Parsers) -> None:
         "verify",
         "hone verify digits",
         "hone verify digits:1.2",
+        "/opt/new/bin/hone verify digits:1.2 --here    (before the server is moved to the new installation)",
     )
     verify.add_argument("model", metavar="MODEL[:VERSION]")
+    verify.add_argument(
+        "--here",
+        action="store_true",
+        help="in this process and with this installation, not on the server: a proof ahead of a runtime upgrade (same --state and --repository)",
+    )
+    verify.add_argument("--repository", metavar="FOLDER", help="with --here: the server's models (HONE_REPOSITORY, models)")
     load = _asking(commands, "load", "keep a version loaded, so that it answers by its number", "load", "hone load digits:1.1")
     load.add_argument("model", metavar="MODEL:VERSION")
     for command in (promote, rollback, verify):

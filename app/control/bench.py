@@ -18,7 +18,7 @@ from app.serving.model_config import ModelConfig
 from app.serving.processing import Processor
 from app.serving.repository import FoundModel, Repository
 from app.serving.sample_sources import SampleReader
-from app.serving.samples import References, SampleSets, assemble
+from app.serving.samples import Reference, References, SampleSets, assemble
 from app.serving.state_folder import StateFolder
 
 
@@ -31,6 +31,7 @@ class Workpiece:
     golden: GoldenCard
     golden_path: Path
     samples: SampleSets
+    frozen: Reference | None = None
 
     @property
     def quality(self) -> JSON:
@@ -64,7 +65,7 @@ class Bench:
         reference = References(self.state.reference(model)).load()
         if reference is not None and reference.meta.golden_sha256 != golden_sha256:
             reference = None
-        return Workpiece(found, config, card, version.path, assemble(config.samples, reader, reference))
+        return Workpiece(found, config, card, version.path, assemble(config.samples, reader, reference), reference)
 
     def model_path(self, piece: Workpiece, version: str) -> Path:
         """The model file of golden or of a built version. Raises NotFound."""
