@@ -129,11 +129,11 @@ def _flatten(name: str, shape: tuple[int, ...], count: int, data: Any) -> list[A
         return data
     level = data
     for depth, size in enumerate(shape):
-        wrong = next((part for part in level if type(part) is not list or len(part) != size), None) if depth else None
-        if depth == 0 and len(level) != size:
-            wrong = level
-        if wrong is not None:
-            found = f"{len(wrong)} of them" if type(wrong) is list else show(wrong)
+        parts = level if depth else [level]
+        wrong = [part for part in parts if type(part) is not list or len(part) != size][:1]
+        if wrong:
+            part = wrong[0]
+            found = f"{len(part)} of them" if type(part) is list else show(part)
             raise InvalidRequest(
                 f"input {show(name)}: shape {show(list(shape))} wants lists of {size} along axis {depth}, but data has {found} there; "
                 "nest data as the shape says, or send it flat"
