@@ -127,8 +127,8 @@ def _model_in(folder: Path) -> tuple[Path, Path | None]:
 
 def _side_files(yaml: Path) -> tuple[str, ...]:
     """Labels and tokenizer that model.yaml names."""
+    from app.catalog.model_config import load_model_config
     from app.errors import ModelRejected
-    from app.serving.model_config import load_model_config
 
     try:
         return load_model_config(yaml).side_files

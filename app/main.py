@@ -25,21 +25,21 @@ from app.api.auth import Guard
 from app.api.http_protocol import HttpLimits, LameDuck, protocol_class
 from app.api.offload import Offload
 from app.api.oip import Protocol2
+from app.catalog.cards import Cards
+from app.catalog.repository import Repository
+from app.catalog.reservoir import Reservoir
+from app.catalog.state_folder import StateFolder
 from app.control.commands import Commands
 from app.control.keeper import JobKeeper
 from app.domain import JSON, Event
 from app.errors import NotAllowed
 from app.operations import ServerOperations
 from app.serving.admission import Admission
-from app.serving.cards import Cards
 from app.serving.fleet import Fleet, Recorder
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
-from app.serving.repository import Repository
-from app.serving.reservoir import Reservoir
 from app.serving.service import InferenceService
-from app.serving.state_folder import StateFolder
 from app.serving.wording import Wording
 from app.settings import Settings
 from app.store import last_state

@@ -18,20 +18,20 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from app import __version__
+from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard, Proof
+from app.catalog.deploy import deploy, remove
+from app.catalog.repository import FoundModel, Repository
+from app.catalog.state_folder import StateFolder
+from app.catalog.uploads import stage_upload
 from app.control.commands import Commands
 from app.control.planner import default_tries
 from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
 from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
 from app.serving.admission import Admission
-from app.serving.cards import BuiltCard, Card, Cards, GoldenCard, Proof
-from app.serving.deploy import deploy, remove
 from app.serving.fleet import Fleet
-from app.serving.repository import FoundModel, Repository
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
-from app.serving.state_folder import StateFolder
-from app.serving.uploads import stage_upload
 from app.settings import Settings
 from app.store.base import Journal
 from app.store.codec import settings_from_json

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.catalog import durable
+from app.catalog.cards import CardFile, Cards, Draft, GoldenCard, Proof, RowsProof
+from app.catalog.state_folder import StateFolder
 from app.domain import RuntimeSettings, Signature, TensorSpec, Verdict
 from app.errors import Conflict, InsufficientStorage, InvalidRequest, ModelRejected, NotAllowed, NotFound
-from app.serving import durable
-from app.serving.cards import CardFile, Cards, Draft, GoldenCard, Proof, RowsProof
-from app.serving.state_folder import StateFolder
 from optimizers.artifact import Artifact, sha256_of
 from tests.storage import largest_file, read_only, small_disk, tree
 

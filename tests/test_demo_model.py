@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from app.serving.model_config import load_model_config
+from app.catalog.model_config import load_model_config
 from optimizers.samples import Samples
 
 DEMO = Path(__file__).resolve().parents[1] / "app" / "demo_models"

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.catalog import yaml_file
+from app.catalog.config_docs import example, keys, keys_in, renewed
+from app.catalog.config_errors import dotted
+from app.catalog.model_config import ModelConfig, load_model_config, parse_model_config
 from app.domain import Mode
 from app.errors import ModelRejected
-from app.serving import yaml_file
-from app.serving.config_docs import example, keys, keys_in, renewed
-from app.serving.config_errors import dotted
-from app.serving.model_config import ModelConfig, load_model_config, parse_model_config
 
 HERE = Path("models/m/model.yaml")
 DOC = Path(__file__).parent.parent / "docs" / "model-yaml.md"
@@ -189,4 +189,4 @@ def test_the_example_in_the_docs_validates_and_covers_every_key() -> None:
 
 
 def test_the_docs_are_what_the_schema_generates() -> None:
-    assert DOC.read_text() == renewed(DOC.read_text()), "run: python -m app.serving.config_docs"
+    assert DOC.read_text() == renewed(DOC.read_text()), "run: python -m app.catalog.config_docs"

@@ -26,10 +26,10 @@ from app.api.friendly import read_input, write_answer
 from app.api.openapi import Example, build_openapi
 from app.api.predict import PATHS
 from app.api.wire import encode_response, parse_infer, validate
+from app.catalog.model_config import load_model_config
+from app.catalog.processing import Processor
+from app.catalog.tensors import to_array, to_tensor
 from app.domain import InferenceResult, Signature, TensorSpec
-from app.serving.model_config import load_model_config
-from app.serving.processing import Processor
-from app.serving.tensors import to_array, to_tensor
 
 DEMO = Path(__file__).parent.parent / "app" / "demo_models" / "repository" / "digits"
 METHODS = ("get", "post", "put", "patch", "delete")

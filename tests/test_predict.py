@@ -31,10 +31,10 @@ from app.api.friendly import MAX_JSON_BYTES, read_input, write_answer
 from app.api.json_tensors import tensors_of
 from app.api.multipart import parse_multipart
 from app.api.predict import Predict
+from app.catalog.processing import Postprocess, Preprocess, Processor
+from app.catalog.tensors import elements, to_array, to_tensor
 from app.domain import InferenceRequest, InferenceResult, Signature, Tensor, TensorSpec
 from app.errors import HoneError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
-from app.serving.processing import Postprocess, Preprocess, Processor
-from app.serving.tensors import elements, to_array, to_tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -22,10 +22,10 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
+from app.catalog.processing import Postprocess, Preprocess, Processor
+from app.catalog.tensors import bytes_tensor, elements, to_array, to_tensor
 from app.domain import Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest, ModelFailed, ModelRejected, PayloadTooLarge
-from app.serving.processing import Postprocess, Preprocess, Processor
-from app.serving.tensors import bytes_tensor, elements, to_array, to_tensor
 
 WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "good", "bad", "film", "very", "##ly"]
 
@@ -206,7 +206,7 @@ def test_a_pixel_bomb_is_refused_by_its_header_without_its_memory() -> None:
 import resource, sys
 from app.domain import Signature, TensorSpec
 from app.errors import PayloadTooLarge
-from app.serving.processing import Preprocess, Processor
+from app.catalog.processing import Preprocess, Processor
 from PIL import Image, PngImagePlugin
 data = sys.stdin.buffer.read()
 signature = Signature((TensorSpec("x", "FP32", (-1, 3, 4, 6)),), ())
@@ -584,7 +584,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan() -> None:
 
 def test_the_heavy_libraries_are_loaded_only_when_a_model_needs_them() -> None:
     script = (
-        "import sys, app.serving.processing; "
+        "import sys, app.catalog.processing; "
         "print([name for name in ('PIL', 'tokenizers', 'onnxruntime', 'onnx', 'torch', 'fastapi') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, timeout=60).stdout.decode().strip() == "[]"

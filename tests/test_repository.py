@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from app.catalog import durable
+from app.catalog.deploy import deploy, remove
+from app.catalog.model_files import FileHashes, FileLimits
+from app.catalog.model_names import check_name, is_name
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
+from app.catalog.uploads import stage_upload
 from app.errors import InsufficientStorage, InvalidRequest, ModelRejected, NotAllowed, NotFound
-from app.serving import durable
-from app.serving.deploy import deploy, remove
-from app.serving.model_files import FileHashes, FileLimits
-from app.serving.model_names import check_name, is_name
-from app.serving.repository import Repository
-from app.serving.state_folder import StateFolder
-from app.serving.uploads import stage_upload
 from optimizers.artifact import Artifact, sha256_of
 from tests.storage import largest_file, read_only, small_disk, tree
 

@@ -17,17 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from app.catalog import durable
+from app.catalog.model_config import Capture, SampleSources
+from app.catalog.model_files import links_within
+from app.catalog.processing import Processor
+from app.catalog.reservoir import FILL_INTERVAL_S, MAX_SAMPLE_BYTES, Kept, Reservoir, load_captured, victim
+from app.catalog.sample_sources import SampleReader
+from app.catalog.samples import References, assemble, reference_inputs, synthetic
+from app.catalog.sections import ImagePreprocess, Postprocess, Preprocess
+from app.catalog.tensors import bytes_tensor, to_tensor
 from app.domain import Signature, Tensor, TensorSpec
 from app.errors import Conflict, InsufficientStorage, ModelRejected, NotAllowed, NotFound
-from app.serving import durable
-from app.serving.model_config import Capture, SampleSources
-from app.serving.model_files import links_within
-from app.serving.processing import Processor
-from app.serving.reservoir import FILL_INTERVAL_S, MAX_SAMPLE_BYTES, Kept, Reservoir, load_captured, victim
-from app.serving.sample_sources import SampleReader
-from app.serving.samples import References, assemble, reference_inputs, synthetic
-from app.serving.sections import ImagePreprocess, Postprocess, Preprocess
-from app.serving.tensors import bytes_tensor, to_tensor
 from optimizers.samples import Samples, write_npz
 from tests.storage import read_only, small_disk, tree
 from tests.test_cards import in_child

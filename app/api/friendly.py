@@ -16,10 +16,10 @@ import orjson
 from app.api.json_tensors import tensors_of
 from app.api.multipart import parse_multipart
 from app.api.wire import Reply
+from app.catalog.images import image_format
+from app.catalog.processing import Processor
 from app.domain import Buffer, InferenceResult, Signature, Tensor
 from app.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
-from app.serving.images import image_format
-from app.serving.processing import Processor
 
 PIECE_ELEMENTS: Final = 65536
 INLINE_BYTES: Final = 65536

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 
 from app.api.wire.tensors import pack_json, show
+from app.catalog.tensors import to_tensor
 from app.domain import Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest
-from app.serving.tensors import to_tensor
 
 WRAPPERS: Final = ("data", "inputs", "instances")
 MAX_DEPTH: Final = 64

@@ -13,8 +13,8 @@ from app.api.bodies import Body
 from app.api.exchange import Exchange, until_done_or_gone
 from app.api.friendly import Encoded, is_quick, read_input, write_answer
 from app.api.wire import Reply, validate
+from app.catalog.processing import Processor
 from app.domain import Buffer, InferenceRequest, InferenceResult, Signature
-from app.serving.processing import Processor
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from app.catalog import durable
+from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard
+from app.catalog.model_config import ModelConfig
+from app.catalog.processing import Processor
+from app.catalog.repository import FoundModel, Repository
+from app.catalog.sample_sources import SampleReader
+from app.catalog.samples import Reference, References, SampleSets, assemble
+from app.catalog.state_folder import StateFolder
 from app.domain import JSON, ModelState, RuntimeSettings
 from app.errors import Conflict, HoneError
-from app.serving import durable
-from app.serving.cards import BuiltCard, Card, Cards, GoldenCard
-from app.serving.model_config import ModelConfig
-from app.serving.processing import Processor
-from app.serving.repository import FoundModel, Repository
-from app.serving.sample_sources import SampleReader
-from app.serving.samples import Reference, References, SampleSets, assemble
-from app.serving.state_folder import StateFolder
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from dataclasses import asdict
 from time import monotonic
 from typing import Any, Final
 
+from app.catalog.cards import BuiltCard, Cards
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.commands import Commands
 from app.control.verification import (
@@ -28,9 +31,6 @@ from app.control.verification import (
 )  # fmt: skip
 from app.domain import JSON, Event, Job, JobState, ModelState, RuntimeSettings, State, Verdict
 from app.errors import Conflict, HoneError
-from app.serving.cards import BuiltCard, Cards
-from app.serving.repository import Repository
-from app.serving.state_folder import StateFolder
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.codec import settings_from_json

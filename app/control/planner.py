@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from app.catalog.model_config import ModelConfig
 from app.domain import JSON
-from app.serving.model_config import ModelConfig
 
 PLANNED: tuple[tuple[str, ...], ...] = (("int8-static",), ("int8-dynamic",), ("graph",), ("tune",))
 """Alternatives; each says for itself where it does not apply, and the best that passes is taken."""

@@ -5,13 +5,13 @@ The proof lies beside the version's card under this host class's key; a server o
 
 from __future__ import annotations
 
+from app.catalog.cards import BuiltCard, Cards
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench
 from app.control.verification import VERIFY_S, judged, proof_of, question
 from app.domain import JSON, Event, RuntimeSettings
 from app.errors import Conflict, NotFound
-from app.serving.cards import BuiltCard, Cards
-from app.serving.repository import Repository
-from app.serving.state_folder import StateFolder
 from app.settings import Settings
 from app.store.open import open_journal
 from optimizers.host import cpu_budget, host_class

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from app.catalog.cards import BuiltCard, Card, Proof
 from app.control.bench import Bench, Workpiece, settings_json
 from app.domain import JSON, ModelState, RuntimeSettings, Verdict
-from app.serving.cards import BuiltCard, Card, Proof
 from app.store.codec import settings_from_json
 
 VERIFY_S: Final = 180.0

@@ -18,15 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from app.catalog.card_facts import signature_of
+from app.catalog.cards import Cards, Draft, RowsProof
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.keeper import is_server_side
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
 from app.errors import Conflict, HoneError
-from app.serving.admission import signature_of
-from app.serving.cards import Cards, Draft, RowsProof
-from app.serving.repository import Repository
-from app.serving.state_folder import StateFolder
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal

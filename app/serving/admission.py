@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from app.domain import JSON, ModelState, RuntimeSettings, Signature, TensorSpec
+from app.catalog import durable
+from app.catalog.card_facts import signature_of
+from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard, Proof, RowsProof, card_files
+from app.catalog.model_config import ModelConfig
+from app.catalog.model_files import ModelFile
+from app.catalog.processing import Processor
+from app.catalog.repository import FoundModel, FoundVersion, Repository
+from app.catalog.sample_sources import SampleReader
+from app.catalog.samples import Reference, References, reference_inputs
+from app.catalog.state_folder import StateFolder
+from app.domain import JSON, ModelState, RuntimeSettings, Signature
 from app.errors import HoneError, InsufficientStorage, ModelRejected, NotFound, NotReady
-from app.serving import durable
-from app.serving.cards import BuiltCard, Card, Cards, GoldenCard, Proof, RowsProof, card_files
-from app.serving.model_config import ModelConfig
-from app.serving.model_files import ModelFile
-from app.serving.processing import Processor
-from app.serving.repository import FoundModel, FoundVersion, Repository
-from app.serving.sample_sources import SampleReader
-from app.serving.samples import Reference, References, reference_inputs
-from app.serving.state_folder import StateFolder
 from optimizers.task import Failure, TaskFailed
 
 log = logging.getLogger("hone.serving")
@@ -224,16 +225,6 @@ class Admission:
         if config.tune_for == "throughput":
             return RuntimeSettings(1, max(1, self._cores), DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT)
         return RuntimeSettings(max(1, self._cores), 1, DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT)
-
-
-def signature_of(report: Mapping[str, Any]) -> Signature:
-    """The Signature in an inspection's report."""
-
-    def specs(entries: list[JSON]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(e["name"], e["datatype"], tuple(e["shape"]), bool(e.get("optional", False))) for e in entries)
-
-    rows = report["rows"]
-    return Signature(specs(report["inputs"]), specs(report["outputs"]), bool(rows["independent"]), str(rows["reason"]))
 
 
 def _with_rows(signature: Signature, rows: RowsProof) -> Signature:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import orjson
 
 from app.domain import BYTES, DATATYPE_SIZES, Buffer, InferenceRequest, InferenceResult, Tensor
-from app.errors import InvalidRequest
+from app.errors import HoneError, InvalidRequest
 from app.serving.shm import aligned, padding, size_of
 
 DEFAULT_PRIORITY: Final = 5
@@ -46,6 +46,11 @@ class Work:
         self.queue_s = 0.0
         self.queued = False
         self.tries = 0
+
+    def fail(self, error: HoneError) -> None:
+        """Answer with an error, unless an answer was given already."""
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 def key_of(inputs: list[Tensor], batchable: bool) -> tuple[Key, int, bool]:
@@ -274,9 +279,7 @@ class Sizes:
         if sizes is None:
             if len(self._known) >= _KEPT_PLANS:
                 self._known.clear()
-            sizes = self._known[key] = tuple(
-                -1 if datatype == BYTES else math.prod(shape) * DATATYPE_SIZES[datatype] for _, datatype, shape in key
-            )
+            sizes = self._known[key] = tuple([_row_size(*item) for item in key])
         for tensor, size in zip(inputs, sizes, strict=True):
             data = tensor.data
             given = len(data) if type(data) is bytes else size_of(data)
@@ -284,6 +287,14 @@ class Sizes:
                 raise InvalidRequest(
                     f"input {tensor.name!r}: shape {list(tensor.shape)} of {tensor.datatype} takes {size * rows} bytes, not {given}"
                 )
+
+
+def _row_size(name: str, datatype: str, shape: tuple[int, ...]) -> int:
+    if datatype == BYTES:
+        return -1
+    if datatype not in DATATYPE_SIZES:
+        raise InvalidRequest(f"input {name!r}: datatype {datatype!r} is unknown; it is one of {', '.join(DATATYPE_SIZES)}, {BYTES}")
+    return math.prod(shape) * DATATYPE_SIZES[datatype]
 
 
 Described: TypeAlias = tuple[str, str, list[int], int, int, list[int] | None]

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
-
-import orjson
+from typing import Final
 
 from app.domain import BYTES, InferenceRequest, InferenceResult, RuntimeSettings
-from app.errors import CannotMeetDeadline, DeadlineExceeded, HoneError, InvalidRequest, ModelFailed, QueueFull
-from app.serving.batcher import Plan, Planner, Queue, Sizes, Work, gather, key_of, split
+from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady, QueueFull
+from app.serving import deadlines
+from app.serving.batcher import Planner, Queue, Sizes, Work, key_of, split
+from app.serving.exchange import Batch, Exchange, Reply
 from app.serving.ledger import PATIENCE_S, CoreLedger
-from app.serving.rates import ENOUGH, STALE_S, Rates
+from app.serving.rates import ENOUGH, Rates
 from app.serving.runners import Instance, Runner, RunnerSpec
-from app.serving.shm import read_all, write_all
-from app.serving.watch import Sight, Usual
+from app.serving.watch import Usual
 
-LARGE_BYTES: Final = 1 << 20
-"""Copies of more than this are made in a thread: they would hold up the event loop."""
 QUANTUM_S: Final = 0.01
 """While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
-_MESSAGE_BYTES: Final = 64 << 10
+_log = logging.getLogger("hone.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +39,6 @@ class BatchReport:
     cpu_s: float
     wait_s: float
     queue_s: tuple[float, ...]
-
-
-class Batch:
-    """Work that shares one call."""
-
-    __slots__ = ("expected_s", "plan", "rows", "sent_at", "sight", "tokens", "work")
-
-    def __init__(self, work: list[Work], rows: int, plan: Plan, tokens: int, expected_s: float, sent_at: float) -> None:
-        self.work = work
-        self.rows = rows
-        self.plan = plan
-        self.tokens = tokens
-        self.expected_s = expected_s
-        self.sent_at = sent_at
-        self.sight: Sight | None = None
-
-    @property
-    def kind(self) -> int:
-        """Its size in units of 64 bytes: what batches of a version with many shapes are compared by."""
-        return self.plan.end // 64
 
 
 class Dispatcher:
@@ -90,10 +67,9 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._account = ledger.join(spec.name, self.pump)
         self._pump_due = False
-        self._expiry: asyncio.TimerHandle | None = None
-        self._expires_at = 0.0
         self._asking: asyncio.TimerHandle | None = None
-        self._copies: set[asyncio.Task[None]] = set()
+        self._exchange = Exchange(self._loop, self._answered, self._broken)
+        self._deadlines = deadlines.Deadlines(self._loop, self._unanswered, self.drop)
 
     # ---- requests come
 
@@ -106,7 +82,8 @@ class Dispatcher:
         self._sizes.check(request.inputs, key, rows)
         work = Work(request, key, rows, alone, self._loop.create_future(), now)
         if work.deadline is not None:
-            self._check_deadline(work, now)
+            deadlines.check(work, self.queue, self.rates, self.settings, now)
+            self._deadlines.watch(work.deadline)
         self.queue.push(work)
         self._pump_soon()
         return work
@@ -114,6 +91,9 @@ class Dispatcher:
     def retry(self, lost: list[Work]) -> None:
         """Take lost work first, each piece with nothing else in the runner, so that a killer can be told from its neighbours."""
         self.suspects.extend(lost)
+        for work in lost:
+            if work.deadline is not None:
+                self._deadlines.watch(work.deadline)
         self._pump_soon()
 
     def drop(self, work: Work) -> None:
@@ -126,7 +106,7 @@ class Dispatcher:
         for work in [*self.queue, *self.suspects]:
             if among is None or work in among:
                 self.queue.drop(work)
-                _fail(work, error)
+                work.fail(error)
         self._withdraw_if_idle()
 
     def _full(self) -> QueueFull:
@@ -137,21 +117,8 @@ class Dispatcher:
             retry_after_s=min(60.0, max(0.05, wait_s)),
         )
 
-    def _check_deadline(self, work: Work, now: float) -> None:
-        assert work.deadline is not None
-        left_s = work.deadline - now
-        if left_s <= 0:
-            raise DeadlineExceeded("the deadline had passed before the request was queued")
-        rates = self.rates
-        if rates.batches >= ENOUGH and now - rates.last_at < STALE_S:
-            before = self.queue.rows_before(work.priority)
-            needed_s = rates.drain_s(before, self.settings.batch_limit, self.settings.instances) + rates.wall_s(work.rows)
-            if needed_s > left_s:
-                raise CannotMeetDeadline(
-                    f"{before} rows are before this request and it would take about {needed_s * 1e3:.1f} ms; "
-                    f"its deadline is in {left_s * 1e3:.1f} ms"
-                )
-        self._expire_at(work.deadline)
+    def _unanswered(self) -> list[Work]:
+        return [*self.queue, *self.suspects, *(work for _, batch in self.in_flight() for work in batch.work)]
 
     # ---- batches go
 
@@ -170,7 +137,7 @@ class Dispatcher:
             return
         with contextlib.suppress(OSError):
             while len(runner.instances) < settings.instances:
-                self._free.append(runner.add_instance(self._on_reply))
+                self._free.append(runner.add_instance(self._exchange.on_readable))
         while len(runner.instances) > settings.instances and self._free:
             runner.remove_instance(self._free.pop())
         self._pump_soon()
@@ -194,12 +161,11 @@ class Dispatcher:
 
     async def close(self) -> None:
         """Stop for good; returns when no thread copies for it any more."""
-        for timer in (self._expiry, self._asking):
-            if timer is not None:
-                timer.cancel()
+        self._deadlines.close()
+        if self._asking is not None:
+            self._asking.cancel()
         self._account.close()
-        if self._copies:
-            await asyncio.wait(self._copies)
+        await self._exchange.settled()
 
     def usual(self, batch: Batch) -> Usual:
         """What batches like this one took at worst."""
@@ -283,90 +249,45 @@ class Dispatcher:
         now = monotonic()
         for item in work:
             item.queue_s = now - item.enqueued_at
-        batch = Batch(work, rows, plan, tokens, expected_s, now)
-        instance.batch = batch
         self._busy += 1
-        if plan.payload > LARGE_BYTES:
-            self._copy(self._send_large(instance, batch))
-            return
-        write_all(instance.arena.fd, gather(work, plan))
-        self._post(instance, batch)
-
-    async def _send_large(self, instance: Instance, batch: Batch) -> None:
-        fd = os.dup(instance.arena.fd)  # the runner may die, and its arenas be closed, while a thread writes
-        try:
-            await self._loop.run_in_executor(None, write_all, fd, gather(batch.work, batch.plan))
-        finally:
-            os.close(fd)
-        if instance.batch is batch:
-            self._post(instance, batch)
-
-    def _post(self, instance: Instance, batch: Batch) -> None:
-        message = batch.plan.message
-        if len(message) > _MESSAGE_BYTES:
-            os.pwrite(instance.arena.fd, message, batch.plan.end)
-            message = b"@%d,%d" % (batch.plan.end, len(message))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead: the pidfd will say so, and detach() returns the batch
-            instance.sock.send(message)
+        self._exchange.send(instance, Batch(work, rows, plan, tokens, expected_s, now))
 
     # ---- answers come
 
-    def _on_reply(self, instance: Instance) -> None:
+    def _answered(self, instance: Instance, batch: Batch, reply: Reply) -> None:
+        self._release(instance, batch, reply)
+        self.pump()  # the runner first: it may compute while the answers are cut
         try:
-            message = instance.sock.recv(_MESSAGE_BYTES)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            message = b""
-        batch: Batch | None = instance.batch
-        if not message or batch is None:
-            self._loop.remove_reader(instance.sock.fileno())
-            return
-        if message[:1] == b"@":
-            start, size = map(int, message[1:].split(b","))
-            message = read_all(instance.arena.fd, size, start)
-        reply = orjson.loads(message)
-        if reply[0]:
-            self._release(instance, batch, reply, 0)
-            self._failed(batch, reply[4], reply[5])
-            self._pump_soon()
-            return
-        base, total = reply[4], reply[5]
-        if total > LARGE_BYTES:
-            self._copy(self._receive_large(instance, batch, reply))
-            return
-        data = read_all(instance.arena.fd, total, base) if total else b""
-        self._release(instance, batch, reply, base + total)
+            if reply.failed:
+                self._failed(batch, reply)
+            else:
+                self._hand_out(batch, reply)
+        except Exception as error:  # noqa: BLE001 - a callback of the loop: callers must not wait for an answer that never comes
+            _log.exception("%s: a reply could not be understood", self._spec.name)
+            for work in batch.work:
+                work.fail(ModelFailed(f"{self._spec.name} answered something that cannot be understood: {error}"))
+
+    def _broken(self, instance: Instance, batch: Batch, error: Exception) -> None:
+        """The batch did not reach the runner, or its outputs did not come back."""
+        _log.error("%s: a batch could not be moved: %s", self._spec.name, error)
+        self._release(instance, batch, None)
+        for work in batch.work:
+            work.fail(NotReady(f"no memory to move this request: {error}; send smaller requests or give the server more memory"))
         self.pump()
-        self._answer(batch, reply, data)
 
-    async def _receive_large(self, instance: Instance, batch: Batch, reply: list[Any]) -> None:
-        fd = os.dup(instance.arena.fd)
-        try:
-            data = await self._loop.run_in_executor(None, read_all, fd, reply[5], reply[4])
-        finally:
-            os.close(fd)
-        if instance.batch is batch:
-            self._release(instance, batch, reply, reply[4] + reply[5])
-            self._pump_soon()
-        self._answer(batch, reply, data)
-
-    def _copy(self, copying: Any) -> None:
-        task = self._loop.create_task(copying, name=f"copy for {self._spec.name}")
-        self._copies.add(task)
-        task.add_done_callback(self._copies.discard)
-
-    def _release(self, instance: Instance, batch: Batch, reply: list[Any], used: int) -> None:
+    def _release(self, instance: Instance, batch: Batch, reply: Reply | None) -> None:
+        """The instance is free again, its tokens are back, and what the call cost is known."""
         now = monotonic()
-        cpu_s = reply[2] * 1e-9
+        cpu_s = reply.cpu_s if reply is not None else 0.0
         instance.batch = None
-        instance.arena.settle(max(used, batch.plan.end))
+        instance.arena.settle(max(reply.used if reply is not None else 0, batch.plan.end))
         self._busy -= 1
         self._solo = False
         self._quiet.set()
         self.completed += 1
-        self.rates.learn(batch.rows, now - batch.sent_at, cpu_s, now)
-        self.costs.learn(batch.kind, now - batch.sent_at, cpu_s, now)
+        if reply is not None and not reply.failed:
+            self.rates.learn(batch.rows, now - batch.sent_at, cpu_s, now)
+            self.costs.learn(batch.kind, now - batch.sent_at, cpu_s, now)
         runner = self._runner
         if runner is not None and len(runner.instances) > self.settings.instances:
             runner.remove_instance(instance)
@@ -375,80 +296,50 @@ class Dispatcher:
         more = self.queue.length or self.suspects
         self._account.give(batch.tokens, batch.expected_s, cpu_s, self.settings.intra_op_threads if more else 0)
 
-    def _answer(self, batch: Batch, reply: list[Any], data: bytes) -> None:
-        _, compute_ns, cpu_ns, wait_ns, _, _, described = reply
-        answers = split(batch.work, described, data, batch.rows)
+    def _hand_out(self, batch: Batch, reply: Reply) -> None:
+        answers = split(batch.work, reply.described, reply.data, batch.rows)
         if answers is None:
             self._rows_depend(batch)
             return
         spec, rows = self._spec, batch.rows
-        compute_s, cpu_s, wait_s = compute_ns * 1e-9, cpu_ns * 1e-9, wait_ns * 1e-9
         for work, outputs in zip(batch.work, answers, strict=True):
-            future = work.future
-            if not future.done():
-                share = work.rows / rows
-                result = InferenceResult(
-                    outputs, spec.model, spec.version, spec.generation, work.queue_s, compute_s, rows, cpu_s * share, wait_s * share
-                )
-                future.set_result(result)
+            if work.future.done():
+                continue
+            share = work.rows / rows
+            work.future.set_result(
+                InferenceResult(
+                    outputs,
+                    spec.model,
+                    spec.version,
+                    spec.generation,
+                    work.queue_s,
+                    reply.compute_s,
+                    rows,
+                    reply.cpu_s * share,
+                    reply.wait_s * share,
+                )  # fmt: skip
+            )
         if self._observer is not None:
             queue_s = tuple([work.queue_s for work in batch.work])
-            self._observer(BatchReport(rows, len(batch.work), compute_s, cpu_s, wait_s, queue_s))
+            self._observer(BatchReport(rows, len(batch.work), reply.compute_s, reply.cpu_s, reply.wait_s, queue_s))
 
-    def _failed(self, batch: Batch, kind: str, text: str) -> None:
+    def _failed(self, batch: Batch, reply: Reply) -> None:
         """A request that the model cannot take must not fail its batch-mates: each is tried alone."""
         if len(batch.work) > 1:
             self._again_alone(batch)
-            return
-        error: HoneError = (
-            InvalidRequest(text) if kind == "InvalidRequest" else ModelFailed(f"{self._spec.name} failed on this request: {text}")
-        )
-        _fail(batch.work[0], error)
+        elif reply.failed == "InvalidRequest":
+            batch.work[0].fail(InvalidRequest(reply.text))
+        else:
+            batch.work[0].fail(ModelFailed(f"{self._spec.name} failed on this request: {reply.text}"))
 
     def _rows_depend(self, batch: Batch) -> None:
         self.batchable = False
         self.unbatchable_because = "an output had not one row for each input row of a batch"
         self._again_alone(batch)
-        self._pump_soon()
 
     def _again_alone(self, batch: Batch) -> None:
         for work in reversed(batch.work):
             if not work.future.done():
                 work.key, work.rows, work.alone = key_of(work.request.inputs, False)
                 self.queue.push(work, front=True)
-
-    # ---- deadlines
-
-    def _expire_at(self, deadline: float) -> None:
-        """One timer for all deadlines: armed for the earliest."""
-        if self._expiry is not None:
-            if deadline >= self._expires_at:
-                return
-            self._expiry.cancel()
-        self._expires_at = deadline
-        self._expiry = self._loop.call_later(max(0.0, deadline - monotonic()), self._expire)
-
-    def _expire(self) -> None:
-        self._expiry = None
-        now = monotonic()
-        earliest: float | None = None
-        waiting = [*self.queue, *self.suspects, *(work for _, batch in self.in_flight() for work in batch.work)]
-        for work in waiting:
-            if work.deadline is None or work.future.done():
-                continue
-            if work.deadline <= now:
-                place = "queued" if work.queued else "running"
-                self.queue.drop(work)
-                _fail(
-                    work, DeadlineExceeded(f"the deadline passed while the request was {place} ({(now - work.enqueued_at) * 1e3:.0f} ms)")
-                )
-            elif earliest is None or work.deadline < earliest:
-                earliest = work.deadline
-        self._withdraw_if_idle()
-        if earliest is not None:
-            self._expire_at(earliest)
-
-
-def _fail(work: Work, error: HoneError) -> None:
-    if not work.future.done():
-        work.future.set_exception(error)
+        self._pump_soon()

@@ -211,6 +211,10 @@ class Engine:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those inside; False where some are left after `timeout_s`."""
         self._closed = self._closed or "is being replaced"
+        return await self.idle(timeout_s)
+
+    async def idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight, bounded; new requests may still come."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
@@ -230,8 +234,7 @@ class Engine:
         self._dispatcher.fail_waiting(NotReady(f"{self.spec.name} was unloaded"))
         for batch in self._dispatcher.detach():
             for work in batch.work:
-                if not work.future.done():
-                    work.future.set_exception(NotReady(f"{self.spec.name} was unloaded"))
+                work.fail(NotReady(f"{self.spec.name} was unloaded"))
         await self._dispatcher.close()
         if self._runner is not None:
             self._keep_cpu(self._runner)
@@ -278,7 +281,7 @@ class Engine:
         for work in waiting:
             if not work.future.done():
                 self._dispatcher.drop(work)
-                work.future.set_exception(error)
+                work.fail(error)
 
     async def _recover(self, runner: Runner, lost: list[list[Work]]) -> None:
         try:
@@ -384,14 +387,9 @@ class Engine:
             if len(works) == 1 and ending.own_fault and work.tries > 1:
                 self.killers.add(digest)
                 self.quarantine.add(digest, ending.reason)
-                _fail(work, Quarantined(f"this input ended a runner of {self.spec.name} twice, the second time alone ({ending.reason})"))
+                work.fail(Quarantined(f"this input ended a runner of {self.spec.name} twice, the second time alone ({ending.reason})"))
             elif work.tries >= _TRIES:
-                _fail(work, RunnerLost(f"the runner of {self.spec.name} ended {work.tries} times with this request in it: {ending.reason}"))
+                work.fail(RunnerLost(f"the runner of {self.spec.name} ended {work.tries} times with this request in it: {ending.reason}"))
             elif not work.future.done() or ending.own_fault:
                 again.append(work)
         self._dispatcher.retry(again)
-
-
-def _fail(work: Work, error: HoneError) -> None:
-    if not work.future.done():
-        work.future.set_exception(error)

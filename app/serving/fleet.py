@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import monotonic
 
+from app.catalog.model_config import ModelConfig
+from app.catalog.repository import FoundModel, Repository
+from app.catalog.reservoir import Reservoir
 from app.domain import JSON, Event, State
 from app.errors import HoneError, NotFound
 from app.serving.admission import Admission
 from app.serving.loader import Loader
-from app.serving.model_config import ModelConfig
 from app.serving.reconcile import ModelReconciler
-from app.serving.repository import FoundModel, Repository
-from app.serving.reservoir import Reservoir
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
 from app.store.base import Journal, StoreUnavailable

@@ -16,15 +16,15 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
+from app.catalog.model_config import ModelConfig
+from app.catalog.tensors import to_array, to_tensor
 from app.domain import InferenceRequest, RuntimeSettings, Tensor
 from app.errors import HoneError, InsufficientStorage, ModelRejected
 from app.serving.admission import Admitted
 from app.serving.engine import BatchReport, Engine, RunnerSpec
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
-from app.serving.model_config import ModelConfig
 from app.serving.slot import Loaded
-from app.serving.tensors import to_array, to_tensor
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
@@ -114,13 +114,6 @@ class Loader:
         """Tell the kernel who dies first when memory runs out: warm versions before active ones."""
         with contextlib.suppress(OSError):
             Path(f"/proc/{loaded.engine.pid}/oom_score_adj").write_text(str(OOM_ACTIVE if active else OOM_WARM))
-
-    async def drained(self, loaded: Loaded, timeout_s: float) -> bool:
-        """Wait until nothing is in flight any more; new requests may still come."""
-        until = monotonic() + timeout_s
-        while loaded.engine.inflight and monotonic() < until:
-            await asyncio.sleep(0.005)
-        return not loaded.engine.inflight
 
     @property
     def taken_bytes(self) -> int:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic, time
 
+from app.catalog.model_config import ModelConfig
+from app.catalog.repository import FoundModel
 from app.domain import Event, ModelState, VersionState
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
 from app.serving.loader import Loader
-from app.serving.model_config import ModelConfig
-from app.serving.repository import FoundModel
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
 from app.telemetry.metrics import Metrics
@@ -328,7 +328,7 @@ class ModelReconciler:
 
     async def _watch_drain(self, old: Loaded) -> None:
         began = monotonic()
-        await self._loader.drained(old, DRAIN_S)
+        await old.engine.idle(DRAIN_S)
         self._metrics.time("hone_swap_duration_seconds", self.slot.name, seconds=monotonic() - began)
 
     async def _stop(self, loaded: Loaded) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Final
 
+from app.catalog.processing import Processor
 from app.domain import InferenceRequest, InferenceResult, Observation, Signature
 from app.errors import (
     Cancelled,
@@ -19,7 +20,6 @@ from app.errors import (
     QueueFull,
 )
 from app.serving.engine import Engine
-from app.serving.processing import Processor
 from app.serving.slot import Loaded, Slot
 from app.telemetry.metrics import Metrics
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from app.catalog.model_config import ModelConfig
+from app.catalog.processing import Processor
+from app.catalog.samples import Reservoir
 from app.domain import RuntimeSettings, VersionState
 from app.errors import NotFound, NotReady
 from app.serving.admission import Admitted
 from app.serving.engine import Engine
-from app.serving.model_config import ModelConfig
-from app.serving.processing import Processor
-from app.serving.samples import Reservoir
 
 
 @dataclass(slots=True)

@@ -21,10 +21,10 @@ from math import inf
 from pathlib import Path
 from typing import Final
 
+from app.catalog import durable
+from app.catalog.model_config import Capture
+from app.catalog.sample_file import SUFFIX, Captured, head_of, one_row, predicted_class, read, write
 from app.domain import Signature, Tensor
-from app.serving import durable
-from app.serving.model_config import Capture
-from app.serving.sample_file import SUFFIX, Captured, head_of, one_row, predicted_class, read, write
 from optimizers.samples import Samples
 
 log = logging.getLogger(__name__)

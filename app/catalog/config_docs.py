@@ -1,4 +1,4 @@
-"""The table of docs/model-yaml.md, made from the schema: `python -m app.serving.config_docs` renews it in place. Not part of serving."""
+"""The table of docs/model-yaml.md, made from the schema: `python -m app.catalog.config_docs` renews it in place. Not part of serving."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from app.serving.config_errors import dotted, sections
-from app.serving.model_config import ModelConfig
+from app.catalog.config_errors import dotted, sections
+from app.catalog.model_config import ModelConfig
 
-BEGIN: Final = "<!-- table: made by python -m app.serving.config_docs -->\n"
+BEGIN: Final = "<!-- table: made by python -m app.catalog.config_docs -->\n"
 END: Final = "<!-- end of table -->\n"
 
 

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from app.catalog import config_errors, yaml_file
+from app.catalog.sections import Postprocess, Preprocess
 from app.domain import Mode, Signature, TensorSpec
 from app.errors import ModelRejected
-from app.serving import config_errors, yaml_file
-from app.serving.sections import Postprocess, Preprocess
 
 MAX_BYTES: Final = yaml_file.MAX_BYTES
 FILE_NAME: Final = "model.yaml"

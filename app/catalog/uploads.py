@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.catalog import durable
+from app.catalog.deploy import UPLOAD_HELP, check_file_name, is_plain, listed
+from app.catalog.model_config import FILE_NAME, parse_model_config, read_config
+from app.catalog.model_files import checked_file, copy_regular, links_within
+from app.catalog.model_names import printable
+from app.catalog.repository import ONNX_NAME, Repository
+from app.catalog.state_folder import StateFolder
 from app.errors import ModelRejected
-from app.serving import durable
-from app.serving.deploy import UPLOAD_HELP, check_file_name, is_plain, listed
-from app.serving.model_config import FILE_NAME, parse_model_config, read_config
-from app.serving.model_files import checked_file, copy_regular, links_within
-from app.serving.model_names import printable
-from app.serving.repository import ONNX_NAME, Repository
-from app.serving.state_folder import StateFolder
 
 
 @dataclass

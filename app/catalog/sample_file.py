@@ -15,9 +15,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from app.catalog.durable import TEMPORARY
+from app.catalog.tensors import DTYPES, elements, to_array
 from app.domain import BYTES, DATATYPE_SIZES, Signature, Tensor
-from app.serving.durable import TEMPORARY
-from app.serving.tensors import DTYPES, elements, to_array
 from optimizers.samples import Samples
 
 SUFFIX: Final = ".sample"

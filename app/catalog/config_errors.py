@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from app.serving.yaml_file import Document, KeyPath
+from app.catalog.yaml_file import Document, KeyPath
 
 MOST_SHOWN: Final = 5
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from app.catalog import durable
+from app.catalog.model_config import FILE_NAME, ModelConfig, parse_model_config, read_config
+from app.catalog.model_files import LinkPolicy, ModelFile, checked_file, copy_regular, links_within
+from app.catalog.model_names import check_name, printable
+from app.catalog.repository import ONNX_NAME, FoundModel, Repository
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
-from app.serving import durable
-from app.serving.model_config import FILE_NAME, ModelConfig, parse_model_config, read_config
-from app.serving.model_files import LinkPolicy, ModelFile, checked_file, copy_regular, links_within
-from app.serving.model_names import check_name, printable
-from app.serving.repository import ONNX_NAME, FoundModel, Repository
 
 UPLOAD_HELP: Final = (
     "send every file in one upload: -F model.onnx=@model.onnx -F model.onnx.data=@model.onnx.data -F model.yaml=@model.yaml"

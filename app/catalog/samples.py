@@ -14,13 +14,13 @@ from typing import Any, Final
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from app.catalog import durable
+from app.catalog.model_config import SampleSources
+from app.catalog.model_files import FileHashes
+from app.catalog.reservoir import Reservoir, load_captured
+from app.catalog.sample_sources import SampleReader
+from app.catalog.synthetic import synthetic
 from app.errors import Conflict, ModelRejected
-from app.serving import durable
-from app.serving.model_config import SampleSources
-from app.serving.model_files import FileHashes
-from app.serving.reservoir import Reservoir, load_captured
-from app.serving.sample_sources import SampleReader
-from app.serving.synthetic import synthetic
 from optimizers.samples import Samples, read_npz, write_npz
 
 __all__ = [

@@ -12,12 +12,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from app.catalog.images import ImageEncoder
+from app.catalog.sections import ImagePreprocess, Postprocess, Preprocess, TextInputs, TextPreprocess
+from app.catalog.tensors import FLOATS, Array, elements, to_array
+from app.catalog.text import StringEncoder, TextEncoder
 from app.domain import BYTES, JSON, Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest, ModelFailed, ModelRejected
-from app.serving.images import ImageEncoder
-from app.serving.sections import ImagePreprocess, Postprocess, Preprocess, TextInputs, TextPreprocess
-from app.serving.tensors import FLOATS, Array, elements, to_array
-from app.serving.text import StringEncoder, TextEncoder
 
 __all__ = ["ImagePreprocess", "Postprocess", "Preprocess", "Processor", "TextInputs", "TextPreprocess"]
 

@@ -16,14 +16,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from app.catalog.model_config import CAPTURED
+from app.catalog.model_files import LinkPolicy
+from app.catalog.processing import Processor
+from app.catalog.repository import factory_file
+from app.catalog.reservoir import load_captured
+from app.catalog.tensors import DTYPES, to_array
 from app.domain import BYTES, Signature, TensorSpec
 from app.errors import HoneError, ModelRejected, NotFound
-from app.serving.model_config import CAPTURED
-from app.serving.model_files import LinkPolicy
-from app.serving.processing import Processor
-from app.serving.repository import factory_file
-from app.serving.reservoir import load_captured
-from app.serving.tensors import DTYPES, to_array
 from optimizers.samples import Samples
 
 IMAGES: Final = frozenset({".png", ".jpg", ".jpeg"})

@@ -5,12 +5,13 @@ Cards never change once written; proofs lie beside them and are measured again. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from app.domain import JSON, RuntimeSettings, Signature, Verdict
+from app.domain import JSON, RuntimeSettings, Signature, TensorSpec, Verdict
 from app.errors import ModelRejected
 
 SCHEMA: Final = 1
@@ -160,3 +161,13 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
 
 def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
+
+
+def signature_of(report: Mapping[str, Any]) -> Signature:
+    """The Signature in an inspection's report."""
+
+    def specs(entries: list[JSON]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(e["name"], e["datatype"], tuple(e["shape"]), bool(e.get("optional", False))) for e in entries)
+
+    rows = report["rows"]
+    return Signature(specs(report["inputs"]), specs(report["outputs"]), bool(rows["independent"]), str(rows["reason"]))

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from app.catalog.sections import TextPreprocess
+from app.catalog.tensors import bytes_tensor, to_tensor
 from app.domain import BYTES, Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest, ModelFailed, ModelRejected, PayloadTooLarge, Unsupported
-from app.serving.sections import TextPreprocess
-from app.serving.tensors import bytes_tensor, to_tensor
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

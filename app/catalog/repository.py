@@ -1,6 +1,6 @@
 """The user's models in Triton's layout: NAME/1/model.onnx, with NAME/model.yaml if there is one. Reads, never opens a model.
 
-One broken model never hides another: what is wrong stands in its `error`. What was deployed is for app.serving.deploy to write.
+One broken model never hides another: what is wrong stands in its `error`. What was deployed is for app.catalog.deploy to write.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from app.catalog.model_config import FILE_NAME, ModelConfig, load_model_config
+from app.catalog.model_files import FileHashes, FileLimits, LinkPolicy, ModelFile, links_within, version_files
+from app.catalog.model_names import RULE, is_name, printable
+from app.catalog.state_folder import GOLDEN_VERSION
 from app.errors import HoneError, ModelRejected, NotAllowed, NotFound
-from app.serving.model_config import FILE_NAME, ModelConfig, load_model_config
-from app.serving.model_files import FileHashes, FileLimits, LinkPolicy, ModelFile, links_within, version_files
-from app.serving.model_names import RULE, is_name, printable
-from app.serving.state_folder import GOLDEN_VERSION
 
 ONNX_NAME: Final = "model.onnx"
 _IGNORED: Final = frozenset({"lost+found", "__pycache__"})

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from app.catalog import durable
 from app.errors import InvalidRequest
-from app.serving import durable
 
 BUILT_VERSION: Final = re.compile(r"([1-9][0-9]*)\.([1-9][0-9]*)")
 GOLDEN_VERSION: Final = re.compile(r"[1-9][0-9]*")

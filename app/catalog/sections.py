@@ -1,6 +1,6 @@
 """The `preprocess` and `postprocess` sections of model.yaml: what the friendly door does around a model, as checked data.
 
-Knows nothing of images, tokenizers or signatures; app.serving.processing holds these sections against what the model really takes.
+Knows nothing of images, tokenizers or signatures; app.catalog.processing holds these sections against what the model really takes.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from app.catalog.model_names import printable
 from app.errors import ModelRejected
-from app.serving.model_names import printable
 
 MAX_DEPTH: Final = 3
 SETTLED_S: Final = 2.0

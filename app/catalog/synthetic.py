@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from app.catalog.tensors import DTYPES
 from app.domain import BYTES, Signature, TensorSpec
-from app.serving.tensors import DTYPES
 from optimizers.samples import Samples
 
 SIDE: Final = 64

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from app.errors import Conflict, InvalidRequest, ModelRejected, NotFound
-from app.serving import durable
-from app.serving.card_facts import (
+from app.catalog import durable
+from app.catalog.card_facts import (
     MAX_CARD_BYTES,
     BuiltCard,
     Card,
@@ -28,8 +27,9 @@ from app.serving.card_facts import (
     dump,
     load,
 )  # fmt: skip
-from app.serving.model_files import FileHashes, FileLimits, ModelFile, checked_file, copy_regular, links_within, version_files
-from app.serving.state_folder import BUILT_VERSION, GOLDEN_VERSION, StateFolder, is_version
+from app.catalog.model_files import FileHashes, FileLimits, ModelFile, checked_file, copy_regular, links_within, version_files
+from app.catalog.state_folder import BUILT_VERSION, GOLDEN_VERSION, StateFolder, is_version
+from app.errors import Conflict, InvalidRequest, ModelRejected, NotFound
 
 __all__ = ["BuiltCard", "Card", "CardFile", "Cards", "Draft", "GoldenCard", "Proof", "RowsProof", "card_files"]
 

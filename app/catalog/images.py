@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from app.catalog.sections import ImagePreprocess
+from app.catalog.tensors import FLOATS, Array, to_tensor
 from app.domain import Tensor, TensorSpec
 from app.errors import InvalidRequest, ModelRejected, PayloadTooLarge
-from app.serving.sections import ImagePreprocess
-from app.serving.tensors import FLOATS, Array, to_tensor
 
 if TYPE_CHECKING:
     from PIL import Image
