@@ -43,7 +43,7 @@ def half_with_cast_left(path: Path) -> Path:
         helper.make_node("Cast", ["i"], ["c"], "cast_left", to=TensorProto.FLOAT),
         helper.make_node("Mul", ["c", "w"], ["y"], "mul"),
     ]
-    weights = [numpy_helper.from_array(np.float16(2), "w")]
+    weights = [numpy_helper.from_array(np.array(2, np.float16), "w")]
     inner = [value("c", "FP16", ["N"])]
     graph = helper.make_graph(nodes, "half", [value("i", "INT64", ["N"])], [value("y", "FP16", ["N"])], weights, value_info=inner)
     return write(path, helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10))

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,12 @@ class Running:
         raise AssertionError(f"not reached within {seconds} s\n{self.log[-4000:]}")
 
     def ready(self, *models: str) -> Running:
-        self.until(lambda: self.call("GET", "/v2/health/ready").status_code == 200, START_S)
-        for model in models:
-            self.until(lambda model=model: self.call("GET", f"/v2/models/{model}/ready").status_code == 200, START_S)
+        for path in ["/v2/health/ready", *(f"/v2/models/{model}/ready" for model in models)]:
+            self.until(partial(self.answers, path), START_S)
         return self
+
+    def answers(self, path: str) -> bool:
+        return self.call("GET", path).status_code == 200
 
     def job_done(self, identity: str, seconds: float = 300.0) -> Any:
         """The finished job."""
