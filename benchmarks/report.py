@@ -60,7 +60,7 @@ def _serving(found: dict[str, Any]) -> str:
         for row in model["closed"]:
             hone, control = row["hone"], row["control"]
             closed.append(
-                [name, row["body"], row["connections"], _rate(row["limit"]), _rate(control["per_s"]), _rate(hone["per_s"]),
+                [name, row["body"], row["connections"], _rate(row["limit"]), f"{_rate(control['per_s'])} ({row['control_form']})", _rate(hone["per_s"]),
                  _ratio(row["of_limit"]), _ratio(row["of_control"]),
                  f"{control['p50_ms']['median']:.2f} / {control['p99_ms']['median']:.2f}",
                  f"{hone['p50_ms']['median']:.2f} / {hone['p99_ms']['median']:.2f}"]
@@ -74,7 +74,7 @@ def _serving(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Closed loop, answers a second, {effort['rounds']} rounds of {effort['seconds']:g} s each, in turns. Ratios are of one round: median "
-            "(lowest to highest). At 1 connection the limit is the best single call, else all cores. Milliseconds p50 / p99 of a closed loop: "
+            "(lowest to highest). The control is the better of two forms: the model in the thread pool, or inline on the event loop. At 1 connection the limit is the best single call, else all cores. Milliseconds p50 / p99 of a closed loop: "
             "its p99 hides stalls.",
             table(
                 ["model", "body", "connections", "limit", "control", "Hone", "of the limit", "× control", "control ms", "Hone ms"], closed

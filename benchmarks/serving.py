@@ -1,6 +1,7 @@
-"""Requests per second and latency of Hone beside what it can be held to: the runtime alone (the limit) and a plain FastAPI app (the control).
+"""Requests per second and latency of Hone beside what it can be held to: the runtime alone (the limit) and a plain FastAPI app (the control, in
+the better of its two forms).
 
-One run, one client (`wrk`), one host: the three take turns in every round, so that a slow moment hits all of them, and ratios are made
+One run, one client (`wrk`), one host: they take turns in every round, so that a slow moment hits all of them, and ratios are made
 within a round. A closed loop's p99 hides stalls; latency under a fixed rate is measured apart, from each request's intended start.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -111,23 +112,27 @@ class ModelBench:
 
     def _closed(self, kind: str, connections: int, leading: list[Layout]) -> dict[str, Any]:
         effort = self._effort
-        limit, control, hone = Series(), Measured(), Measured()
+        limit, pooled, inline, hone = Series(), Measured(), Measured(), Measured()
+        plain, own = self._plain[kind], self._own[kind]
+        on_loop = replace(plain, path="/inline" + plain.path)
         turns: list[Callable[[], None]] = [
             lambda: limit.values.append(self._limit.best(leading, effort.seconds)),
-            lambda: control.add(self._drive(self._control, self._plain[kind], connections)),
-            lambda: hone.add(self._drive(self._hone, self._own[kind], connections)),
+            lambda: pooled.add(self._drive(self._control, plain, connections)),
+            lambda: inline.add(self._drive(self._control, on_loop, connections)),
+            lambda: hone.add(self._drive(self._hone, own, connections)),
         ]
-        self._drive(self._control, self._plain[kind], connections, effort.warm_s)
-        self._drive(self._hone, self._own[kind], connections, effort.warm_s)
+        for server, body in ((self._control, plain), (self._control, on_loop), (self._hone, own)):
+            self._drive(server, body, connections, effort.warm_s)
         for number in range(effort.rounds):
             for turn in rotated(turns, number):
                 turn()
+        form, control = max((("threads", pooled), ("inline", inline)), key=lambda pair: pair[1].per_s.median)
         row: dict[str, Any] = {
-            "body": kind, "connections": connections, "limit": limit.to_json(), "control": control.to_json(), "hone": hone.to_json(),
+            "body": kind, "connections": connections, "limit": limit.to_json(), "control": control.to_json(), "control_form": form, "hone": hone.to_json(),
             "of_limit": ratios(hone.per_s, limit).to_json(), "of_control": ratios(hone.per_s, control.per_s).to_json(),
         }  # fmt: skip
         self._say(
-            f"{self._model.name:16} {kind:6} {connections:2} connections: limit {limit.median:7.0f}/s  control {control.per_s.median:7.0f}/s  "
+            f"{self._model.name:16} {kind:6} {connections:2} connections: limit {limit.median:7.0f}/s  control ({form}) {control.per_s.median:7.0f}/s  "
             f"hone {hone.per_s.median:7.0f}/s = {row['of_limit']['median']:.2f} of the limit, {row['of_control']['median']:.2f} × control"
         )
         return row
