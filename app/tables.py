@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -66,6 +67,7 @@ def versions(rows: Iterable[JSON]) -> str:
             ("SIZE", lambda r: size(r.get("bytes"))),
             ("VERDICT HERE", lambda r: (r.get("proof") or {}).get("verdict") or "unproven"),
             ("FIDELITY", lambda r: _fidelity((r.get("proof") or {}).get("fidelity") or {})),
+            ("CPU PER ROW", lambda r: _cpu((r.get("proof") or {}).get("latency") or {})),
             ("PROOF", lambda r: (r.get("proof") or {}).get("summary")),
             ("REASON", lambda r: r.get("reason")),
         ],
@@ -98,10 +100,10 @@ def recipes(tries: Iterable[Any] | None) -> str:
 
 
 def progress(job: JSON) -> str:
-    """Where a job is: its state, and the step of its child process where one says so."""
+    """Where a job is: its state, and the step of its child process where one says so, in tenths."""
     seen = job.get("progress") or {}
     share = seen.get("share")
-    percent = f"{share:.0%}" if isinstance(share, int | float) and share else ""
+    percent = f"{math.floor(share * 10)}0%" if isinstance(share, int | float) and share >= 0.1 else ""
     parts = [job.get("id", ""), job.get("state", ""), seen.get("method", ""), seen.get("step", ""), percent]
     return "  ".join(_clean(part) for part in parts if part)
 
@@ -187,6 +189,16 @@ def _settings(settings: JSON) -> str:
     return f"{settings.get('intra_op_threads')} threads x {settings.get('instances')}, batch {settings.get('batch_limit')}"
 
 
-def _fidelity(fidelity: JSON) -> str:
-    value = fidelity.get("value")
-    return f"{fidelity.get('metric', '')} {value:.4g}".strip() if isinstance(value, int | float) else ""
+def _fidelity(sets: JSON) -> str:
+    """Of the largest set of samples that judged: what was measured, and its lower confidence bound."""
+    judged = [found for found in sets.values() if isinstance(found, dict) and isinstance(found.get("value"), int | float)]
+    if not judged:
+        return ""
+    most = max(judged, key=lambda found: found.get("samples") or 0)
+    return f"{most.get('metric', '')} {most['value']:.4g} (at least {most.get('low', most['value']):.4g}, {most.get('samples')} samples)"
+
+
+def _cpu(latency: JSON) -> str:
+    """CPU time per row as a ratio to what served when it was measured."""
+    ratio = (latency.get("rows_ratio") or {}).get("estimate")
+    return f"{ratio:.2f} x" if isinstance(ratio, int | float) else ""

@@ -174,8 +174,22 @@ def test_an_event_of_an_unknown_kind_is_shown_all_the_same() -> None:
 
 def test_a_job_says_where_it_is() -> None:
     seen = {"method": "int8-static", "step": "calibrating", "share": 0.25, "detail": {}}
-    assert tables.progress({"id": "d-1", "state": "building", "progress": seen}) == "d-1  building  int8-static  calibrating  25%"
+    assert tables.progress({"id": "d-1", "state": "building", "progress": seen}) == "d-1  building  int8-static  calibrating  20%"
     assert tables.progress({"id": "d-1", "state": "finished", "progress": None}) == "d-1  finished"
+
+
+def test_versions_show_fidelity_of_the_largest_set_and_speed() -> None:
+    proof = {
+        "verdict": "passed",
+        "fidelity": {
+            "live": {"metric": "agreement", "value": 1.0, "low": 0.27, "samples": 1},
+            "labelled": {"metric": "accuracy", "value": 0.9987, "low": 0.9964, "samples": 747},
+        },
+        "latency": {"rows_ratio": {"estimate": 0.611, "low": 0.588, "high": 0.638}},
+    }
+    text = tables.versions([{"version": "1", "golden": True}, {"version": "1.1", "parent": "1", "active": True, "proof": proof}])
+    assert "accuracy 0.9987 (at least 0.9964, 747 samples)" in text and "0.61 x" in text
+    assert text.splitlines()[1].split()[:3] == ["-", "1", "golden"] and "unproven" in text.splitlines()[1]
 
 
 def test_recipes_show_methods_not_all_their_options() -> None:
