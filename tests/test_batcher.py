@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from app.domain import InferenceRequest, InferenceResult, Tensor
 from app.errors import InvalidRequest
-from app.serving.batcher import Planner, Queue, Sizes, Work, gather, key_of, split, wanted
+from app.serving.batcher import Queue, Work, key_of
+from app.serving.layout import Planner, Sizes, gather, split, wanted
 from app.serving.rates import Rates
 from app.serving.shm import ALIGNMENT, Arena, read_all, write_all
 from tests.engines import request

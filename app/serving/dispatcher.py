@@ -17,8 +17,9 @@ from typing import Final
 from app.domain import BYTES, InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady, QueueFull
 from app.serving import deadlines
-from app.serving.batcher import Planner, Queue, Sizes, Work, key_of, split
+from app.serving.batcher import Queue, Work, key_of
 from app.serving.exchange import Batch, Exchange, Reply
+from app.serving.layout import Planner, Sizes, split
 from app.serving.ledger import PATIENCE_S, CoreLedger
 from app.serving.rates import ENOUGH, Rates
 from app.serving.runners import Instance, Runner, RunnerSpec
@@ -306,18 +307,9 @@ class Dispatcher:
             if work.future.done():
                 continue
             share = work.rows / rows
+            cpu_s, wait_s = reply.cpu_s * share, reply.wait_s * share
             work.future.set_result(
-                InferenceResult(
-                    outputs,
-                    spec.model,
-                    spec.version,
-                    spec.generation,
-                    work.queue_s,
-                    reply.compute_s,
-                    rows,
-                    reply.cpu_s * share,
-                    reply.wait_s * share,
-                )  # fmt: skip
+                InferenceResult(outputs, spec.model, spec.version, spec.generation, work.queue_s, reply.compute_s, rows, cpu_s, wait_s)
             )
         if self._observer is not None:
             queue_s = tuple([work.queue_s for work in batch.work])

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import orjson
 
-from app.serving.batcher import Described, Plan, Work, gather
+from app.serving.batcher import Work
+from app.serving.layout import Described, Plan, gather
 from app.serving.runners import Instance
 from app.serving.shm import read_all, write_all
 from app.serving.watch import Sight
