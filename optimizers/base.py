@@ -38,6 +38,7 @@ class Need(StrEnum):
     CALIBRATION = "calibration inputs"
     UNLABELLED = "unlabelled inputs"
     LABELLED = "labelled training data"
+    TRAINING = "inputs to train on (labelled or not)"
     TEACHER = "a teacher"
     HERE = "the host that serves"
 
@@ -88,6 +89,8 @@ class Budget:
     seed: int = 0
     scratch: str = ""
     """A folder the method may fill; empty means a temporary one."""
+    keep: str = ""
+    """A folder whose files outlive a kill of this process, for checkpoints of long trainings; empty means that none are kept."""
     target: str = ""
     """Host class key the result is meant for; empty means this host."""
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -133,7 +136,9 @@ def optimize(artifact: Artifact, config: Config, samples: Samples, budget: Budge
     try:
         chosen = _methods[type(config)]
     except KeyError:
-        raise NotApplicable(f"{config.method or type(config).__name__}: its implementation is not imported; see optimizers.catalogue()") from None
+        raise NotApplicable(
+            f"{config.method or type(config).__name__}: its implementation is not imported; see optimizers.catalogue()"
+        ) from None
     budget.tick(config.method, "start", 0.0)
     return chosen(artifact, config, samples, budget)
 

@@ -27,6 +27,7 @@ WEIGHTS: Final = "weights.safetensors"
 BUILDING: Final = ("calibration", "train", "unlabelled")
 SETS: Final[dict[Need, tuple[str, ...]]] = {
     Need.LABELLED: ("train", "calibration"),
+    Need.TRAINING: ("train", "unlabelled", "calibration"),
     Need.CALIBRATION: ("calibration", "train", "unlabelled"),
     Need.UNLABELLED: ("unlabelled", "train", "calibration"),
 }
@@ -108,7 +109,12 @@ def build(order: Order, budget: Budget) -> Built:
         if name in order.samples
     }
     work = budget.folder("recipe")
-    artifact = run_steps(_start(order), configs, sets, replace(budget, scratch=str(work), target=order.target or budget.target))
+    artifact = run_steps(
+        _start(order),
+        configs,
+        sets,
+        replace(budget, scratch=str(work), keep=budget.keep or budget.scratch, target=order.target or budget.target),
+    )
     path = _delivered(artifact, Path(order.scratch) / "built")
     shutil.rmtree(work, ignore_errors=True)
     report = inspect(Inspection(str(path), samples=order.samples.get("calibration", ""), stacked=order.stacked), budget)

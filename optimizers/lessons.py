@@ -1,0 +1,148 @@
+"""The objective that pruning's fine-tuning and distillation share: golden's answers and true labels on rows, seen anew each time.
+
+The teacher is golden's ONNX file, run on the very rows that the student sees (Beyer et al. 2022, arXiv:2106.05237), so unlabelled inputs do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from optimizers.base import NotApplicable
+from optimizers.losses import as_logits, hard_labels, relative_error, soft_labels
+from optimizers.running import ORT_ERRORS, RunRefused, brief, raise_if_memory, runner
+from optimizers.samples import Samples
+from optimizers.session import Settings, open_session
+from optimizers.torch_source import Outputs, Signature, outputs_of, tensors_of
+from optimizers.training import Score
+
+HELD_OUT: Final = 0.15
+SHIFT: Final = 1 / 12
+NOISE: Final = 0.05
+CHUNK: Final = 64
+Extra = Callable[[Outputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """L = α · T² · KL(golden ‖ student) + (1 − α) · cross entropy with true labels; α counts as 1 where there are no labels."""
+
+    temperature: float = 2.0
+    alpha: float = 0.7
+    augment: bool = True
+
+
+class Teacher:
+    """Golden's answers, by ONNX Runtime without graph optimization, as golden judges."""
+
+    def __init__(self, path: Path, signature: Signature, threads: int) -> None:
+        self._run = runner(open_session(path, Settings(intra_op_threads=threads, graph_level="basic")))
+        self._names = signature.inputs
+
+    def __call__(self, inputs: Outputs) -> Outputs:
+        """Raises NotApplicable where golden refuses the rows."""
+        try:
+            answers = self._run({name: value.numpy() for name, value in zip(self._names, inputs, strict=True)})
+        except (*ORT_ERRORS, RunRefused) as error:
+            raise_if_memory(error)
+            raise NotApplicable(f"golden refuses the training inputs: {brief(error)}") from None
+        return tuple(torch.from_numpy(np.ascontiguousarray(answer)) for answer in answers)
+
+    def all(self, inputs: Outputs) -> Outputs:
+        pieces = [self(tuple(value[at : at + CHUNK] for value in inputs)) for at in range(0, len(inputs[0]), CHUNK)]
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+class Lesson:
+    """An Objective (optimizers.training): the student answers as golden does. Rows held out are never trained on.
+
+    `extra` adds a term that looks inside student and teacher (optimizers.distillation); it gets the inputs of the step.
+    """
+
+    def __init__(
+        self, signature: Signature, samples: Samples, teacher: Teacher, task: str, terms: Terms, seed: int = 0, extra: Extra | None = None
+    ) -> None:
+        train, held = samples.split(1 - HELD_OUT, seed)
+        if len(held) < 2 or len(train) < 2:
+            raise NotApplicable(f"{len(samples)} different rows are too few to train on and to hold some out; about 100 are a beginning")
+        self.signature, self.teacher, self.terms, self.extra = signature, teacher, terms, extra
+        self.inputs, self.held = tensors_of(train, signature), tensors_of(held, signature)
+        self.classes = task == "classification"
+        self.labels = torch.from_numpy(train.labels) if self.classes and train.labels is not None else None
+        self.known, self.held_answers = teacher.all(self.inputs), teacher.all(self.held)
+        self.float_outputs = [i for i, answer in enumerate(self.held_answers) if answer.is_floating_point() and answer.ndim > 1]
+        if not self.float_outputs:
+            raise NotApplicable("no output is a tensor of floats with a batch axis, so there is nothing to train for")
+        if self.labels is not None and int(self.labels.max()) >= self.known[self.float_outputs[0]].shape[-1]:
+            raise NotApplicable(
+                f"a label is {int(self.labels.max())}, but the model has {self.known[self.float_outputs[0]].shape[-1]} classes"
+            )
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs[0])
+
+    def loss(self, module: nn.Module, index: Tensor, random: torch.Generator) -> Tensor:
+        inputs = tuple(value[index] for value in self.inputs)
+        answers = tuple(value[index] for value in self.known)
+        if self.terms.augment and any(_is_image(value) for value in inputs):
+            inputs = tuple(augmented(value, random) if _is_image(value) else value for value in inputs)
+            answers = self.teacher(inputs)
+        given = outputs_of(module(*inputs), self.signature.outputs)
+        total = self._distance(given, answers)
+        if self.labels is not None:
+            first = as_logits(given[self.float_outputs[0]])
+            total = self.terms.alpha * total + (1 - self.terms.alpha) * hard_labels(first.float(), self.labels[index])
+        return total + self.extra(inputs) if self.extra is not None else total
+
+    def score(self, module: nn.Module) -> Score:
+        """Agreement with golden on the rows held out (classes), or minus the loss; ties by minus the loss."""
+        given = self._answers(module)
+        loss = float(self._distance(given, self.held_answers))
+        if not self.classes:
+            return (-loss, -loss)
+        same = [given[i].argmax(-1) == self.held_answers[i].argmax(-1) for i in self.float_outputs]
+        return (min(float(each.float().mean()) for each in same), -loss)
+
+    def _answers(self, module: nn.Module) -> Outputs:
+        pieces = [
+            outputs_of(module(*(value[at : at + CHUNK] for value in self.held)), self.signature.outputs)
+            for at in range(0, len(self.held[0]), CHUNK)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+    def _distance(self, given: Sequence[Tensor], golden: Sequence[Tensor]) -> Tensor:
+        pairs = [(given[i].float(), golden[i].float()) for i in self.float_outputs]
+        if not self.classes:
+            return torch.stack([relative_error(student, teacher) for student, teacher in pairs]).mean()
+        return torch.stack([soft_labels(as_logits(s), as_logits(t), self.terms.temperature) for s, t in pairs]).mean()
+
+
+def augmented(images: Tensor, random: torch.Generator) -> Tensor:
+    """Images moved by up to a twelfth of their side (edges repeated) with a little noise; golden says what they are now."""
+    height, width = images.shape[-2:]
+    reach = max(1, round(min(height, width) * SHIFT))
+    padded = nn.functional.pad(images, [reach] * 4, mode="replicate")
+    down, right = (torch.randint(2 * reach + 1, (len(images),), generator=random) for _ in range(2))
+    moved = torch.stack(
+        [padded[i, :, d : d + height, r : r + width] for i, (d, r) in enumerate(zip(down.tolist(), right.tolist(), strict=True))]
+    )
+    noise = torch.randn(moved.shape, generator=random) * torch.rand(len(images), 1, 1, 1, generator=random) * NOISE
+    return moved + noise * images.std().clamp_min(1e-6)
+
+
+def _is_image(value: Tensor) -> bool:
+    return value.ndim == 4 and value.dtype == torch.float32 and min(value.shape[-2:]) >= 8
+
+
+def facts_of(lesson: Lesson, samples: Samples) -> dict[str, Any]:
+    return {
+        "rows": lesson.rows, "held_out": len(lesson.held[0]), "labels": lesson.labels is not None, "origin": samples.origin,
+        "temperature": lesson.terms.temperature, "alpha": lesson.terms.alpha if lesson.labels is not None else 1.0, "augmented": lesson.terms.augment,
+    }  # fmt: skip
