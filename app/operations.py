@@ -8,26 +8,31 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
-from starlette.datastructures import UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from app import __version__
+from app.api.upload_form import receive_form
+from app.catalog import durable
+from app.catalog.card_facts import signature_of
 from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard, Proof
 from app.catalog.deploy import deploy, remove
+from app.catalog.model_config import FILE_NAME, ModelConfig, parse_model_config
+from app.catalog.model_names import check_name, printable
+from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel, Repository
 from app.catalog.state_folder import StateFolder
-from app.catalog.uploads import stage_upload
+from app.catalog.uploads import Staged, stage_upload
 from app.control.commands import Commands
 from app.control.planner import default_tries
 from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
-from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
+from app.errors import Cancelled, Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
 from app.serving.admission import Admission
 from app.serving.fleet import Fleet
 from app.serving.service import InferenceService
@@ -157,7 +162,9 @@ class ServerOperations:
 
     async def clear_capture(self, name: str, actor: str) -> JSON:
         slot = self._service.slot(name)
-        return {"model": name, "deleted": await asyncio.to_thread(slot.reservoir.clear)}
+        deleted = await asyncio.to_thread(slot.reservoir.clear)
+        await asyncio.to_thread(self._journal.append, Event("capture.cleared", name, actor=actor, data={"deleted": deleted}))
+        return {"model": name, "deleted": deleted}
 
     async def remove_version(self, name: str, version: str, actor: str) -> JSON:
         await self._do(self._commands.forget_version, name, version, actor)
@@ -166,14 +173,16 @@ class ServerOperations:
         return {"model": name, "version": version, "removed": True}
 
     async def remove_model(self, name: str, actor: str) -> JSON:
-        await asyncio.to_thread(remove, self._repository, name)
-        await self._do(self._commands.forget_model, name, actor)
+        with self._fleet.removing(name):
+            await asyncio.to_thread(remove, self._repository, name)
+            await self._do(self._commands.forget_model, name, actor)
         self._fleet.poke(scan=True)
         await asyncio.to_thread(self._cards.remove_model, name)
         return {"model": name, "removed": True}
 
     async def load_version(self, name: str, version: str, actor: str) -> JSON:
         loaded = await self._fleet.reconciler(name).load_version(version)
+        await asyncio.to_thread(self._journal.append, Event("version.loaded", name, version, actor=actor, data={"version": version}))
         return _loaded(loaded)
 
     async def upload(self, request: Request, actor: str) -> JSON:
@@ -185,12 +194,19 @@ class ServerOperations:
             raise PayloadTooLarge(
                 f"the upload has {length} bytes; at most {self._settings.max_upload_bytes} are taken (HONE_MAX_UPLOAD_BYTES)"
             )
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, "", "upload-", self._state.staging))
-        try:
-            name, files = await self._received(request, folder)
-            return await self.deploy_files(name, files, actor)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, True)
+        with durable.storage_errors("receiving an upload", self._state.staging):
+            if length.isdigit():
+                await asyncio.to_thread(durable.require_space, self._state.staging, int(length), "receiving an upload")
+            folder = Path(await asyncio.to_thread(tempfile.mkdtemp, "", "upload-", self._state.staging))
+            try:
+                form = await receive_form(
+                    request.headers.get("content-type", ""), _chunks(request), folder, self._settings.max_upload_bytes, _check_field
+                )
+                if "name" not in form.fields:
+                    raise InvalidRequest("the form needs a field `name`: the name of the model, such as -F name=resnet")
+                return await self.deploy_files(form.fields["name"], form.files, actor)
+            finally:
+                await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def deploy_files(self, name: str, files: Mapping[str, Path], actor: str) -> JSON:
         with await asyncio.to_thread(stage_upload, self._state, files, self._repository) as staged:
@@ -198,14 +214,45 @@ class ServerOperations:
             if staged.model.suffix == ".onnx":
                 report = await self._admission.inspect({"path": str(staged.model), "rows": "auto"})
                 data_files = tuple(file for file in report["files"] if file != staged.model.name)
+                await asyncio.to_thread(self._check_processing, name, staged, report)
             known = self._fleet.state.models.get(name)
             taken = [known.golden] if known is not None else []
             found = await asyncio.to_thread(deploy, self._repository, staged.model, name, staged.config, data_files, taken)
-        return await self.serve_found(found)
+            unused = sorted({*staged.data_files} - {*data_files})
+        await self._announce(found, actor)
+        notes = [f"{printable(file)} was not kept: the model names no such data file" for file in unused]
+        return await self.serve_found(found, notes)
 
-    async def serve_found(self, found: FoundModel) -> JSON:
+    def _check_processing(self, name: str, staged: Staged, report: Mapping[str, Any]) -> None:
+        """Pre- and post-processing of model.yaml (the uploaded one, else what lies there) must fit what the model takes and gives."""
+        deployed = self._repository.root / name
+        if staged.config is not None:
+            config = parse_model_config(staged.config, Path(FILE_NAME))
+        elif (deployed / FILE_NAME).exists():
+            config = self._repository.find(name).config or ModelConfig()
+        else:
+            return
+        for folder in (staged.folder, deployed):
+            if all((folder / side).exists() for side in config.side_files):
+                Processor(signature_of(report), config.preprocess, config.postprocess, folder, config.task)
+                return
+
+    async def _announce(self, found: FoundModel, actor: str) -> None:
+        """Tell the journal who deployed it; what is golden already is not told again."""
+        golden = found.golden
+        if golden is None or golden.error:
+            return
+        sha256 = await asyncio.to_thread(self._repository.sha256, golden)
+        known = (await asyncio.to_thread(self._journal.state)).models.get(found.name)
+        if known is None or (known.golden, known.golden_sha256) != (golden.number, sha256):
+            data = {"golden": golden.number, "sha256": sha256, "replaces": known.golden if known else ""}
+            await asyncio.to_thread(self._journal.append, Event("model.deployed", found.name, golden.number, actor=actor, data=data))
+
+    async def serve_found(self, found: FoundModel, notes: Sequence[str] = ()) -> JSON:
         """Wait, bounded, until the newest version of `found` answers, and say how it went."""
         number = found.versions[-1].number
+        if found.error:
+            raise ModelRejected(f"{found.name}:{number} is in the repository but cannot be served: {found.error}")
         if found.name in self._service.slots:
             self._fleet.reconciler(found.name).try_again(number)
         self._fleet.poke(scan=True)
@@ -215,7 +262,7 @@ class ServerOperations:
         slot = self._service.slots.get(found.name)
         if slot is not None and number in slot.failed:
             raise ModelRejected(f"{found.name}:{number} is in the repository but does not load: {slot.failed[number]}")
-        return {"model": found.name, "version": number, "ready": ready, "notes": list(found.notes)}
+        return {"model": found.name, "version": number, "ready": ready, "notes": [*found.notes, *notes]}
 
     # ---- the protocol's repository extension
     async def load(self, model: str, files: Mapping[str, bytes], actor: str) -> None:
@@ -276,27 +323,6 @@ class ServerOperations:
             active = slot.active.version if slot.active else "none"
             raise Conflict(f"version {version} of {name!r} does not load: {slot.failed[version]}; version {active} goes on answering")
         return self._model(slot)
-
-    async def _received(self, request: Request, folder: Path) -> tuple[str, dict[str, Path]]:
-        """Name and files of an upload form, each file written under a name of ours."""
-        form = await request.form(max_files=64, max_fields=16, max_part_size=1 << 20)
-        try:
-            name = form.get("name")
-            files: dict[str, Path] = {}
-            for number, (field, value) in enumerate(form.multi_items()):
-                if not isinstance(value, UploadFile):
-                    continue
-                path = folder / f"{number}.part"
-                with path.open("wb") as target:
-                    while block := await value.read(1 << 20):
-                        await asyncio.to_thread(target.write, block)
-                given = value.filename or field
-                files[field if field.endswith((".onnx", ".yaml", ".data", ".safetensors")) else given] = path
-        finally:
-            await form.close()
-        if not isinstance(name, str) or not name:
-            raise InvalidRequest("the form needs a field `name`: the name of the model, such as -F name=resnet")
-        return name, files
 
     def _check_settings(self, loaded: Loaded, settings: RuntimeSettings) -> None:
         cores = int(self._host["cores"])
@@ -369,6 +395,22 @@ class ServerOperations:
             "proof": _proof(proof),
             "proven_on": [p.host_class for p in self._cards.proofs(card, want.golden_sha256)],
         }
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise Cancelled("the client left before its upload was whole") from None
+
+
+def _check_field(name: str, value: str) -> None:
+    """A name that may not be is refused before the files are read."""
+    if name == "name":
+        check_name(value)
+    else:
+        raise InvalidRequest(f"the form has a field {name[:80]!r}; an upload takes `name`, and files (-F model.onnx=@model.onnx)")
 
 
 def _found_at_deploy(card: Card) -> list[str]:

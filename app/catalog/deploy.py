@@ -205,6 +205,8 @@ def _model_in(folder: Path) -> Path:
 
 def _target_name(source: Path, config: ModelConfig) -> str:
     if source.suffix == ".onnx":
+        if config.platform == "torch":
+            raise ModelRejected(f"{source.name} is ONNX, but {FILE_NAME} says platform: torch; leave that out, or send .safetensors")
         return ONNX_NAME
     if source.suffix == ".safetensors":
         if config.source is None:

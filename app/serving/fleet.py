@@ -6,8 +6,9 @@ It holds the last known state, so that serving goes on when the journal is away;
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import monotonic
@@ -89,6 +90,7 @@ class Fleet:
         self._wake = asyncio.Event()
         self._scan_due = True
         self._found: dict[str, FoundModel] = {}
+        self._leaving: set[str] = set()
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
@@ -137,6 +139,15 @@ class Fleet:
         """Look again now; with `scan` at the repository too."""
         self._scan_due = self._scan_due or scan
         self._wake.set()
+
+    @contextlib.contextmanager
+    def removing(self, name: str) -> Iterator[None]:
+        """While somebody removes a model, its missing folder is not news: the one who removes it says so."""
+        self._leaving.add(name)
+        try:
+            yield
+        finally:
+            self._leaving.discard(name)
 
     async def rescan(self) -> None:
         """Look at the repository now, and let every reconciler know."""
@@ -234,7 +245,7 @@ class Fleet:
         for model in models:
             if not model.error:
                 await self._announce(model)
-        for name in [name for name in self.state.models if name not in self._found]:
+        for name in [name for name in self.state.models if name not in self._found and name not in self._leaving]:
             await self._append(Event("model.removed", name, data={"reason": "its folder is gone from the repository"}))
         await self.refresh()
 
