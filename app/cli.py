@@ -158,7 +158,7 @@ def _add_models(commands: Parsers) -> None:
         "changes",
         nargs="+",
         metavar="NAME=VALUE",
-        help="batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us (whole numbers)",
+        help="batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us, lone_threads (whole numbers)",
     )
     mode = _asking(commands, "mode", "how far the loop may go by itself", "mode", "hone mode digits approve")
     mode.add_argument("model", metavar="MODEL")

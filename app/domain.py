@@ -93,11 +93,17 @@ class RuntimeSettings:
     spin_duration_us: int = 0
     graph_level: str = "all"
     session_options: tuple[tuple[str, str], ...] = ()
+    lone_threads: int = 0
+    """Threads of a call that finds nobody else in the runner: it gets a second session, which holds the weights again. 0: none."""
+
+    @property
+    def has_lone(self) -> bool:
+        return self.lone_threads > self.intra_op_threads
 
     def needs_new_session(self, other: RuntimeSettings) -> bool:
         """True where going from self to other cannot be done in the live runner."""
-        mine = (self.intra_op_threads, self.spin_duration_us, self.graph_level, self.session_options)
-        return mine != (other.intra_op_threads, other.spin_duration_us, other.graph_level, other.session_options)
+        mine = (self.intra_op_threads, self.spin_duration_us, self.graph_level, self.session_options, self.lone_threads)
+        return mine != (other.intra_op_threads, other.spin_duration_us, other.graph_level, other.session_options, other.lone_threads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,6 +326,8 @@ class ServerOperations:
 
     def _check_settings(self, loaded: Loaded, settings: RuntimeSettings) -> None:
         cores = int(self._host["cores"])
+        if settings.lone_threads > cores:
+            raise InvalidRequest(f"lone_threads is {settings.lone_threads}; this server has {cores} cores")
         if settings.intra_op_threads > cores:
             raise InvalidRequest(f"intra_op_threads is {settings.intra_op_threads}; this server has {cores} cores")
         most = max(2 * cores, 4)

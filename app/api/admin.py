@@ -54,6 +54,7 @@ class SettingsBody(Asked):
     queue_limit: int | None = Field(None, ge=1, le=1_000_000)
     intra_op_threads: int | None = Field(None, ge=1, le=1024)
     spin_duration_us: int | None = Field(None, ge=0, le=1_000_000)
+    lone_threads: int | None = Field(None, ge=0, le=1024)
     reason: str = Field("asked for", max_length=1000)
 
 
@@ -174,7 +175,7 @@ class Admin:
         changes = {key: value for key, value in body.model_dump(exclude={"reason"}).items() if value is not None}
         if not changes:
             raise InvalidRequest(
-                "no setting was given; name one of batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us"
+                "no setting was given; name one of batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us, lone_threads"
             )
         return answer(await self._do.settings(name, changes, body.reason, actor))
 

@@ -184,6 +184,8 @@ class Runtime(Strict):
     """Requests that may wait; more are answered 429."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     """How long idle threads spin for work, in microseconds; burns CPU on cores that others could use."""
+    lone_threads: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """Threads of a call that finds nobody else, in a second session that holds the weights again; 0: none. Default: all cores while memory is plenty and nothing else is set here."""
     warm_versions: Annotated[int, Field(ge=1, le=32)] = 3
     """Versions kept loaded at most: active, previous, golden."""
 

@@ -30,6 +30,8 @@ log = logging.getLogger("hone.serving")
 RunTask = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 DEFAULT_BATCH_LIMIT: Final = 16
 DEFAULT_QUEUE_LIMIT: Final = 512
+LONE_SPIN_US: Final = 1000
+"""Threads of a lone call wait this long for its next step before they sleep: between small steps waking costs more than the step."""
 
 
 @dataclass(frozen=True)
@@ -215,16 +217,25 @@ class Admission:
             queue_limit=given.queue_limit or base.queue_limit,
             spin_duration_us=base.spin_duration_us if given.spin_us is None else given.spin_us,
             batch_limit=(config.batching.limit or base.batch_limit) if rows.independent else 1,
+            lone_threads=self._lone_threads(config, base),
         )
         if serving.get("graph_level") and not (proof is not None and proof.settings is not None):
             settings = replace(settings, graph_level=str(serving["graph_level"]), session_options=options)
         return settings
 
+    def _lone_threads(self, config: ModelConfig, base: RuntimeSettings) -> int:
+        given = config.runtime
+        if given.lone_threads is not None:
+            return min(given.lone_threads, self._cores)
+        fixed = given.threads or given.instances or config.limits.memory_mb or config.platform == "torch"
+        return 0 if fixed else base.lone_threads
+
     def defaults(self, config: ModelConfig) -> RuntimeSettings:
-        """Before anything was measured here: all cores for one call where latency counts, one core a call where throughput does."""
-        if config.tune_for == "throughput":
-            return RuntimeSettings(1, max(1, self._cores), DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT)
-        return RuntimeSettings(max(1, self._cores), 1, DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT)
+        """Before anything was measured here: one core a call, which serves many best, and all cores for a call that is alone."""
+        lone = self._cores if self._cores > 1 and config.tune_for != "throughput" else 0
+        return RuntimeSettings(
+            1, max(1, self._cores), DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT, spin_duration_us=LONE_SPIN_US if lone else 0, lone_threads=lone
+        )  # fmt: skip
 
 
 def _with_rows(signature: Signature, rows: RowsProof) -> Signature:

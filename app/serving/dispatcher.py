@@ -27,6 +27,9 @@ from app.serving.watch import Usual
 
 QUANTUM_S: Final = 0.01
 """While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
+LONE_CALLS: Final = 16
+LONE_WITHIN_S: Final = 60.0
+"""So many calls that found nobody else, within this time, open the second session: it holds the weights again, so it must be of use."""
 _log = logging.getLogger("hone.engine")
 
 
@@ -61,6 +64,10 @@ class Dispatcher:
         self._observer = observer
         self._runner: Runner | None = None
         self._free: list[Instance] = []
+        self._lone: Instance | None = None
+        self._lone_calls = 0
+        self._lone_since = 0.0
+        self._was_alone = False
         self._busy = 0
         self._solo = False
         self._held = False
@@ -125,7 +132,7 @@ class Dispatcher:
 
     def attach(self, runner: Runner) -> None:
         self._runner = runner
-        self._free = []
+        self._free, self._lone, self._lone_calls = [], None, 0
         self._busy = 0
         self._solo = False
         self.resize(self.settings)
@@ -137,11 +144,15 @@ class Dispatcher:
         if runner is None or not runner.alive:
             return
         with contextlib.suppress(OSError):
-            while len(runner.instances) < settings.instances:
+            while self._shared(runner) < settings.instances:
                 self._free.append(runner.add_instance(self._exchange.on_readable))
-        while len(runner.instances) > settings.instances and self._free:
+        while self._shared(runner) > settings.instances and self._free:
             runner.remove_instance(self._free.pop())
         self._pump_soon()
+
+    def _shared(self, runner: Runner) -> int:
+        """Instances of the first session."""
+        return len(runner.instances) - (self._lone is not None)
 
     def detach(self) -> list[Batch]:
         """No runner any more: the batches that were in flight, oldest first."""
@@ -153,7 +164,7 @@ class Dispatcher:
             self._account.give(batch.tokens, batch.expected_s, 0.0)
         for instance in runner.instances:
             instance.batch = None
-        self._free = []
+        self._free, self._lone = [], None
         self._busy = 0
         self._solo = False
         self._quiet.set()
@@ -217,14 +228,44 @@ class Dispatcher:
             if limit > 1 and self._account.has_company():
                 limit = self.rates.rows_within(QUANTUM_S, limit)
             expected_s = self.rates.cpu_s(min(limit, self.queue.rows or 1))
-            tokens = self._account.take(self.settings.intra_op_threads, expected_s)
+            instance = self._chosen()
+            tokens = self._account.take(instance.threads, expected_s)
+            if not tokens and instance is self._lone:
+                instance = self._free[-1]
+                tokens = self._account.take(instance.threads, expected_s)
             if not tokens:
                 self._ask_again_in(PATIENCE_S)
                 return
+            if instance is not self._lone:
+                self._free.pop()
             self._solo = bool(self.suspects)
             work = [self.suspects.popleft()] if self.suspects else self.queue.take(limit)
-            self._send(self._free.pop(), work, tokens, expected_s)
+            self._send(instance, work, tokens, expected_s)
         self._account.withdraw()
+
+    def _chosen(self) -> Instance:
+        """The lone instance for a request that, like the one before it, finds nobody else; with company each call does best on its own core."""
+        alone = not self._busy and self.queue.length == 1 and not self.suspects
+        again = alone and self._was_alone
+        self._was_alone = alone
+        if again and self._lone is None:
+            self._ask_for_lone(monotonic())
+        return self._lone if again and self._lone is not None else self._free[-1]
+
+    def _ask_for_lone(self, now: float) -> None:
+        if not (self._spec.second_session and self.settings.has_lone and self._spec.kind == "onnx") or self._lone_calls > LONE_CALLS:
+            return
+        if not self._lone_calls or now - self._lone_since > LONE_WITHIN_S:
+            self._lone_calls, self._lone_since = 0, now
+        self._lone_calls += 1
+        if self._lone_calls > LONE_CALLS and self._runner is not None:
+            with contextlib.suppress(OSError):
+                self._runner.open_lone(self._take_lone)
+
+    def _take_lone(self, runner: Runner) -> None:
+        if runner is self._runner and runner.alive and self._lone is None:
+            with contextlib.suppress(OSError):
+                self._lone = runner.add_instance(self._exchange.on_readable, lone=True)
 
     def _ask_again_in(self, seconds: float) -> None:
         """The ledger wakes who is next when tokens come free; where none do for long, patience has an end and somebody must ask."""
@@ -236,7 +277,8 @@ class Dispatcher:
         self.pump()
 
     def _ready(self) -> bool:
-        if self._held or self._solo or not self._free or self._busy >= self.settings.instances:
+        lone_runs = self._lone is not None and self._lone.batch is not None
+        if self._held or self._solo or not self._free or self._busy - lone_runs >= self.settings.instances:
             return False
         return not self._busy if self.suspects else self.queue.length > 0
 
@@ -290,10 +332,11 @@ class Dispatcher:
             self.rates.learn(batch.rows, now - batch.sent_at, cpu_s, now)
             self.costs.learn(batch.kind, now - batch.sent_at, cpu_s, now)
         runner = self._runner
-        if runner is not None and len(runner.instances) > self.settings.instances:
-            runner.remove_instance(instance)
-        else:
-            self._free.append(instance)
+        if instance is not self._lone:
+            if runner is not None and self._shared(runner) > self.settings.instances:
+                runner.remove_instance(instance)
+            else:
+                self._free.append(instance)
         more = self.queue.length or self.suspects
         self._account.give(batch.tokens, batch.expected_s, cpu_s, self.settings.intra_op_threads if more else 0)
 

@@ -318,7 +318,7 @@ class Engine:
         for instance, batch in self._dispatcher.in_flight():
             if now - batch.sent_at < self._patience.glance_s:
                 continue
-            batch.sight = look(runner.pid, instance.tid, self.settings.intra_op_threads, self._dispatcher.busy, batch.sight, now)
+            batch.sight = look(runner.pid, instance.tid, instance.threads, self._dispatcher.busy, batch.sight, now)
             judgement = judge(batch.sight, self._dispatcher.usual(batch), self._patience, now) if batch.sight is not None else None
             if judgement is not None:
                 runner.kill(judgement.reason, judgement.own_fault)

@@ -80,13 +80,13 @@ class Loader:
 
     async def _load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
         async with self._loading:
-            key = self._reserve(admitted)
+            key, lone = self._reserve(admitted, settings.has_lone and admitted.kind == "onnx")
             try:
                 limit = (config.limits.memory_mb or 0) << 20 or max(64 << 20, self._memory_limit - self.taken_bytes + self._taken[key])
                 spec = RunnerSpec(
                     model=admitted.model, version=admitted.version, generation=generation, kind=admitted.kind, path=str(admitted.path),
                     factory=admitted.factory, signature=admitted.signature, settings=settings, memory_limit_bytes=limit,
-                    oom_score_adj=OOM_CANDIDATE,
+                    oom_score_adj=OOM_CANDIDATE, second_session=lone,
                 )  # fmt: skip
                 engine = await self._start(spec, config)
             except BaseException:
@@ -97,7 +97,7 @@ class Loader:
         try:
             loaded.notes = await self._agrees(loaded, config)
             loaded.memory_bytes = await asyncio.to_thread(engine.memory_bytes)
-            self._taken[id(engine)] = loaded.memory_bytes or self._taken[id(engine)]
+            self._taken[id(engine)] = max(loaded.memory_bytes, self._taken[id(engine)] if lone else 0) or self._taken[id(engine)]
         except BaseException:
             await self.stop(loaded, 1.0)
             raise
@@ -134,8 +134,11 @@ class Loader:
     def _batch(self, model: str, version: str, seen: BatchReport) -> None:
         self._metrics.batch(model, version, seen.rows, seen.compute_s)
 
-    def _reserve(self, admitted: Admitted) -> int:
-        """Book what the version will need, so that two loads at once cannot both take the last room."""
+    def _reserve(self, admitted: Admitted, lone: bool) -> tuple[int, bool]:
+        """Book what the version will need, so that two loads at once cannot both take the last room; and whether a second session fits.
+
+        A session for lone calls holds the weights again: a luxury, for while half of the memory stays free.
+        """
         known = admitted.proof.detail.get("memory_bytes") if admitted.proof is not None else None
         need = int(known) if isinstance(known, int | float) else RUNNER_BYTES + int(WEIGHTS_FACTOR * admitted.card.bytes)
         free = self._memory_limit - self.taken_bytes
@@ -145,8 +148,9 @@ class Loader:
                 "unload another model, or raise HONE_MEMORY_BYTES"
             )
         key = hash((admitted.model, admitted.version, monotonic()))
-        self._taken[key] = need
-        return key
+        lone = lone and self.taken_bytes + 2 * need < self._memory_limit // 2
+        self._taken[key] = 2 * need if lone else need
+        return key, lone
 
     async def _agrees(self, loaded: Loaded, config: ModelConfig) -> tuple[str, ...]:
         """Run reference rows through the new engine and hold them against golden's stored outputs."""

@@ -6,6 +6,7 @@ Each instance is a thread with its own socket and arena on the one session (`run
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import os
@@ -171,7 +172,10 @@ def _end_with_server(lifeline_fd: int) -> None:
 
 def _control(control: socket.socket) -> None:
     model: Model | None = None
+    spec: dict[str, Any] = {}
     meter = Meter(own_thread=True)
+    lone: list[Model] = []
+    lone_meter = Meter(own_thread=False)
     while True:
         message, fds, _, _ = socket.recv_fds(control, MESSAGE_BYTES * 16, _FDS)
         if not message:
@@ -184,11 +188,15 @@ def _control(control: socket.socket) -> None:
                 meter = Meter(own_thread=spec["settings"]["intra_op_threads"] <= 1)
                 model = _opened(control, spec)
             case "instance" if model is not None:
-                instance = Instance(model, socket.socket(fileno=fds[0]), fds[1], meter)
+                runs, clock = (lone[0], lone_meter) if order["lone"] else (model, meter)
+                instance = Instance(runs, socket.socket(fileno=fds[0]), fds[1], clock)
                 thread = threading.Thread(target=_serve, args=(instance, control, order["id"]), daemon=True)
                 thread.start()
+            case "lone":
+                threading.Thread(target=_open_lone, args=(control, spec, lone), daemon=True).start()
             case "trim" if model is not None:
-                model.trim()
+                for each in (model, *lone):
+                    each.trim()
                 _trim()
             case "stop":
                 return
@@ -238,6 +246,20 @@ def _opened(control: socket.socket, spec: dict[str, Any]) -> Model | None:
         return None
     _report(control, {"opened": True, "load_s": load_s, "warm_up": warm})
     return model
+
+
+def _open_lone(control: socket.socket, spec: dict[str, Any], lone: list[Model]) -> None:
+    """The second session, for calls that are alone, while the first one serves. Where there is no room for it there is none."""
+    try:
+        model = OnnxModel({**spec, "settings": {**spec["settings"], "intra_op_threads": spec["settings"]["lone_threads"]}})
+        _trim()
+        _tried(model, _made_up(spec["signature"], 1, 1, spec["signature"]["batchable"]))
+    except (HoneError, MemoryError) as error:
+        print(f"{spec['model']}:{spec['version']} has no second session for lone calls: {error}", file=sys.stderr, flush=True)
+        return
+    lone.append(model)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        _report(control, {"lone": True})
 
 
 def _torch_model(spec: dict[str, Any]) -> Model:

@@ -45,6 +45,7 @@ class RunnerSpec:
     factory: str = ""
     memory_limit_bytes: int = 0
     oom_score_adj: int = 0
+    second_session: bool = True
 
     @property
     def name(self) -> str:
@@ -71,11 +72,12 @@ class Ending:
 class Instance:
     """One thread of a runner as the server sees it: a socket, an arena, and the batch in flight, if any."""
 
-    __slots__ = ("arena", "batch", "number", "sent_at", "sock", "tid")
+    __slots__ = ("arena", "batch", "number", "sent_at", "sock", "threads", "tid")
 
-    def __init__(self, number: int, sock: socket.socket) -> None:
+    def __init__(self, number: int, sock: socket.socket, threads: int) -> None:
         self.number = number
         self.sock = sock
+        self.threads = threads
         self.arena = Arena()
         self.batch: Any = None
         self.sent_at = 0.0
@@ -91,6 +93,7 @@ class Runner:
         self.instances: list[Instance] = []
         self.opened = Opened(0.0, 0.0, ())
         self.settled_bytes = 0
+        self._on_lone: Callable[[Runner], None] | None = None
         self._killed: Ending | None = None
         self._forkserver = forkserver
         self._on_exit = on_exit
@@ -182,14 +185,20 @@ class Runner:
 
     # ---- life
 
-    def add_instance(self, on_reply: Callable[[Instance], None]) -> Instance:
-        """One more thread in the runner; usable at once (the socket holds what is sent before the thread reads)."""
+    def open_lone(self, on_lone: Callable[[Runner], None]) -> None:
+        """Open a second session, of `lone_threads`, beside the one that serves; `on_lone` is called once an instance may be added to it."""
+        self._on_lone = on_lone
+        self._order({"do": "lone"})
+
+    def add_instance(self, on_reply: Callable[[Instance], None], lone: bool = False) -> Instance:
+        """One more thread in the runner; usable at once (the socket holds what is sent before the thread reads). `lone`: on the second session."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._numbers += 1
-        instance = Instance(self._numbers, ours)
+        settings = self.spec.settings
+        instance = Instance(self._numbers, ours, settings.lone_threads if lone else settings.intra_op_threads)
         try:
-            self._order({"do": "instance", "id": instance.number}, [theirs.fileno(), instance.arena.fd])
+            self._order({"do": "instance", "id": instance.number, "lone": lone}, [theirs.fileno(), instance.arena.fd])
         except OSError:
             self._close_instance(instance)
             raise
@@ -299,6 +308,10 @@ class Runner:
             for instance in self.instances:
                 if instance.number == report["instance"]:
                     instance.tid = report["tid"]
+        elif "lone" in report:
+            self.settled_bytes = procfs.private_bytes(self.pid) or self.settled_bytes
+            if self._on_lone is not None:
+                self._on_lone(self)
         elif not self._report.done():
             self._report.set_result(report)
 

@@ -1,0 +1,125 @@
+"""A call that is alone gets all cores in a second session; with company each call keeps to one, and nobody notices which it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.domain import RuntimeSettings
+from app.errors import Conflict
+from app.serving.dispatcher import LONE_CALLS
+from app.serving.engine import Engine
+from app.serving.runners import Instance
+from tests import models
+from tests.engines import Start, anyio_backend, forkserver, request, start, until, values
+
+__all__ = ["anyio_backend", "forkserver", "start"]
+pytestmark = pytest.mark.anyio
+
+ONES = np.ones((1, 4), np.float32)
+
+
+def lone(engine: Engine) -> Instance | None:
+    return engine._dispatcher._lone
+
+
+def switches(engine: Engine, instance: Instance) -> int:
+    """How often the instance's thread went to wait for work: once for each call."""
+    status = Path(f"/proc/{engine.pid}/task/{instance.tid}/status").read_text()
+    return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
+
+
+async def ready(engine: Engine, row: np.ndarray[Any, Any] = ONES) -> Instance:
+    """Call alone until the second session is there."""
+    for _ in range(LONE_CALLS + 2):
+        await engine.infer(request(x=row))
+    await until(lambda: lone(engine) is not None and lone(engine).tid > 0)  # type: ignore[union-attr]
+    found = lone(engine)
+    assert found is not None
+    return found
+
+
+async def test_calls_in_a_row_run_on_the_second_session_from_the_second_on(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2, spin_duration_us=100)
+    instance = await ready(engine)
+    assert instance.threads == 2
+    first = values(await engine.infer(request(x=ONES)))
+    before = switches(engine, instance)
+    for _ in range(20):
+        assert np.allclose(values(await engine.infer(request(x=ONES))), first)
+    assert switches(engine, instance) >= before + 19
+
+
+async def test_it_is_opened_only_for_those_who_call_alone(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2, batch_limit=1)
+    for _ in range(LONE_CALLS):
+        await asyncio.gather(*(engine.infer(request(x=ONES)) for _ in range(4)))
+    await asyncio.sleep(0.3)
+    assert lone(engine) is None
+    await ready(engine)
+
+
+async def test_requests_with_company_keep_to_the_first_session(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2, batch_limit=1)
+    instance = await ready(engine)
+    before = switches(engine, instance)
+    for _ in range(10):
+        answers = await asyncio.gather(*(engine.infer(request(x=ONES * i)) for i in range(8)))
+        assert [answer.outputs[0].shape[0] for answer in answers] == [1] * 8
+    assert switches(engine, instance) <= before + 10, "most calls found company"
+
+
+async def test_a_caller_that_arrives_during_a_lone_call_does_not_wait_for_it(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.endless(tmp_path / "slow.onnx", 60_000), instances=1, lone_threads=2)
+    await ready(engine, ONES[0])
+    await engine.infer(request(x=ONES[0]))
+    alone = asyncio.create_task(engine.infer(request(x=ONES[0])))
+    await until(lambda: lone(engine).batch is not None)  # type: ignore[union-attr]
+    second = asyncio.create_task(engine.infer(request(x=ONES[0])))
+    await until(lambda: engine._dispatcher.busy == 2)
+    await asyncio.gather(alone, second)
+
+
+async def test_there_is_none_where_none_is_wanted_or_no_room_is_left(start: Start, tmp_path: Path) -> None:
+    path = models.scaled(tmp_path / "m.onnx")
+    plain = await start(path, instances=2)
+    poor = await start(path, lone_threads=2, spec={"second_session": False})
+    whole = await start(path, intra_op_threads=2, lone_threads=2)
+    for engine in (plain, poor, whole):
+        for _ in range(LONE_CALLS + 5):
+            await engine.infer(request(x=ONES))
+        await asyncio.sleep(0.3)
+        assert lone(engine) is None and len(os.listdir(f"/proc/{engine.pid}/task")) <= 4
+
+
+async def test_a_runner_that_is_replaced_while_the_session_opens_leaves_none_behind(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2)
+    pid = engine.pid
+    for _ in range(LONE_CALLS + 2):
+        await engine.infer(request(x=ONES))
+    os.kill(pid, 9)
+    await until(lambda: engine.alive and engine.pid != pid)
+    assert lone(engine) is None
+    for _ in range(4):
+        await engine.infer(request(x=ONES))
+    await ready(engine)
+
+
+async def test_it_comes_back_with_a_new_runner_and_leaves_with_its_instances(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2)
+    await ready(engine)
+    pid = engine.pid
+    os.kill(pid, 9)
+    await until(lambda: engine.alive and engine.pid != pid)
+    await ready(engine)
+    engine.apply(RuntimeSettings(instances=1, lone_threads=2))
+    for _ in range(5):
+        await engine.infer(request(x=ONES))
+    assert lone(engine) is not None
+    with pytest.raises(Conflict):
+        engine.apply(RuntimeSettings(instances=1))
