@@ -19,7 +19,7 @@ from app.serving.ledger import CoreLedger
 from tests.models import signature_of
 
 Start = Callable[..., Awaitable[Engine]]
-KEPT = ("on_death", "observer", "quarantine", "patience", "timeout_s")
+KEPT = ("ledger", "on_death", "observer", "quarantine", "patience", "timeout_s")
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8", "int16": "INT16",
     "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
@@ -46,10 +46,10 @@ async def start(forkserver: ForkServer) -> AsyncIterator[Start]:
     engines: list[Engine] = []
 
     async def begin(path: Path, *, signature: Signature | None = None, spec: dict[str, Any] | None = None, **given: Any) -> Engine:
-        kept: dict[str, Any] = {name: given.pop(name) for name in KEPT if name in given}
+        kept: dict[str, Any] = {"ledger": ledger} | {name: given.pop(name) for name in KEPT if name in given}
         engine = await Engine.start(
             RunnerSpec("m", "1", 1, str(path), signature or signature_of(path), RuntimeSettings(**given), **(spec or {})),
-            forkserver=forkserver, ledger=ledger, **kept,
+            forkserver=forkserver, **kept,
         )  # fmt: skip
         engines.append(engine)
         return engine

@@ -28,6 +28,7 @@ from app.errors import (
     RunnerLost,
 )
 from app.serving.engine import BatchReport, Engine, Quarantine, hash_inputs
+from app.serving.ledger import CoreLedger
 from app.serving.watch import Judgement, Patience, Sight, Usual, judge, seen
 from tests import models
 from tests.engines import Start, anyio_backend, forkserver, request, start, until, values
@@ -298,6 +299,35 @@ async def test_two_runners_at_once_and_while_the_batch_is_written(start: Start, 
         answers = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(a, RunnerLost) or (not isinstance(a, BaseException) and np.array_equal(values(a), large)) for a in answers)
         await until(lambda: all(engine.alive and is_idle(engine) for engine in engines))
+
+
+async def test_tokens_that_come_back_from_the_dead_do_not_send_work_after_them(start: Start, tmp_path: Path) -> None:
+    """Found under load: the ledger woke the very engine whose runner had just died, and its next batch was lost for good."""
+    ledger = CoreLedger(1)
+    engine = await start(models.endless(tmp_path / "m.onnx"), instances=2, batch_limit=1, ledger=ledger)
+    company = ledger.join("company", lambda: None)
+    company.give(company.take(1, 0.0), 0.0, 0.0)
+    long = await busy(engine)
+    waiting = asyncio.create_task(engine.infer(short()))
+    await until(lambda: engine._dispatcher._account.wanted == 1)
+    os.kill(engine.pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        try:
+            assert (await waiting).outputs
+        except RunnerLost:
+            pass
+    await asyncio.gather(long, return_exceptions=True)
+    await until(lambda: engine.alive and is_idle(engine))
+
+
+async def test_a_sink_that_fails_does_not_keep_the_version_down(start: Start, tmp_path: Path) -> None:
+    def on_death(*_: Any) -> None:
+        raise OSError("the journal is full")
+
+    engine = await start(models.scaled(tmp_path / "m.onnx"), on_death=on_death)
+    os.kill(engine.pid, signal.SIGKILL)
+    await until(lambda: engine.restarts == 1 and engine.alive)
+    assert values(await engine.infer(request(x=ONES))).tolist() == [[2, 2, 2, 2]]
 
 
 async def test_a_row_that_kills_is_found_among_its_mates_and_quarantined(start: Start, tmp_path: Path) -> None:

@@ -159,15 +159,15 @@ class Dispatcher:
         runner, self._runner = self._runner, None
         if runner is None:
             return []
-        lost = [instance.batch for instance in runner.instances if instance.batch is not None]
-        for batch in lost:
-            self._account.give(batch.tokens, batch.expected_s, 0.0)
+        lost: list[Batch] = [instance.batch for instance in runner.instances if instance.batch is not None]
         for instance in runner.instances:
             instance.batch = None
-        self._free, self._lone = [], None
+        self._free = []
         self._busy = 0
         self._solo = False
         self._quiet.set()
+        for batch in lost:  # last: tokens that come back may wake this very engine, which must not send to the dead then
+            self._account.give(batch.tokens, batch.expected_s, 0.0)
         self._account.withdraw()
         return sorted(lost, key=lambda batch: batch.sent_at)
 

@@ -288,7 +288,10 @@ class Engine:
             ending = await runner.ending()
         finally:
             self._end_soon(runner)
-        await self._judge(ending, runner.pid, lost)
+        try:
+            await self._judge(ending, runner.pid, lost)
+        except Exception:  # noqa: BLE001 - a sink's fault must not keep the version from coming back; callers are answered by _give_up
+            _log.exception("%s: the death of its runner could not be told", self.spec.name)
         while not self._closed:
             pause_s = self._pause_s()
             if pause_s:
@@ -302,6 +305,9 @@ class Engine:
                 return
             except HoneError as error:
                 ending = Ending(str(error), None)
+            except Exception as error:  # noqa: BLE001 - no descriptors left, no memory: try again later, as long as it is wanted
+                _log.exception("%s: no runner could be started", self.spec.name)
+                ending = Ending(f"no runner could be started: {error}", None)
 
     def _pause_s(self) -> float:
         return _PAUSES_S[min(self._failures, len(_PAUSES_S) - 1)]

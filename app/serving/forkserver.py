@@ -29,10 +29,14 @@ _FORK_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A runner process just born. `pidfd` is the owner's to close. `spawned` is set where no fork server could be used."""
+    """A runner process just born. `pidfd` is the owner's to close, `nursery` the process that forked and reaps it.
+
+    `spawned` is set where no fork server could be used: then it is ours to reap.
+    """
 
     pid: int
     pidfd: int
+    nursery: int = 0
     spawned: subprocess.Popen[bytes] | None = None
 
 
@@ -101,9 +105,9 @@ class ForkServer:
         if (known := self._statuses.get(child.pid)) is not None:
             return known
         _reap_adopted(child.pidfd)
-        if self._sock is None or self._loop is not asyncio.get_running_loop():
+        if child.nursery != self.pid or self._loop is not asyncio.get_running_loop():
             return None
-        waiter = self._loop.create_future()
+        waiter: asyncio.Future[int] = self._loop.create_future()
         self._waiters[child.pid] = waiter
         try:
             return await asyncio.wait_for(waiter, timeout_s)
@@ -149,7 +153,7 @@ class ForkServer:
                 os.close(fds[0])
             else:
                 os.set_inheritable(fds[0], False)
-                answer.set_result(Child(report["pid"], fds[0]))
+                answer.set_result(Child(report["pid"], fds[0], self.pid))
             return
         self._statuses[report["exited"]] = report["status"]
         if len(self._statuses) > _STATUSES_KEPT:
@@ -193,7 +197,7 @@ def _environment() -> dict[str, str]:
 
 def _spawned_runner(fds: tuple[int, int]) -> Child:
     process = _spawn("app.serving.runner", fds, ())
-    return Child(process.pid, os.pidfd_open(process.pid), process)
+    return Child(process.pid, os.pidfd_open(process.pid), spawned=process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

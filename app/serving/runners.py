@@ -27,7 +27,7 @@ from app.serving.shm import Arena, write_all
 HELLO_S: Final = 5.0
 """A forked child that has not reported by then is given up, and a spawned one takes its place."""
 _SAMPLE_S: Final = 0.02
-_STATUS_S: Final = 0.25
+_STATUS_S: Final = 1.0
 _REPORT_BYTES: Final = 1 << 17
 
 
@@ -161,6 +161,8 @@ class Runner:
         try:
             write_all(fd, [body])
             self._order({"do": "open", "size": len(body)}, [fd])
+        except OSError as error:
+            raise NotReady(f"the process of {self.spec.name} ended before it could load: {error}", retry_after_s=1.0) from error
         finally:
             os.close(fd)
         report = await self._opening(timeout_s)
