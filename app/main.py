@@ -25,6 +25,7 @@ from app.api.auth import Guard
 from app.api.http_protocol import HttpLimits, LameDuck, protocol_class
 from app.api.offload import Offload
 from app.api.oip import Protocol2
+from app.catalog import durable
 from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.reservoir import Reservoir
@@ -92,15 +93,16 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     commands = Commands(journal, host.key)
 
     async def look(kind: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        limits = TaskLimits(
-            seconds=300,
-            threads=1 if fleet.ready else cores,  # at start nobody is served yet, and everybody waits
-            memory_bytes=min(memory, settings.job_memory_bytes),
-            nice=5,
-            scheduler="other",
-            scratch=str(state.scratch),
-        )
-        return await run_task(kind, request, limits)
+        with durable.temporary_folder(state.scratch, 0o700) as scratch:
+            limits = TaskLimits(
+                seconds=300,
+                threads=1 if fleet.ready else cores,  # at start nobody is served yet, and everybody waits
+                memory_bytes=min(memory, settings.job_memory_bytes),
+                nice=5,
+                scheduler="other",
+                scratch=str(scratch),
+            )
+            return await run_task(kind, request, limits)
 
     def died(model: str, version: str, reason: str, pid: int, hashes: tuple[str, ...]) -> None:
         metrics.count("hone_runner_deaths", model, version, _short(reason))

@@ -6,8 +6,6 @@ It speaks JSON-able facts; HTTP is app.api.admin's, decisions are app.control.co
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -197,16 +195,13 @@ class ServerOperations:
         with durable.storage_errors("receiving an upload", self._state.staging):
             if length.isdigit():
                 await asyncio.to_thread(durable.require_space, self._state.staging, int(length), "receiving an upload")
-            folder = Path(await asyncio.to_thread(tempfile.mkdtemp, "", "upload-", self._state.staging))
-            try:
+            with durable.temporary_folder(self._state.staging, 0o700) as folder:
                 form = await receive_form(
                     request.headers.get("content-type", ""), _chunks(request), folder, self._settings.max_upload_bytes, _check_field
                 )
                 if "name" not in form.fields:
                     raise InvalidRequest("the form needs a field `name`: the name of the model, such as -F name=resnet")
                 return await self.deploy_files(form.fields["name"], form.files, actor)
-            finally:
-                await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def deploy_files(self, name: str, files: Mapping[str, Path], actor: str) -> JSON:
         with await asyncio.to_thread(stage_upload, self._state, files, self._repository) as staged:
@@ -287,8 +282,10 @@ class ServerOperations:
         await self._fleet.settle(model, lambda slot: slot.unloaded and not slot.versions, 60.0)
 
     async def _load_files(self, model: str, files: Mapping[str, bytes], actor: str) -> None:
-        folder = Path(await asyncio.to_thread(tempfile.mkdtemp, "", "upload-", self._state.staging))
-        try:
+        with (
+            durable.storage_errors("receiving files of a load", self._state.staging),
+            durable.temporary_folder(self._state.staging, 0o700) as folder,
+        ):
             paths = {}
             for number, (name, content) in enumerate(files.items()):
                 plain = name.rpartition("/")[2]
@@ -296,8 +293,6 @@ class ServerOperations:
                 await asyncio.to_thread(path.write_bytes, content)
                 paths[plain] = path
             await self.deploy_files(model, paths, actor)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, folder, True)
 
     # ---- inside
     async def _do(self, command: Any, *arguments: Any) -> Any:

@@ -29,8 +29,8 @@ from app.control.verification import (
     proof_of,
     question,
 )  # fmt: skip
-from app.domain import JSON, Event, Job, JobState, ModelState, RuntimeSettings, State, Verdict
-from app.errors import Conflict, HoneError
+from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings, State, Verdict
+from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.codec import settings_from_json
@@ -103,15 +103,26 @@ class JobKeeper:
             outcome, candidate, report = await self._judge(job, stop)
         except TaskFailed as failure:
             cancelled = failure.kind is Failure.CANCELLED
+            if cancelled and not await self._cancel_asked(job):
+                return  # the lease went to another, who goes on with it
             outcome, candidate, report = "cancelled" if cancelled else "failed", "", {"reason": failure.text}
+        except StoreUnavailable:
+            raise
         except (HoneError, OSError) as error:
             outcome, candidate, report = "failed", "", {"reason": str(error)}
+        except Exception as error:
+            log.exception("job %s could not be judged", job.id)
+            outcome, candidate, report = "failed", "", {"reason": f"internal error: {type(error).__name__}: {error}; the log tells more"}
         finally:
             watch.cancel()
         report = {**job.report, **report}
         report["summary"] = summary_of(report)
         await self._say("job.finished", job, outcome=outcome, candidate=candidate, report=report)
         await self._remove_unneeded(job.model)
+
+    async def _cancel_asked(self, job: Job) -> bool:
+        now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+        return now is None or now.cancel_asked or now.state is JobState.FINISHED
 
     async def _remove_unneeded(self, model: str) -> None:
         """Weights that nobody needs go; cards, proofs and events stay."""
@@ -132,6 +143,8 @@ class JobKeeper:
         if seen:
             passed = all(one.verdict is Verdict.PASSED for one in seen)
             return "proven" if passed else seen[0].verdict.value, seen[0].version, {"verdicts": [_told(one) for one in seen]}
+        if (resumed := await self._already_taken(job)) is not None:
+            return resumed
         seen = [await self._verify(job, piece, version, stop, proof_only=False) for version in job.candidates]
         winner = best(seen)
         report: JSON = {"verdicts": [_told(one) for one in seen]}
@@ -168,39 +181,58 @@ class JobKeeper:
         self, job: Job, piece: Workpiece, winner: Judged, settings: RuntimeSettings | None, report: JSON
     ) -> tuple[str, str, JSON]:
         """Promote the winner, or leave it for a person to."""
+        want = await self._want(job)
+        mode = want.mode or piece.config.mode
         waits = may_promote_alone(winner, piece) if job.promote == "auto" else "promotion was asked to be manual"
+        if not waits and mode is not Mode.AUTO:
+            waits = f"the model's mode is {mode.value}: promote it by hand, or set the mode to auto"
         if waits:
             return "kept", winner.version, report | {"waits": waits}
         reason = f"job {job.id}: {winner.summary}"
-        await asyncio.to_thread(self._commands.promote, job.model, winner.version, "hone", reason, False, settings)
-        active = await self._activated(job.model, winner.version)
-        if not active:
-            await self._undo(job, winner.version)
-            return (
-                "failed",
-                winner.version,
-                report | {"reason": f"version {winner.version} passed, but did not load; the version before goes on serving"},
-            )
-        return "promoted", winner.version, report
+        try:
+            event = await asyncio.to_thread(self._commands.promote, job.model, winner.version, "hone", reason, False, settings)
+        except NotAllowed as error:
+            return "kept", winner.version, report | {"waits": str(error)}
+        return await self._taken(job, winner.version, event.seq, report)
+
+    async def _already_taken(self, job: Job) -> tuple[str, str, JSON] | None:
+        """The end of a job whose winner was promoted by an earlier holder of the lease, who did not live to say so."""
+        want = await self._want(job)
+        if want.desired not in job.candidates:
+            return None
+        for event in await asyncio.to_thread(self._journal.read, 0, 1000, job.model, True):
+            if event.kind == "desired.changed" and event.version == want.desired:
+                return await self._taken(job, want.desired, event.seq, await asyncio.to_thread(self._told_before, want))
+        return None
+
+    def _told_before(self, want: ModelState) -> JSON:
+        """The report on a version that was judged and promoted already, as its proof has it."""
+        proof = self._cards.proof(self._cards.card(want.name, want.desired), want.golden_sha256, self._host_class)
+        verdicts = [] if proof is None else [{"version": want.desired, "verdict": proof.verdict.value, "summary": proof.summary}]
+        return {"verdicts": verdicts, "notes": ["promoted before the server was started again"]}
+
+    async def _taken(self, job: Job, version: str, since: int, report: JSON) -> tuple[str, str, JSON]:
+        """Wait until the promoted version serves; where it does not, go back to the one before."""
+        if await self._activated(job.model, version, since):
+            return "promoted", version, report
+        await self._undo(job, version)
+        reason = f"version {version} passed, but did not load; the version before goes on serving"
+        return "failed", version, report | {"reason": reason}
 
     async def _undo(self, job: Job, version: str) -> None:
         want = await self._want(job)
         if want.desired == version and want.previous:
             await asyncio.to_thread(self._commands.rollback, job.model, "hone", f"version {version} did not load")
 
-    async def _activated(self, model: str, version: str) -> bool:
-        """Wait, bounded, for the data plane to say that it serves `version`, or that it does not load."""
-        state = await asyncio.to_thread(self._journal.state)
-        after, until = max(0, state.seq - 50), monotonic() + ACTIVATION_S
-        change = 0
+    async def _activated(self, model: str, version: str, since: int) -> bool:
+        """Wait, bounded, for the data plane to say, later than event `since`, that it serves `version`, or that it does not load."""
+        after, until = since, monotonic() + ACTIVATION_S
         while monotonic() < until:
             for event in await asyncio.to_thread(self._journal.read, after, 500, model):
                 after = event.seq
-                if event.kind == "desired.changed" and event.data.get("version") == version:
-                    change = event.seq
-                if change and event.version == version and event.kind == "version.activated":
+                if event.version == version and event.kind == "version.activated":
                     return True
-                if change and event.version == version and event.kind == "version.failed":
+                if event.version == version and event.kind == "version.failed":
                     return False
             await asyncio.to_thread(self._journal.wait, after, 1.0)
         return False
@@ -226,7 +258,8 @@ class JobKeeper:
         step = next(recipe[-1] for recipe in job.tries if recipe and recipe[-1]["method"] == "tune")
         tuned, report["tune"] = await self._tune(job, piece, want.desired, before, step, stop)
         if tuned is None or tuned == before:
-            return "nothing_changed", want.desired, report
+            open_end = report["tune"].get("verdict") == "inconclusive"
+            return "inconclusive" if open_end else "nothing_changed", want.desired, report
         if job.promote != "auto":
             return "kept", want.desired, report | {"settings": asdict(tuned), "waits": "promotion was asked to be manual"}
         reason = f"job {job.id}: {report['tune'].get('summary', 'tuned')}"
@@ -266,10 +299,6 @@ class JobKeeper:
 
     # ---- helpers
     async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:
-        limits = TaskLimits(
-            seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scheduler="other",
-            scratch=str(self._bench.state.scratch),
-        )  # fmt: skip
         loop = asyncio.get_running_loop()
         began = monotonic()
 
@@ -277,7 +306,12 @@ class JobKeeper:
             loop.run_in_executor(None, self._post, job, seen)
 
         try:
-            return await run_task(kind, request, limits, progress, stop)
+            with self._bench.scratch() as scratch:
+                limits = TaskLimits(
+                    seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scheduler="other",
+                    scratch=str(scratch),
+                )  # fmt: skip
+                return await run_task(kind, request, limits, progress, stop)
         finally:
             self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
 

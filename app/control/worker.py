@@ -44,6 +44,8 @@ LEASE_S: Final = 20.0
 RENEW_S: Final = 5.0
 BOARD_S: Final = 15.0
 SETTLE_S: Final = 0.5
+MOST_ATTEMPTS: Final = 5
+"""A job that ends its workers (all memory taken, a machine that goes down) is given up after so many."""
 
 
 class Worker:
@@ -94,7 +96,10 @@ class Worker:
             await asyncio.to_thread(self._journal.append, Event("job.claimed", job.model, "", job.id, data=data))
             now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
             if now is not None and (now.worker, now.attempt, now.state) == (self.name, attempt, JobState.BUILDING):
-                return now
+                if attempt <= MOST_ATTEMPTS:
+                    return now
+                reason = f"{MOST_ATTEMPTS} workers in turn ended while they built it; the last one's log, or the kernel's, may tell why"
+                await self._say("job.finished", now, outcome="failed", report={"reason": reason})
             await asyncio.to_thread(self._journal.release, f"job:{job.id}", self.name)
         return None
 
@@ -107,17 +112,27 @@ class Worker:
         watch = asyncio.create_task(self._watch(job, stop), name=f"watch-{job.id}")
         try:
             candidates, report = await self._build(job, stop)
-            if stop.is_set() and not self._stopping.is_set():
-                await self._say("job.finished", job, outcome="cancelled", report={"reason": "cancelled", **report})
-            elif not self._stopping.is_set():
+            if not stop.is_set():
                 await self._say("job.built", job, candidates=candidates, report=report)
+            elif await self._cancel_asked(job):
+                await self._say("job.finished", job, outcome="cancelled", report={"reason": "cancelled", **report})
+        except StoreUnavailable:
+            raise
         except (HoneError, OSError) as error:
             await self._say("job.finished", job, outcome="failed", report={"reason": str(error)})
+        except Exception as error:
+            log.exception("job %s could not be built", job.id)
+            await self._say("job.finished", job, outcome="failed", report={"reason": f"internal error: {type(error).__name__}: {error}"})
         finally:
             watch.cancel()
             self._doing = ""
             self._metrics.gauge("hone_worker_busy", value=0)
             await asyncio.to_thread(self._journal.release, f"job:{job.id}", self.name)
+
+    async def _cancel_asked(self, job: Job) -> bool:
+        """True where somebody cancelled it; else the worker ends or the claim was lost, and another goes on."""
+        now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+        return now is not None and now.cancel_asked
 
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
@@ -208,16 +223,17 @@ class Worker:
 
     async def _task(self, kind: str, request: Mapping[str, Any], job: Job, stop: asyncio.Event) -> dict[str, Any]:
         memory = min(self._settings.job_memory_bytes, max(512 << 20, memory_budget().available_bytes))
-        limits = TaskLimits(
-            seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19, scheduler="batch",
-            scratch=str(self._bench.state.scratch),
-        )  # fmt: skip
         loop = asyncio.get_running_loop()
 
         def progress(seen: Progress) -> None:
             loop.run_in_executor(None, self._post, f"job:{job.id}", asdict(seen), 60.0)
 
-        return await run_task(kind, request, limits, progress, stop)
+        with self._bench.scratch() as scratch:
+            limits = TaskLimits(
+                seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19, scheduler="batch",
+                scratch=str(scratch),
+            )  # fmt: skip
+            return await run_task(kind, request, limits, progress, stop)
 
     # ---- staying known
     async def _watch(self, job: Job, stop: asyncio.Event) -> None:
