@@ -57,8 +57,7 @@ def start(folder: Path, effort: Effort) -> dict[str, Any]:
             body = binary_body(model, model.rows(1))
             assert hone.ask("POST", body.path, body.data, body.headers)[0] == 200
             if name == "first_s":
-                hone.wait_ready()
-                time.sleep(3.0)  # golden's reference is frozen in the background
+                hone.settle(1)
     found["idle_rss_mb"] = 0.0
     with Hone(folder / "repository", folder / "state") as hone:
         hone.wait_ready("heavy")
@@ -112,6 +111,8 @@ def many(folder: Path, effort: Effort) -> dict[str, Any]:
         one.wait_ready("linear")
         for model in others:
             crowd.wait_ready(model.name, 300)
+        one.settle(1)
+        crowd.settle(effort.models)
         weights = others[0].path.stat().st_size
         held = [rollup_bytes(pid, "Private_Dirty", "Private_Clean") for pid in crowd.runners()]
         with_one: list[float] = []
@@ -135,11 +136,12 @@ def overload(folder: Path, effort: Effort) -> dict[str, Any]:
     with Hone(repository, folder / "state") as hone:
         for model in (light, hot):
             hone.wait_ready(model.name)
+        hone.settle(2)
         capacity = _capacity(hone, hot)
         alone, beside = [], []
         for _ in range(max(2, effort.rounds // 2)):
             alone.append(_open(hone, light, capacity * LIGHT_SHARE, effort.seconds).result())
-            flood = _open(hone, hot, capacity * 3, effort.seconds + 2)
+            flood = _open(hone, hot, capacity * 3, effort.seconds + 2, connections=1000)
             time.sleep(1.0)
             beside.append(_open(hone, light, capacity * LIGHT_SHARE, effort.seconds).result())
             flooded = flood.result()
@@ -158,7 +160,7 @@ def optimization(folder: Path, effort: Effort) -> dict[str, Any]:
     model = models.demo(repository)
     with Hone(repository, folder / "state") as hone:
         hone.wait_ready(model.name)
-        time.sleep(3.0)
+        hone.settle(1)
         rate = _capacity(hone, model) / 2
         worker = HoneWorker(repository, folder / "state")
         try:
@@ -205,6 +207,7 @@ def features(folder: Path, effort: Effort) -> list[dict[str, Any]]:
         body = binary_body(model, model.rows(1))
         for server in servers:
             server.wait_ready("linear")
+            server.settle(1)
             wrk.run(HOST, server.port, body, 32, 1)
         per_s: list[list[float]] = [[] for _ in servers]
         cpu_us: list[list[float]] = [[] for _ in servers]
@@ -228,6 +231,6 @@ def _capacity(hone: Hone, model: BenchModel) -> float:
     return max(wrk.run(HOST, hone.port, body, 32, 2).per_s for _ in range(2))
 
 
-def _open(hone: Hone, model: BenchModel, rate: float, seconds: float) -> openloop.Running:
+def _open(hone: Hone, model: BenchModel, rate: float, seconds: float, connections: int = 128) -> openloop.Running:
     request = binary_body(model, model.rows(1)).http(HOST, hone.port)
-    return openloop.Running(openloop.Plan(HOST, hone.port, [request], rate, seconds))
+    return openloop.Running(openloop.Plan(HOST, hone.port, [request], rate, seconds, connections))

@@ -95,6 +95,15 @@ class Hone(ServerUnderTest):
             raise RuntimeError(f"{method} /admin{path}: {status} {body.decode(errors='replace')[:500]}")
         return json.loads(body)
 
+    def settle(self, models: int, timeout_s: float = 120.0) -> None:
+        """Wait, bounded, until each model's reference is frozen: background work of the first minutes that no measurement is about."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            events = self.admin("GET", "/timeline?limit=1000")["events"]
+            if len({event["model"] for event in events if event["kind"] == "reference.frozen"}) >= models:
+                return
+            time.sleep(0.2)
+
     def runners(self) -> list[int]:
         """Pids of the runner processes (children of the fork server)."""
         from benchmarks.machine import tree_of

@@ -177,5 +177,6 @@ def measure(models: Sequence[BenchModel], repository: Path, folder: Path, effort
         hone.wait_ready()
         for model in models:
             hone.wait_ready(model.name)
+        hone.settle(len(models))
         results = {model.name: ModelBench(model, hone, effort, folder, say).run() for model in models}
     return {"models": results, "quiet": quiet.report(), "effort": {"rounds": effort.rounds, "seconds": effort.seconds}}

@@ -52,6 +52,7 @@ def measure(repository: Path, folder: Path, swaps: int, say: Callable[[str], Non
     quiet = Quiet()
     with Hone(repository, folder / "state") as hone:
         hone.wait_ready(NAME)
+        hone.settle(1)
         hone.admin("POST", f"/models/{NAME}/promote", {"version": "1", "reason": "both versions are warm"})
         bodies = [binary_body(first, first.rows(1, seed)) for seed in range(INPUTS)]
         capacity = max(_capacity(hone, bodies[0]) for _ in range(3))
