@@ -118,7 +118,7 @@ def accumulate_gradients(module: nn.Module, lesson: Lesson, batches: int = GRADI
     random = torch.Generator().manual_seed(0)
     order = torch.randperm(lesson.rows, generator=random)
     for index in torch.split(order[: 64 * batches], 64):
-        lesson.loss(module, index, random).backward()  # type: ignore[no-untyped-call]
+        lesson.steepness(module, index).backward()  # type: ignore[no-untyped-call]
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -127,6 +127,39 @@ def accumulate_gradients(module: nn.Module, lesson: Lesson, batches: int = GRADI
 def _copy_gradients(module: nn.Module, twin: nn.Module) -> None:
     for own, theirs in zip(module.parameters(), twin.parameters(), strict=True):
         theirs.grad = None if own.grad is None else own.grad.clone()
+
+
+# ---- groups of layers that lose channels together
+def dependency_graph(opened: Opened, module: nn.Module) -> Any:
+    """torch-pruning's graph of `module`. Raises NotApplicable where its tracer cannot follow the module."""
+    import torch_pruning as tp
+
+    example = tensors_of(opened.rows.rows(slice(0, 2)), opened.signature)
+    try:
+        with quiet(), torch.enable_grad():
+            return tp.DependencyGraph().build_dependency(module.eval(), example, forward_fn=lambda m, x: m(*x))
+    except Exception as error:  # whatever the tracer and the owner's forward raise
+        raise_if_memory(error)
+        raise NotApplicable(f"{_culprit(module)} does not bear pruning: {type(error).__name__}: {brief(error)}") from error
+
+
+def groups_with_layers(opened: Opened, module: nn.Module, keep: Iterable[str] = ()) -> list[tuple[str, list[str]]]:
+    """Groups that may lose channels: the layer that names each, and all modules whose output channels go with it."""
+    graph = dependency_graph(opened, module)
+    example = tensors_of(opened.rows.rows(slice(0, 2)), opened.signature)
+    names = {layer: name for name, layer in module.named_modules()}
+    ignored = [*output_layers(module, example, opened), *tied_layers(module), *attention_layers(module), *map(module.get_submodule, keep)]
+    found: list[tuple[str, list[str]]] = []
+    with quiet(), torch.enable_grad():
+        for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(LAYERS)):
+            outward = [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
+            layers = list(dict.fromkeys(names[layer] for layer in outward if layer in names))
+            found.append((names[group[0].dep.target.module], layers))
+    return found
+
+
+def groups_of(opened: Opened, module: nn.Module, keep: Iterable[str] = ()) -> list[str]:
+    return [root for root, _ in groups_with_layers(opened, module, keep)]
 
 
 # ---- layers that must keep their width

@@ -101,6 +101,18 @@ class Lesson:
             total = self.terms.alpha * total + (1 - self.terms.alpha) * hard_labels(first.float(), self.labels[index])
         return total + self.extra(inputs) if self.extra is not None else total
 
+    def steepness(self, module: nn.Module, index: Tensor) -> Tensor:
+        """A loss whose gradient says what matters even where the module is golden itself, whose distance from golden is flat.
+
+        Cross entropy with true labels, else with the classes that golden chose; the outputs' power where they are no classes.
+        """
+        given = outputs_of(module(*(value[index] for value in self.inputs)), self.signature.outputs)
+        if not self.classes:
+            return torch.stack([given[i].float().pow(2).mean() for i in self.float_outputs]).mean()
+        golden = self.known[self.float_outputs[0]][index].argmax(-1)
+        chosen = self.labels[index] if self.labels is not None else golden
+        return hard_labels(as_logits(given[self.float_outputs[0]]).float(), chosen)
+
     def score(self, module: nn.Module) -> Score:
         """Agreement with golden on the rows held out (classes), or minus the loss; ties by minus the loss."""
         given = self._answers(module)

@@ -62,8 +62,8 @@ def test_importance_tells_which_channels_go(tmp_path: Path, importance: str) -> 
         for block in (module.block1, module.block2):
             for layer in (block.conv1, block.bn1):  # type: ignore[union-attr]
                 layer.weight[1::2] *= 1e-6  # type: ignore[operator, union-attr, index]
-            block.bn1.bias[1::2] = 0.0  # type: ignore[operator, union-attr, index]
-            block.bn1.running_mean[1::2] = 0.0  # type: ignore[operator, union-attr, index]
+            block.bn1.bias[1::2] = 0.0  # type: ignore[operator, union-attr]
+            block.bn1.running_mean[1::2] = 0.0  # type: ignore[operator, union-attr]
             block.conv2.weight[:, 1::2] *= 1e-6  # type: ignore[operator, union-attr, index]
     save_model(module, str(golden.source.weights))
     weak = replace(golden, path=export(module, opened.signature, data, tmp_path / "weak" / "model.onnx"))
@@ -80,10 +80,14 @@ def test_steps_compose_and_fine_tuning_brings_agreement_back(tmp_path: Path) -> 
         DistillConfig(attention=1.0, **train),
         Int8StaticConfig(samples=64),
     )
-    made = run_steps(golden, configs, {"train": data, "calibration": data}, Budget(scratch=str(tmp_path / "s"), keep=str(tmp_path / "keep")))
+    made = run_steps(
+        golden, configs, {"train": data, "calibration": data}, Budget(scratch=str(tmp_path / "s"), keep=str(tmp_path / "keep"))
+    )
     pruned, distilled, quantized = made.facts
     assert pruned["after"]["parameters"] < 0.6 * pruned["before"]["parameters"]
-    assert distilled["before"]["parameters"] == pruned["after"]["parameters"] == distilled["after"]["parameters"], "the pruned module was opened"
+    assert distilled["before"]["parameters"] == pruned["after"]["parameters"] == distilled["after"]["parameters"], (
+        "the pruned module was opened"
+    )
     assert distilled["pairs"] == ["block1", "block2"], "golden's own source was handed on"
     assert pruned["training"]["labels"] is True and distilled["training"]["history"] and quantized["quantized_layers"] == 6
     fresh = torch_models.rows("cnn", 200, seed=9)
@@ -120,4 +124,63 @@ def test_what_cannot_be_pruned_is_said(tmp_path: Path) -> None:
         prune(torch_models.artifact(tmp_path, "bare_linear", steps=2), tmp_path, data)
     for wrong in ({"ratio": 1.0}, {"importance": "luck"}, {"scope": "all"}, {"steps": 0}):
         with pytest.raises(ValueError):
-            StructuredPruningConfig(**wrong)  # type: ignore[arg-type]
+            StructuredPruningConfig(**wrong)
+
+
+# ---- sensitivity and L1
+def test_ratios_are_allotted_where_cutting_costs_least(tmp_path: Path) -> None:
+    from optimizers import optimize
+    from optimizers.sparsity import SensitivityPruningConfig
+
+    golden, data = torch_models.artifact(tmp_path, "cnn"), torch_models.rows("cnn", 128)
+    made = optimize(golden, SensitivityPruningConfig(**FAST, ratio=0.4), data, Budget(scratch=str(tmp_path / "s")))
+    facts = made.facts[-1]
+    assert facts["after"]["multiply_adds"] < 0.66 * facts["before"]["multiply_adds"]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for cut in facts["curves"]:
+        curves.setdefault(cut["layer"], []).append(cut)
+    assert all([c["saved"] for c in curve] == sorted(c["saved"] for c in curve) for curve in curves.values())
+    price = {layer: curve[0]["loss"] / curve[0]["saved"] for layer, curve in curves.items()}
+    assert min(price, key=lambda layer: price[layer]) in facts["allotted"]
+    dearest = max(price, key=lambda layer: price[layer])
+    assert facts["allotted"].get(dearest, 0.0) <= min(facts["allotted"].values()), "where cutting costs most, least is cut"
+
+
+def test_allotting_is_by_price_and_stops_at_the_budget() -> None:
+    from optimizers.sensitivity import Cut, allot
+
+    cuts = [Cut("a", 0.5, 0.1, 1, 100, 0), Cut("a", 0.8, 5.0, 1, 160, 0), Cut("b", 0.5, 0.5, 1, 100, 0), Cut("c", 0.5, 0.02, 1, 10, 0)]
+    assert allot(cuts, 90) == {"a": 0.5}
+    assert allot(cuts, 110) == {"a": 0.5, "c": 0.5}
+    assert allot(cuts, 200) == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert allot(cuts, 10**6) == {"a": 0.8, "b": 0.5, "c": 0.5}, "all there is, where the budget cannot be met"
+
+
+def test_l1_makes_channels_exactly_zero_and_their_removal_changes_nothing(tmp_path: Path) -> None:
+    from optimizers import optimize
+    from optimizers.sparsity import L1SparsityConfig
+
+    golden, data = torch_models.artifact(tmp_path, "cnn"), torch_models.rows("cnn", 128)
+    fast: dict[str, Any] = {"epochs": 20, "batch": 16, "rate": 5e-3, "augment": False}
+    made = optimize(golden, L1SparsityConfig(**fast, strength=4.0), data, Budget(scratch=str(tmp_path / "s")))
+    facts = made.facts[-1]
+    assert sum(facts["zero_channels"].values()) >= 5 and facts["removal_error"] < 1e-5
+    assert facts["after"]["multiply_adds"] < 0.7 * facts["before"]["multiply_adds"]
+    with pytest.raises(NotApplicable, match="no channel became zero in training: raise strength"):
+        optimize(golden, L1SparsityConfig(**{**fast, "epochs": 2}, strength=0.0), data, Budget(scratch=str(tmp_path / "s")))
+
+
+def test_the_proximal_step_is_that_of_the_group_lasso(tmp_path: Path) -> None:
+    import torch
+
+    from optimizers.proximal import Unit, shrunk, zero_channels
+
+    norm = torch.nn.BatchNorm1d(4)
+    module = torch.nn.Sequential(norm)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([3.0, 0.1, -0.2, 1.0]))
+        norm.bias.copy_(torch.tensor([4.0, 0.1, 0.0, 0.0]))
+    shrunk(module, Unit("0", ("0",)), 0.5, 0.75)
+    first = 1 - 0.5 / 12.5**0.5  # the vector (3, 4) has a root mean square of √12.5
+    assert norm.weight[:2].tolist() == pytest.approx([3 * first, 0.0]) and norm.bias[:2].tolist() == pytest.approx([4 * first, 0.0])
+    assert norm.weight.tolist()[2] == 0.0 and zero_channels(module, Unit("0", ("0",))) == [1, 2]

@@ -1,0 +1,82 @@
+"""Low rank: linear layers split in two on the ONNX graph itself, convolutions split in three in PyTorch. Configs.
+
+Importable without ONNX Runtime and torch, since the server reads the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from optimizers.artifact import Artifact
+from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.pruning import TrainingConfig
+from optimizers.samples import Samples
+
+
+@dataclass(frozen=True)
+class LowRankConfig(Config):
+    """W ≈ U_r Σ_r V_rᵀ, two thin products for one: r is the least rank with Σ_{i≤r} σ_i² ≥ `energy` · Σ σ_i² (Eckart and Young 1936).
+
+    `split` faster: only layers whose two products are timed faster here than the one, at `rows` rows; fewer: wherever r(k + n) < kn.
+    """
+
+    method: ClassVar[str] = "low-rank"
+    summary: ClassVar[str] = "Linear layers as two thin ones by truncated SVD, on the ONNX file alone"
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER})
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"energy": (0.8, 0.9, 0.95, 0.99), "split": ("faster", "fewer")}
+
+    energy: float = 0.95
+    split: str = "faster"
+    rows: int = 8
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy < 1:
+            raise ValueError(f"energy must be above 0 and below 1, not {self.energy}")
+        if self.split not in {"faster", "fewer"}:
+            raise ValueError(f"split must be faster or fewer, not {self.split!r}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, not {self.rows}")
+
+
+@dataclass(frozen=True)
+class TuckerConfig(TrainingConfig):
+    """A k×k convolution as 1×1, k×k, 1×1: W ≈ G ×₁ U_out ×₂ U_in (Kim et al. 2016), ranks by `energy` of each unfolding, then fine-tuned.
+
+    `least_saved`: a layer is split only where this share of its multiply-adds goes. `exclude`: modules left alone, by name.
+    """
+
+    method: ClassVar[str] = "tucker"
+    summary: ClassVar[str] = "Convolutions as three smaller ones by Tucker-2 decomposition, then fine-tuned"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.SOURCE, Need.TRAINING})
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS})
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"energy": (0.7, 0.8, 0.9)}
+
+    energy: float = 0.8
+    least_saved: float = 0.2
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.energy < 1 or not 0 <= self.least_saved < 1:
+            raise ValueError(
+                f"energy must be above 0 and below 1, least_saved at least 0 and below 1, not {self.energy} and {self.least_saved}"
+            )
+
+
+@method(LowRankConfig)
+def low_rank(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: Budget) -> Artifact:
+    """The file with linear layers split. Raises NotApplicable: none to split, or none that is better off split, with what was measured."""
+    from optimizers.svd import build
+
+    return build(artifact, config, samples, budget)
+
+
+@method(TuckerConfig)
+def tucker(artifact: Artifact, config: TuckerConfig, samples: Samples, budget: Budget) -> Artifact:
+    """The model with convolutions split. Raises NotApplicable: no source, or no convolution that is better off split."""
+    from optimizers.tucker import build
+
+    return build(artifact, config, samples, budget)
