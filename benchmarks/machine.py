@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -29,19 +30,29 @@ def cpu_times() -> CpuTimes:
     return CpuTimes(user + nice + system + irq + softirq, idle + iowait, steal)
 
 
-def process_seconds(pid: int) -> float:
-    """CPU seconds of a process and all its threads."""
+def process_seconds(pid: int, with_ended: bool = False) -> float:
+    """CPU seconds of a process and all its threads, and on request of those of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    return sum(int(field) for field in fields[11 : 15 if with_ended else 13]) / _TICKS
 
 
 def tree_of(pid: int) -> list[int]:
     """The process and everything below it."""
     found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += tree_of(int(child))
+    with contextlib.suppress(OSError):  # it ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += tree_of(int(child))
     return found
+
+
+def cpu_of_tree(pid: int) -> float:
+    """CPU seconds of a process and of all below it that live; those that end meanwhile are left out."""
+    total = 0.0
+    for each in tree_of(pid):
+        with contextlib.suppress(OSError):
+            total += process_seconds(each)
+    return total
 
 
 def status_bytes(pid: int, key: str = "VmRSS") -> int:
@@ -105,7 +116,7 @@ def _own_seconds() -> float:
     total = times.user + times.system + times.children_user + times.children_system
     for pid in tree_of(os.getpid())[1:]:
         try:
-            total += process_seconds(pid)
+            total += process_seconds(pid, with_ended=True)
         except OSError:
             continue
     return total

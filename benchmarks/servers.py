@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
+from benchmarks.machine import cpu_of_tree, tree_of
+
 HOST: Final = "127.0.0.1"
 
 
@@ -57,6 +59,15 @@ class ServerUnderTest:
             return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
         finally:
             connection.close()
+
+    def rest(self, timeout_s: float = 10.0) -> None:
+        """Wait until it computes no more: a server that goes on for callers who have left would do so in the next one's turn."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            before = cpu_of_tree(self.pid)
+            time.sleep(0.1)
+            if cpu_of_tree(self.pid) - before <= 0.02:
+                return
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -106,8 +117,6 @@ class Hone(ServerUnderTest):
 
     def runners(self) -> list[int]:
         """Pids of the runner processes (children of the fork server)."""
-        from benchmarks.machine import tree_of
-
         return [pid for pid in tree_of(self.pid) if _comm(pid) == "hone-runner"]
 
 

@@ -148,7 +148,9 @@ class ModelBench:
         return rows
 
     def _drive(self, server: ServerUnderTest, body: Body, connections: int, seconds: float = 0.0) -> wrk.Closed:
-        return wrk.run(HOST, server.port, body, connections, seconds or self._effort.seconds)
+        run = wrk.run(HOST, server.port, body, connections, seconds or self._effort.seconds)
+        server.rest()
+        return run
 
 
 def rotated(turns: Sequence[Callable[[], None]], number: int) -> list[Callable[[], None]]:
