@@ -30,6 +30,7 @@ NUMPY: Final[dict[str, str]] = {
 """The dtype in which a tensor is made; bfloat16, which numpy lacks, is made as float32 (optimizers.session takes it so)."""
 SIZES_TRIED: Final = (16, 32, 64, 224, 8, 7, 128, 1, 2, 3, 4, 512)
 CHANNELS_TRIED: Final = (3, 1)
+ROWS_TRIED: Final = 5
 INTEGERS_TRIED: Final = ((0, 8), (0, 2), (1, 2))
 WORDS: Final = ("a", "good", "bad", "red", "blue", "one", "two", "zero")
 AxisSizes = dict[tuple[str, int], int]
@@ -86,14 +87,15 @@ class InputMaker:
 def find_maker(
     inputs: tuple[TensorInfo, ...], graph: GraphProto, accepts: Callable[[Feeds], None], seed: int = 0, samples: Samples | None = None
 ) -> InputMaker:
-    """The first maker whose single row the model takes; `accepts` runs it and raises a RuntimeError of its own where it does not.
+    """The first maker whose rows, one by one, the model takes; `accepts` runs one and raises a RuntimeError of its own where it does not.
 
     Raises that of the first attempt when none is taken.
     """
     first: RuntimeError | None = None
     for maker in _makers(inputs, graph, seed, samples):
         try:
-            accepts(maker.rows(1))
+            for row in _tried(maker):
+                accepts(row)
         except RuntimeError as error:
             first = first or error
         else:
@@ -116,6 +118,16 @@ def _makers(inputs: tuple[TensorInfo, ...], graph: GraphProto, seed: int, sample
     ):
         sizes = {**dict.fromkeys(unknown, size), **dict.fromkeys(channels, channel), **known}
         yield InputMaker(inputs, sizes, integers, seed, samples)
+
+
+def _tried(maker: InputMaker) -> Iterator[Feeds]:
+    """One row; several where inputs are integers, for a model may take some of these and not others (ids out of range, division by zero)."""
+    by_value = any(DATATYPES[info.type].startswith(("INT", "UINT")) for info in maker.inputs)
+    free = all(info.shape and not isinstance(info.shape[0], int) for info in maker.inputs)
+    yield maker.rows(1)
+    if by_value and free:
+        rows = maker.rows(ROWS_TRIED)
+        yield from (take(rows, [index]) for index in range(ROWS_TRIED))
 
 
 def axis_hints(graph: GraphProto) -> AxisSizes:

@@ -15,7 +15,7 @@ from optimizers.artifact import sha256_of
 from optimizers.base import Budget, Rejected
 from optimizers.census import Census, census, quantization_of
 from optimizers.difference import difference, root_mean_square, scales_of
-from optimizers.inputs import DATATYPES, InputMaker, find_maker
+from optimizers.inputs import DATATYPES, INTEGERS_TRIED, InputMaker, find_maker
 from optimizers.onnx_file import OnnxFile, checker_complaint, read
 from optimizers.rows import FEW_ROWS, QUANTIZED_TOLERANCE, ROWS, TOLERANCE, RowsProof, per_batch_objection, prove, shape_objection
 from optimizers.running import ORT_ERRORS, RunRefused, brief, raise_if_memory, runner
@@ -52,7 +52,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `files` are names, itself first; `row_shapes` the shapes of the row that was tried and that multiply-adds are for; `quantized` says how, or ''; `notes` are for people. Sizes in bytes."""
+    """What was found. `files` are names, itself first; `row_shapes` the shapes of the row that was tried and that multiply-adds are for; `integers` [low, high) of the whole numbers that it takes; `quantized` says how, or ''; `notes` are for people. Sizes in bytes."""
 
     sha256: str
     files: tuple[str, ...]
@@ -66,6 +66,7 @@ class Report:
     producer: str
     census: Census
     row_shapes: dict[str, tuple[int, ...]]
+    integers: tuple[int, int]
     quantized: str
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -116,7 +117,7 @@ def inspect(request: Request, budget: Budget) -> Report:
         sha256=sha256_of(*file.files), files=tuple(f.name for f in file.files), bytes=file.bytes,
         inputs=check.signature_inputs, outputs=tuple(map(_tensor, check.outputs)), rows=rows, serving=serving, opsets=file.opsets,
         custom_domains=file.custom_domains, producer=" ".join(filter(None, (file.model.producer_name, file.model.producer_version))),
-        census=counted, row_shapes=check.row_shapes, quantized=quantization_of(file.model), notes=tuple(check.notes), seconds=time.monotonic() - started,
+        census=counted, row_shapes=check.row_shapes, integers=check.maker.integers if check.maker else INTEGERS_TRIED[0], quantized=quantization_of(file.model), notes=tuple(check.notes), seconds=time.monotonic() - started,
     )  # fmt: skip
 
 

@@ -64,7 +64,10 @@ def per_batch_objection(op_types: dict[str, int]) -> str:
 def prove(run: Run, rows: Feeds, tolerance: float, tick: Callable[[float], None] = lambda share: None) -> RowsProof:
     """Run `rows` (ROWS of them, or FEW_ROWS) alone and in company. `run` raises RunRefused where the model does not take a batch."""
     count = len(next(iter(rows.values())))
-    alone = [run(take(rows, [i])) for i in range(count)]
+    try:
+        alone = [run(take(rows, [i])) for i in range(count)]
+    except RunRefused as refused:
+        return RowsProof(False, f"not proven: the model does not take all rows that were made up ({refused}); name samples", False)
     scales = [scale_of([answers[k] for answers in alone]) for k in range(len(alone[0]))]
     again = difference(alone[0], run(take(rows, [0])), scales)
     if again > tolerance:

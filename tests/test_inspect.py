@@ -50,6 +50,14 @@ def test_rows_of_ordinary_models_are_proven(built: onnx.ModelProto, sizes: tuple
     assert next(iter(report.row_shapes.values())) == (1, *sizes)
 
 
+def test_made_up_integers_are_such_as_the_model_takes(tmp_path: Path) -> None:
+    """x / d fails where d is 0: what is made up must hold no zero, neither in the one row nor in a batch."""
+    inputs = [value("x", I64, ["N"]), value("d", I64, ["N"])]
+    report = check(model([node("Div", ["x", "d"], ["y"])], inputs, [value("y", I64, ["N"])]), tmp_path)
+    assert report.batchable, report.rows.reason
+    assert report.integers == (1, 2)
+
+
 TIME_FIRST = model([node("CumSum", ["x", "axis"], ["y"])], [value("x", F, ["T", 4])], [value("y", F, ["T", 4])], weights(axis=np.int64(0)))
 OVER_BATCH = model(
     [node("ReduceMean", ["x"], ["m"], axes=[0]), node("Sub", ["x", "m"], ["y"])], [value("x", F, ["N", 4])], [value("y", F, ["N", 4])]

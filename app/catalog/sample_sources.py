@@ -35,7 +35,7 @@ MAX_IMAGE_BYTES: Final = 256 << 20
 class SampleReader:
     """Reads sources for one model. Paths are relative to `folder` (where model.yaml lies) and end within `policy`'s roots.
 
-    `row_shapes`: shapes that the model is known to take, for inputs that are made up (see synthetic).
+    `row_shapes`, `integers`: shapes and whole numbers that the model is known to take, for inputs that are made up (see synthetic).
     """
 
     folder: Path
@@ -46,6 +46,7 @@ class SampleReader:
     factories: Sequence[Path] = ()
     most: int = MOST_SAMPLES
     row_shapes: Mapping[str, Sequence[int]] | None = None
+    integers: Sequence[int] | None = None
 
     def read(self, source: str, key: str, seed: int = 0) -> Samples:
         """The samples that `key` of model.yaml names, at most `most` (chosen by `seed`, evenly over labels).

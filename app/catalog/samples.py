@@ -163,7 +163,7 @@ class SampleSets:
 def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0) -> Samples:
     """What to freeze at the first deploy: three quarters of what the owner named (the rest may calibrate), else made up."""
     if sources.reference is None:
-        return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed, reader.row_shapes)
+        return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed, reader.row_shapes, reader.integers)
     named = reader.read(sources.reference, "samples.reference", seed)
     kept = named.split(1 - _HELD_BACK, seed)[0] if len(named) > 8 else named
     return kept.rows(slice(0, REFERENCE_SAMPLES))
@@ -208,7 +208,7 @@ def _calibration(
         spare = named.without(set(frozen.hashes())) if frozen is not None else named
         if len(spare) >= 8:
             return _most(spare), captured, "calibration: the part of samples.reference that is not frozen"
-    made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED, reader.row_shapes)
+    made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED, reader.row_shapes, reader.integers)
     return made_up, captured, "calibration: made-up inputs, since no samples are named and few were captured"
 
 

@@ -60,7 +60,7 @@ class Bench:
         processor = Processor(card.signature, config.preprocess, config.postprocess, found.folder, config.task)
         reader = SampleReader(
             found.folder, card.signature, self.repository.policy, self.state.captured(model), processor, self.repository.factories,
-            row_shapes=card.facts.get("row_shapes"),
+            row_shapes=card.facts.get("row_shapes"), integers=card.facts.get("integers"),
         )  # fmt: skip
         reference = References(self.state.reference(model)).load()
         if reference is not None and reference.meta.golden_sha256 != golden_sha256:

@@ -99,9 +99,10 @@ class Admission:
 
     async def sample_reader(self, found: FoundModel, admitted: Admitted) -> SampleReader:
         processor = await self.processor(found, admitted)
+        facts = admitted.card.facts if isinstance(admitted.card, GoldenCard) else {}
         return SampleReader(
             found.folder, admitted.signature, self._repository.policy, self._state.captured(found.name), processor, self._repository.factories,
-            row_shapes=admitted.card.facts.get("row_shapes") if isinstance(admitted.card, GoldenCard) else None,
+            row_shapes=facts.get("row_shapes"), integers=facts.get("integers"),
         )  # fmt: skip
 
     # ---- golden
