@@ -426,6 +426,7 @@ def _loaded(loaded: Loaded) -> JSON:
         "state": loaded.state.value,
         "generation": loaded.generation,
         "alive": engine.alive,
+        "pid": engine.pid,
         "queued": engine.queued,
         "inflight": engine.inflight,
         "memory_bytes": loaded.memory_bytes,

@@ -31,11 +31,19 @@ class Artifact:
 
     def derived(self, path: Path, step: dict[str, Any], facts: dict[str, Any], source: Source | None = None) -> Artifact:
         """The artifact one step further: `path` was made from self by `step`."""
-        return replace(self, path=path, recipe=(*self.recipe, step), facts=(*self.facts, facts), source=source, golden=self.golden or self.path)
+        return replace(
+            self, path=path, recipe=(*self.recipe, step), facts=(*self.facts, facts), source=source, golden=self.golden or self.path
+        )
 
     def files(self) -> list[Path]:
         """The ONNX file and every regular file that lies beside it as external data (same stem or *.data)."""
-        beside = [p for p in self.path.parent.iterdir() if p.is_file() and p != self.path and (p.suffix in {".data", ".bin", ".weights", ".safetensors"} or p.name.startswith(self.path.name))]
+        beside = [
+            p
+            for p in self.path.parent.iterdir()
+            if p.is_file()
+            and p != self.path
+            and (p.suffix in {".data", ".bin", ".weights", ".safetensors"} or p.name.startswith(self.path.name))
+        ]
         return [self.path, *sorted(beside)]
 
 

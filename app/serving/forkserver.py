@@ -104,7 +104,7 @@ class ForkServer:
             return await asyncio.to_thread(_waited, child.spawned, timeout_s)
         if (known := self._statuses.get(child.pid)) is not None:
             return known
-        _reap_adopted(child.pidfd)
+        reap_adopted(child.pidfd)
         if child.nursery != self.pid or self._loop is not asyncio.get_running_loop():
             return None
         waiter: asyncio.Future[int] = self._loop.create_future()
@@ -215,7 +215,7 @@ def _waited(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
         return None
 
 
-def _reap_adopted(pidfd: int) -> None:
+def reap_adopted(pidfd: int) -> None:
     """Where we are process 1 of a container, orphans of a dead fork server become ours to reap."""
     with contextlib.suppress(ChildProcessError, OSError):
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)

@@ -21,7 +21,7 @@ from app import errors
 from app.domain import RuntimeSettings, Signature
 from app.errors import ModelRejected, NotReady
 from app.serving import procfs
-from app.serving.forkserver import Child, ForkServer
+from app.serving.forkserver import Child, ForkServer, reap_adopted
 from app.serving.shm import Arena, write_all
 
 HELLO_S: Final = 5.0
@@ -276,6 +276,8 @@ class Runner:
             self._lifeline = -1
         if self._child.spawned is not None:
             await asyncio.to_thread(self._child.spawned.wait)
+        elif self._child.pidfd >= 0:
+            reap_adopted(self._child.pidfd)
         if self._child.pidfd >= 0:
             self._loop.remove_reader(self._child.pidfd)
             os.close(self._child.pidfd)
