@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -42,12 +43,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture
-def client(running: Running) -> Iterator[object]:
+def client(running: Running) -> Iterator[Any]:
     with http.InferenceServerClient(f"127.0.0.1:{running.port}") as client:
         yield client
 
 
-def test_health_and_metadata(client: http.InferenceServerClient) -> None:
+def test_health_and_metadata(client: Any) -> None:
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("plain") and client.is_model_ready("plain", "1")
     assert client.get_server_metadata()["name"] == "hone"
     metadata = client.get_model_metadata("plain")
@@ -59,7 +60,7 @@ def test_health_and_metadata(client: http.InferenceServerClient) -> None:
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False])
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
-def test_infer_in_all_forms(client: http.InferenceServerClient, binary_in: bool, binary_out: bool, compression: str | None) -> None:
+def test_infer_in_all_forms(client: Any, binary_in: bool, binary_out: bool, compression: str | None) -> None:
     metadata = client.get_model_metadata("plain")
     name, shape = metadata["inputs"][0]["name"], [3, metadata["inputs"][0]["shape"][1]]
     value = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) / 7
@@ -74,7 +75,7 @@ def test_infer_in_all_forms(client: http.InferenceServerClient, binary_in: bool,
     np.testing.assert_allclose(answer.as_numpy(metadata["outputs"][0]["name"]), alone.as_numpy(metadata["outputs"][0]["name"]), rtol=1e-5)
 
 
-def test_strings_come_back_as_they_went(client: http.InferenceServerClient) -> None:
+def test_strings_come_back_as_they_went(client: Any) -> None:
     metadata = client.get_model_metadata("text")
     rank = len(metadata["inputs"][0]["shape"])
     texts = np.array(["naïve", "模型", "", "a\0b"], dtype=object).reshape([4] + [1] * (rank - 1))
@@ -84,7 +85,7 @@ def test_strings_come_back_as_they_went(client: http.InferenceServerClient) -> N
     assert [item.decode() for item in answer.ravel()] == list(texts.ravel())
 
 
-def test_half_precision_goes_as_binary(client: http.InferenceServerClient) -> None:
+def test_half_precision_goes_as_binary(client: Any) -> None:
     metadata = client.get_model_metadata("half")
     shape = [2 if size == -1 else size for size in metadata["inputs"][0]["shape"]]
     value = np.ones(shape, dtype=np.float16)
@@ -93,7 +94,7 @@ def test_half_precision_goes_as_binary(client: http.InferenceServerClient) -> No
     np.testing.assert_array_equal(client.infer("half", [given]).as_numpy(metadata["outputs"][0]["name"]), value)
 
 
-def test_errors_are_told(client: http.InferenceServerClient) -> None:
+def test_errors_are_told(client: Any) -> None:
     given = http.InferInput("nonsense", [1, 4], "FP32")
     given.set_data_from_numpy(np.ones((1, 4), dtype=np.float32))
     with pytest.raises(InferenceServerException, match="nonsense"):
@@ -102,7 +103,7 @@ def test_errors_are_told(client: http.InferenceServerClient) -> None:
         client.get_model_metadata("nobody")
 
 
-def test_statistics_count_rows_and_calls(client: http.InferenceServerClient) -> None:
+def test_statistics_count_rows_and_calls(client: Any) -> None:
     before = client.get_inference_statistics("plain")["model_stats"][0]
     metadata = client.get_model_metadata("plain")
     given = http.InferInput(metadata["inputs"][0]["name"], [5, metadata["inputs"][0]["shape"][1]], "FP32")
@@ -114,7 +115,7 @@ def test_statistics_count_rows_and_calls(client: http.InferenceServerClient) -> 
     assert {size["batch_size"] for size in after["batch_stats"]} >= {5}
 
 
-def test_index_load_and_unload(client: http.InferenceServerClient, running: Running) -> None:
+def test_index_load_and_unload(client: Any, running: Running) -> None:
     assert {(model["name"], model["state"]) for model in client.get_model_repository_index()} == {
         ("plain", "READY"), ("text", "READY"), ("half", "READY"),
     }  # fmt: skip
