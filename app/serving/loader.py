@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -53,6 +54,7 @@ class Loader:
         self.host_class = host_class
         self.replica = uuid.uuid4().hex[:8]
         self._taken: dict[int, int] = {}
+        self._own_calls: Counter[tuple[str, str]] = Counter()
         self._loading = asyncio.Semaphore(2)
 
     async def load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
@@ -132,6 +134,9 @@ class Loader:
             ) from None
 
     def _batch(self, model: str, version: str, seen: BatchReport) -> None:
+        if self._own_calls[model, version] > 0:  # a comparison with golden is no caller's request
+            self._own_calls[model, version] -= 1
+            return
         self._metrics.batch(model, version, seen.rows, seen.compute_s)
 
     def _reserve(self, admitted: Admitted, lone: bool) -> tuple[int, bool]:
@@ -170,6 +175,7 @@ class Loader:
                 self._one(loaded, name, values[row : row + 1] if stacked else values[row])
                 for name, values in reference.samples.inputs.items()
             ]
+            self._own_calls[loaded.admitted.model, loaded.version] += 1
             result = await loaded.engine.infer(InferenceRequest(tensors, "check", deadline=until))
             for tensor in result.outputs:
                 got[tensor.name].append(_row(to_array(tensor), stacked, reference.outputs[tensor.name].shape[1:]))
