@@ -24,9 +24,6 @@ Score = tuple[float, float]
 BFLOAT16_GAIN: Final = 0.9
 """bfloat16 loses digits, so it must be faster than this share of float32's time (on AVX2 it is 20 times slower)."""
 
-SETTLED_BY: Final = 4
-"""Batches that BatchNorm's statistics are estimated from before a module is judged."""
-
 
 class Objective(Protocol):
     """What to train for. `rows`: how many rows there are to train on."""
@@ -174,8 +171,6 @@ class _Run:
     def _judge(self, epoch: int, loss: float = math.nan) -> None:
         """Score the module on the rows held out and keep its weights where they are the best so far."""
         self.module.eval()
-        if epoch:
-            settle(self.module, self.objective, self.plan.batch)
         with torch.no_grad():
             score = self.objective.score(self.module)
         if epoch:
@@ -229,33 +224,6 @@ class _Run:
         done.history, done.score, done.best_epoch = state["history"], tuple(state["score"]), state["best_epoch"]
         done.seconds, done.resumed_at = state["seconds"], len(done.history)
         return True
-
-
-@torch.no_grad()
-def settle(module: nn.Module, objective: Objective, batch: int) -> None:
-    """Estimate BatchNorm's statistics anew, as plain means over a few batches; the module is left in eval mode.
-
-    Its moving averages lag behind weights that change fast, and are another network's after channels went: judged with those, a module
-    that has learned looks as if it had not.
-    """
-    module.eval()
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative mean
-        norm.train()
-    random = torch.Generator().manual_seed(0)
-    order = torch.randperm(objective.rows, generator=random)
-    for at in range(0, min(SETTLED_BY * batch, objective.rows - 1), batch):
-        index = order[at : at + batch]
-        if len(index) > 1:
-            objective.loss(module, index, random)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
 
 
 def _optimizer(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:

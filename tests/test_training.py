@@ -101,38 +101,6 @@ def test_equal_seeds_train_equally_and_the_form_is_timed_here() -> None:
     assert set(result.timed_ms) == {"float32", "bfloat16"} and result.form in result.timed_ms
 
 
-class Shifted:
-    """Rows far from what BatchNorm has seen: judged by its moving averages, even the right answer looks wrong."""
-
-    rows = 256
-
-    def __init__(self) -> None:
-        import torch
-
-        self.x = torch.randn(256, 1, generator=torch.Generator().manual_seed(0)) * 5 + 50
-
-    def loss(self, module: Any, index: Any, random: Any) -> Any:
-        return module(self.x[index]).pow(2).mean()
-
-    def score(self, module: Any) -> tuple[float, float]:
-        value = -float((module(self.x).mean() ** 2).detach())
-        return (value, value)
-
-
-def test_statistics_are_settled_before_a_module_is_judged() -> None:
-    import torch
-
-    from optimizers.training import settle
-
-    norm, objective = torch.nn.BatchNorm1d(1), Shifted()
-    module = torch.nn.Sequential(norm, torch.nn.Dropout(0.5))
-    module.eval()
-    assert objective.score(module)[0] < -1000
-    settle(module, objective, 64)
-    assert objective.score(module)[0] > -1e-3 and not norm.training and norm.momentum == 0.1
-    assert norm.running_mean is not None and abs(float(norm.running_mean) - 50) < 2
-
-
 KILLED = """
 import sys
 from pathlib import Path
