@@ -95,7 +95,7 @@ def _why_nothing(config: StructuredPruningConfig, module: nn.Module) -> str:
     if config.importance == "bn-scale" and not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()):
         return "importance bn-scale needs BatchNorm layers, and the module has none: use l2"
     kept = attention_layers(module)
-    attention = f"; {_culprit(module)} is left alone (heads, not channels: see head-pruning)" if kept else ""
+    attention = f"; {_culprit(module)} is left alone (its heads are not channels)" if kept else ""
     return f"nothing can be removed at ratio {config.ratio:g} with channels in multiples of {config.round_to}{attention}"
 
 
