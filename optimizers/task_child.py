@@ -5,6 +5,7 @@ Library output cannot mix with the answer: stdout is moved away and file descrip
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import enum
@@ -67,6 +68,8 @@ def apply_limits(limits: TaskLimits) -> None:
     """Bound this very process: priority, cores, memory, and that it is the first to go when the machine's memory ends."""
     os.sched_setscheduler(0, _SCHEDULERS[limits.scheduler], os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, 0, max(limits.nice, os.getpriority(os.PRIO_PROCESS, 0)))
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
+        group.write(str(limits.nice))  # where the kernel shares cores by session (sched(7)), a session's weight counts, not its processes'
     if limits.cpus:
         os.sched_setaffinity(0, limits.cpus)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -30,10 +30,17 @@ def echo(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
     }
 
 
+def _autogroup() -> str:
+    """Name and weight of the session's group, where the kernel has such groups."""
+    path = Path("/proc/self/autogroup")
+    return path.read_text() if path.exists() else ""
+
+
 def surroundings(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
     return {
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "scheduler": os.sched_getscheduler(0),
+        "autogroup": _autogroup(),
         "cpus": sorted(os.sched_getaffinity(0)),
         "omp": os.environ["OMP_NUM_THREADS"],
         "oom": int(Path("/proc/self/oom_score_adj").read_text()),

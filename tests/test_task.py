@@ -61,6 +61,7 @@ def test_the_child_is_bounded_and_apart() -> None:
     result = run_task_sync(kind("surroundings"), {}, TaskLimits(scheduler="idle", cpus=(cpu,), threads=3))
     assert result["nice"] == 19
     assert result["scheduler"] == os.SCHED_IDLE
+    assert not result["autogroup"] or result["autogroup"].endswith("nice 19\n"), "a session of its own must not weigh as much as the server"
     assert result["cpus"] == [cpu]
     assert result["omp"] == "3"
     assert result["oom"] == 900
