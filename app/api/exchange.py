@@ -45,11 +45,12 @@ def request_id(headers: dict[bytes, bytes]) -> str:
 class Exchange:
     """One request to a model, from its first byte to its answer."""
 
-    __slots__ = ("_receive", "_send", "_show", "decoded", "headers", "id", "model", "result", "rows", "scope", "started", "version")
+    __slots__ = ("_receive", "_send", "_show", "answering", "decoded", "headers", "id", "model", "result", "rows", "scope", "started", "version")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, show_internals: bool) -> None:
         self.started = perf_counter()
         self.decoded = 0.0
+        self.answering = False
         self.scope, self._receive, self._send, self._show = scope, receive, send, show_internals
         self.headers = header_map(scope)
         self.id = request_id(self.headers)
@@ -73,6 +74,7 @@ class Exchange:
         """Send a good answer; the Observation ends where the answer is encoded, not where a slow client has read it."""
         result = self.result
         assert result is not None
+        self.answering = True
         now = perf_counter()
         total = now - self.started
         decode = self.decoded - self.started if self.decoded else 0.0
@@ -160,6 +162,11 @@ class Door:
         except errors.HoneError as error:
             seen = await exchange.refuse(error, *sink.label(exchange.model, exchange.version))
             sink.refused(seen, error)
+        except asyncio.CancelledError:  # the server ends, and its grace time is over
+            if exchange.answering:
+                raise
+            ending = errors.NotReady("the server is shutting down and waited for this request as long as it may; send it again")
+            seen = await exchange.refuse(ending, *sink.label(exchange.model, exchange.version))
         except Exception:
             log.exception("request %s to %s failed inside the server", exchange.id, exchange.model)
             failure = errors.HoneError(f"internal error; the server's log tells more under request {exchange.id}")

@@ -40,7 +40,7 @@ from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
 LEASE: Final = "control"
-LEASE_S: Final = 15.0
+LEASE_S: Final = 10.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 ACTIVATION_S: Final = 180.0

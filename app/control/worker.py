@@ -40,7 +40,7 @@ from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.worker")
 _SETS: Final = {"unlabelled": "live"}
-LEASE_S: Final = 20.0
+LEASE_S: Final = 10.0
 RENEW_S: Final = 5.0
 BOARD_S: Final = 15.0
 SETTLE_S: Final = 0.5
