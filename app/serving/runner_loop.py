@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,25 +50,38 @@ class Call:
 
 
 class Meter:
-    """CPU time of a call: the thread's own where it computes alone, else the process's, shared by the calls that run at once."""
+    """CPU time of a call: the thread's own where it computes alone; else the process's, each moment shared by the calls that run then."""
 
     def __init__(self, own_thread: bool) -> None:
         self._own_thread = own_thread
+        self._lock = threading.Lock()
         self._running = 0
+        self._share_ns = 0
+        self._at_ns = 0
 
-    def start(self) -> tuple[int, int]:
+    def start(self) -> int:
         if self._own_thread:
-            return time.thread_time_ns(), 1
-        self._running += 1
-        return time.process_time_ns(), self._running
+            return time.thread_time_ns()
+        with self._lock:
+            began = self._advance()
+            self._running += 1
+            return began
 
-    def stop(self, began: tuple[int, int]) -> int:
-        at, sharers = began
+    def stop(self, began: int) -> int:
         if self._own_thread:
-            return time.thread_time_ns() - at
-        used = (time.process_time_ns() - at) * 2 // (sharers + self._running)
-        self._running -= 1
-        return used
+            return time.thread_time_ns() - began
+        with self._lock:
+            ended = self._advance()
+            self._running -= 1
+            return ended - began
+
+    def _advance(self) -> int:
+        """What a call that had run all the time would have been charged until now."""
+        now = time.process_time_ns()
+        if self._running:
+            self._share_ns += (now - self._at_ns) // self._running
+        self._at_ns = now
+        return self._share_ns
 
 
 class Instance:
