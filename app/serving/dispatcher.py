@@ -84,8 +84,7 @@ class Dispatcher:
     def submit(self, request: InferenceRequest) -> Work:
         """Queue a request. Raises QueueFull, DeadlineExceeded, CannotMeetDeadline or InvalidRequest (a size that does not add up)."""
         now = monotonic()
-        if self.queue.length >= self.settings.queue_limit:
-            raise self._full()
+        self.refuse_if_full()
         key, rows, alone = key_of(request.inputs, self.batchable)
         self._sizes.check(request.inputs, key, rows)
         work = Work(request, key, rows, alone, self._loop.create_future(), now)
@@ -116,6 +115,11 @@ class Dispatcher:
                 self.queue.drop(work)
                 work.fail(error)
         self._withdraw_if_idle()
+
+    def refuse_if_full(self) -> None:
+        """Raise QueueFull where one more request would be refused, whatever it asks."""
+        if self.queue.length >= self.settings.queue_limit:
+            raise self._full()
 
     def _full(self) -> QueueFull:
         limit = self.settings.queue_limit

@@ -182,6 +182,10 @@ class Engine:
             if not self.inflight:
                 self._idle.set()
 
+    def refuse_if_full(self) -> None:
+        """Raise QueueFull if the queue has no place: worth knowing before a body is read and parsed."""
+        self._dispatcher.refuse_if_full()
+
     def _unavailable(self) -> HoneError:
         if self._closed:
             return NotReady(f"{self.spec.name} {self._closed}")

@@ -30,6 +30,8 @@ from app.serving.runner_tensors import DTYPES, Array
 from app.serving.runner_torch import TorchModel
 
 _FDS: Final = 4
+NICE: Final = 5
+"""Below the server: it has little to do and everybody waits for it, also those who only want to hear that the queue is full."""
 
 # ---- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
@@ -271,7 +273,7 @@ def _torch_model(spec: dict[str, Any]) -> Model:
 
 
 def _name_and_bound(spec: dict[str, Any]) -> None:
-    """Name the process for ps, set who dies first, and bound its private memory where the spec does.
+    """Name the process for ps, set who dies first and who runs first, and bound its private memory where the spec does.
 
     RLIMIT_DATA counts what is mapped, not what is touched (thread stacks, allocator slack), hence the margin; the server's sampler
     looks at what is touched.
@@ -279,6 +281,7 @@ def _name_and_bound(spec: dict[str, Any]) -> None:
     with open("/proc/self/comm", "w") as comm:
         comm.write("hone-runner")
     procfs.set_oom_score(os.getpid(), spec["oom_score_adj"])
+    os.nice(NICE)
     if limit := spec["memory_limit_bytes"]:
         with open("/proc/self/statm") as statm:
             mapped = int(statm.read().split()[5]) * resource.getpagesize()
