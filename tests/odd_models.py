@@ -76,6 +76,23 @@ def dynamic_int8(path: Path, width: int = 32, outputs: int = 8) -> Path:
     return save(path, nodes, [value("x", "FP32", ["N", width])], [value("y", "FP32", ["N", outputs])], weights)
 
 
+def int8_linear(path: Path, width: int = 16, outputs: int = 4) -> Path:
+    """x · w in int8 already, as quantize-dequantize pairs (case 33)."""
+    rng = np.random.default_rng(33)
+    weights = {
+        "w": rng.integers(-127, 128, (width, outputs)).astype(np.int8), "ws": np.float32(0.01), "s": np.float32(0.05), "z": np.int8(0)
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "z"], ["wd"]),
+        helper.make_node("MatMul", ["xd", "wd"], ["m"]),
+        helper.make_node("QuantizeLinear", ["m", "s", "z"], ["mq"]),
+        helper.make_node("DequantizeLinear", ["mq", "s", "z"], ["y"]),
+    ]
+    return save(path, nodes, [value("x", "FP32", ["N", width])], [value("y", "FP32", ["N", outputs])], weights)
+
+
 def with_external_data(path: Path, width: int = 64, location: str = "model.onnx.data", size: int | None = None) -> bytes:
     """y = x · w with w in another file; writes only the model, and returns what that file ought to hold."""
     weight = np.eye(width, dtype=np.float32)

@@ -41,6 +41,12 @@ def test_what_waits_for_a_person_or_an_open_job_stays() -> None:
     assert unneeded(state, [waiting, running], HERE) == ["1.3"]
 
 
+def test_of_what_waits_for_a_person_the_newest_stay() -> None:
+    versions = [built(number, Verdict.INCONCLUSIVE) for number in range(1, KEPT_PROVEN + 3)]
+    jobs = [job(id=v.version, outcome="inconclusive", candidate=v.version, finished_at=float(at)) for at, v in enumerate(versions)]
+    assert unneeded(model(*versions), jobs[::-1], HERE) == ["1.1", "1.2"]
+
+
 def test_versions_of_an_earlier_golden_go() -> None:
     old = replace(built(1), golden_sha256="another")
     assert unneeded(model(old, built(2)), [job()], HERE) == ["1.1"]

@@ -45,7 +45,9 @@ LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 ACTIVATION_S: Final = 180.0
 KEPT_PROVEN: Final = 4
-"""So many of the newest proven versions keep their weights, beside those in use."""
+"""So many of the newest proven versions keep their weights, and of the newest that wait for a person, beside those in use."""
+WAITING: Final = frozenset({"kept", "inconclusive"})
+"""Outcomes of jobs whose candidate a person may still promote."""
 
 
 class JobKeeper:
@@ -153,7 +155,9 @@ class JobKeeper:
             return await self._take(job, piece, winner, settings, report)
         if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):
             return await self._tune_active(job, piece, stop, report)
-        return _outcome_without_winner(seen, job), "", report
+        outcome = _outcome_without_winner(seen, job)
+        left_open = [one.version for one in seen if one.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)]
+        return outcome, left_open[0] if outcome == "inconclusive" and left_open else "", report
 
     def _versions_to_prove(self, job: Job) -> list[str]:
         return [str(step["version"]) for recipe in job.tries for step in recipe if step["method"] == "verify"]
@@ -373,7 +377,8 @@ def unneeded(want: ModelState, jobs: list[Job], host_class: str) -> list[str]:
     """
     kept = {want.desired, want.previous, want.golden}
     kept |= {version for job in jobs if job.model == want.name and job.state is not JobState.FINISHED for version in job.candidates}
-    kept |= {job.candidate for job in jobs if job.model == want.name and job.outcome in {"kept", "inconclusive"}}
+    waiting = [job.candidate for job in sorted(jobs, key=lambda job: job.finished_at) if job.model == want.name and job.outcome in WAITING]
+    kept |= set([version for version in waiting if version][-KEPT_PROVEN:])
     present = [built for built in want.built if not built.removed]
     proven = [b.version for b in present if dict(b.verdicts).get(host_class) is Verdict.PASSED and b.golden_sha256 == want.golden_sha256]
     kept |= set(proven[-KEPT_PROVEN:])

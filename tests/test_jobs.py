@@ -1,0 +1,257 @@
+"""Jobs as people ask for them, on a real server and real workers: built, judged, kept, promoted, cancelled, raced for, overtaken by events."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from optimizers.samples import Samples
+from tests.models import heavy, scaled
+from tests.odd_models import int8_linear, json_input
+from tests.running_server import Running, server
+from tests.storage import small_disk
+from tests.test_swap import children, command
+
+WIDTH = 256
+CONFIG = (
+    "task: regression\nleast_gain: 0\nsamples: {reference: reference.npz, calibration: calibration.npz}\n"
+    "quality: {metric: cosine, floor: 0.9, min_samples: 20}\n"
+)
+
+
+def net(folder: Path, name: str, width: int = WIDTH, version: str = "1") -> Path:
+    """A model that int8 makes faster, with its owner's samples."""
+    model = folder / "models" / name
+    heavy(model / version / "model.onnx", width=width, layers=2)
+    rng = np.random.default_rng(0)
+    for kind, count in (("reference", 120), ("calibration", 64)):
+        Samples({"x": rng.normal(size=(count, width)).astype(np.float32)}).save(model / f"{kind}.npz")
+    (model / "model.yaml").write_text(CONFIG)
+    return model
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("jobs")
+    net(folder, "net")
+    net(folder, "other")
+    net(folder, "third")
+    int8_linear(folder / "models" / "small" / "1" / "model.onnx")
+    scaled(folder / "models" / "seen" / "1" / "model.onnx")
+    with server(folder, viewer_token="only-looks") as running:
+        yield running.ready("net", "other", "third", "small", "seen")
+
+
+@pytest.fixture
+def worker(running: Running) -> Iterator[int]:
+    process = running.worker()
+    yield process.pid
+    process.terminate()
+    process.wait(30)
+    running.others.remove(process)
+
+
+def ask(running: Running, model: str, **body: Any) -> str:
+    identity: str = running.admin("POST", f"/admin/models/{model}/optimize", 202, json={"promote": "manual", **body})["id"]
+    return identity
+
+
+def events(running: Running, model: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = running.admin("GET", f"/admin/timeline?model={model}&limit=1000")["events"]
+    return found
+
+
+def held_in_mid_build(running: Running, worker: int, identity: str) -> int:
+    """Stop the child that builds the job, so that the job stays in the middle of it; its pid."""
+
+    def child() -> int:
+        found = [pid for pid in children(worker) if b"task_child" in command(pid)]
+        return found[0] if found else 0
+
+    pid: int = running.until(child)
+    os.kill(pid, signal.SIGSTOP)
+    assert running.admin("GET", f"/admin/jobs/{identity}")["state"] == "building"
+    return pid
+
+
+def state_of(running: Running, identity: str) -> str:
+    return str(running.admin("GET", f"/admin/jobs/{identity}")["state"])
+
+
+def test_a_job_is_built_judged_and_kept_for_a_person_to_promote(running: Running, worker: int) -> None:
+    identity = ask(running, "net", recipe=[{"method": "int8-static", "samples": 32}], reason="too slow")
+    done = running.job_done(identity)
+    assert done["outcome"] in {"kept", "inconclusive"} and done["reason"] == "too slow", done["report"]
+    assert running.admin("GET", "/admin/models/net")["active"] == "1"
+    golden, built = running.admin("GET", "/admin/models/net/versions")["versions"]
+    assert (built["version"], built["parent"], built["recipe"], built["job"]) == ("1.1", "1", ["int8-static"], identity)
+    assert built["bytes"] < golden["bytes"] / 2 and built["proof"]["fidelity"]["reference"]["value"] > 0.99
+    viewer = running.call("GET", f"/admin/jobs/{identity}", headers={"Authorization": "Bearer only-looks"})
+    assert viewer.status_code == 200 and str(running.folder) not in viewer.text
+
+    force = {"version": "1.1", "force": done["outcome"] == "inconclusive"}
+    promoted = running.admin("POST", "/admin/models/net/promote", 200, json=force)
+    assert (promoted["active"], promoted["previous"]) == ("1.1", "1")
+    assert running.call("GET", "/v2/models/net/versions/1/ready").status_code == 200
+    assert "active" in running.admin("DELETE", "/admin/models/net/versions/1.1", 403)["error"]
+
+    again = running.job_done(ask(running, "net", recipe=[{"method": "int8-static", "samples": 32}]))
+    assert again["outcome"] == "nothing_changed", again["report"]
+    back = running.admin("POST", "/admin/models/net/rollback", 200)
+    assert back["active"] == "1"
+    kinds = [event["kind"] for event in events(running, "net")]
+    assert kinds.count("version.published") == 2 and "version.verified" in kinds and kinds.count("desired.changed") == 2
+    removed = running.admin("DELETE", "/admin/models/net/versions/1.1", 200)
+    assert removed["removed"] and not (running.folder / "state" / "models" / "net" / "1.1" / "model.onnx").exists()
+    assert (running.folder / "state" / "models" / "net" / "1.1" / "card.json").exists()
+    assert "removed" in running.admin("POST", "/admin/models/net/promote", 409, json={"version": "1.1"})["error"]
+
+
+def test_methods_that_do_not_apply_say_why(running: Running, worker: int) -> None:
+    identity = ask(running, "small", **{"try": [["int8-static"], ["int8-dynamic"]]})
+    done = running.job_done(identity)
+    assert done["outcome"] == "not_applicable", done
+    reasons = {skipped["try"][0]: skipped["reason"] for skipped in done["report"]["skipped"]}
+    assert set(reasons) == {"int8-static", "int8-dynamic"} and all("quantized" in reason for reason in reasons.values()), reasons
+
+
+def test_what_cannot_be_asked_for_is_told_at_once(running: Running) -> None:
+    refused = [
+        ({"recipe": ["int8-statik"]}, "int8-static"),
+        ({"recipe": [{"method": "int8-static", "sample": 3}]}, "sample"),
+        ({"recipe": []}, "at least one step"),
+        ({"recipe": ["graph"], "try": [["graph"]]}, "not both"),
+        ({"recipe": ["tune", "graph"]}, "tune comes last"),
+        ({"promote": "perhaps"}, "promote"),
+        ({"recipes": ["graph"]}, "recipes"),
+    ]
+    for body, said in refused:
+        answer = running.admin("POST", "/admin/models/net/optimize", 400, json=body)
+        assert said in answer["error"], answer
+    assert running.admin("POST", "/admin/models/nobody/optimize", 404)["error"]
+    assert running.admin("GET", "/admin/jobs/nobody", 404)["error"]
+    assert not running.admin("GET", "/admin/jobs?open=true")["jobs"]
+
+
+def test_a_job_waits_for_a_worker_once_and_can_be_cancelled_meanwhile(running: Running) -> None:
+    identity = ask(running, "other", recipe=["graph"])
+    assert identity in running.admin("POST", "/admin/models/other/optimize", 409, json={"recipe": ["graph"]})["error"]
+    assert state_of(running, identity) == "requested"
+    assert running.admin("DELETE", f"/admin/jobs/{identity}", 202)["outcome"] == "cancelled"
+    assert "finished already" in running.admin("DELETE", f"/admin/jobs/{identity}", 409)["error"]
+
+
+def test_a_job_is_cancelled_while_it_is_built_and_while_it_is_judged(running: Running, worker: int) -> None:
+    identity = ask(running, "other", recipe=[{"method": "int8-static", "samples": 16}])
+    child = held_in_mid_build(running, worker, identity)
+    running.admin("DELETE", f"/admin/jobs/{identity}", 202)
+    assert running.job_done(identity, 60)["outcome"] == "cancelled"
+    assert not command(child)
+
+    identity = ask(running, "other", recipe=[{"method": "int8-static", "samples": 17}])
+    running.until(lambda: state_of(running, identity) == "verifying")
+    running.admin("DELETE", f"/admin/jobs/{identity}", 202)
+    assert running.job_done(identity, 60)["outcome"] == "cancelled"
+    assert running.admin("GET", "/admin/models/other")["active"] == "1"
+    running.until(lambda: not [pid for pid in children(running.process.pid) if b"task_child" in command(pid)])
+    assert not list((running.folder / "state" / "scratch").iterdir())
+
+
+def test_frozen_means_that_nothing_changes_but_the_way_back(running: Running) -> None:
+    running.admin("POST", "/admin/freeze", 200)
+    try:
+        assert "frozen" in running.admin("POST", "/admin/models/net/optimize", 403)["error"]
+        assert "frozen" in running.admin("POST", "/admin/models/net/promote", 403, json={"version": "1"})["error"]
+        assert running.admin("GET", "/admin/status")["frozen"] is True
+        document = {"inputs": [json_input("x", "FP32", [1, 4], [1, 1, 1, 1])]}
+        assert running.call("POST", "/v2/models/seen/infer", json=document).status_code == 200
+    finally:
+        running.admin("POST", "/admin/unfreeze", 200)
+
+
+def test_two_workers_never_do_the_same_job(running: Running, worker: int) -> None:
+    second = running.worker()
+    try:
+        jobs = [ask(running, model, recipe=["graph"]) for model in ("net", "other", "third", "seen")]
+        for identity in jobs:
+            running.job_done(identity)
+        for model, identity in zip(("net", "other", "third", "seen"), jobs, strict=True):
+            claims = [event for event in events(running, model) if event["kind"] == "job.claimed" and event["job"] == identity]
+            assert len(claims) == 1
+    finally:
+        second.terminate()
+        second.wait(30)
+        running.others.remove(second)
+
+
+def test_a_new_golden_or_no_model_at_all_overtakes_a_job(running: Running, worker: int) -> None:
+    identity = ask(running, "third", recipe=[{"method": "int8-static", "samples": 16}])
+    child = held_in_mid_build(running, worker, identity)
+    heavy(running.folder / "models" / "third" / "2" / "model.onnx", width=WIDTH, layers=3)
+    done = running.job_done(identity, 60)
+    assert done["outcome"] == "cancelled" and "golden changed" in done["report"]["reason"], done["report"]
+    running.until(lambda: not command(child))
+    running.until(lambda: running.admin("GET", "/admin/models/third")["active"] == "2")
+
+    identity = ask(running, "third", recipe=[{"method": "int8-static", "samples": 16}])
+    child = held_in_mid_build(running, worker, identity)
+    running.admin("DELETE", "/admin/models/third", 200)
+    done = running.job_done(identity, 60)
+    assert done["outcome"] == "cancelled" and "removed" in done["report"]["reason"], done["report"]
+    running.until(lambda: not command(child))
+    assert not [event for event in events(running, "third") if event["kind"] == "version.published"]
+    kept = running.folder / "state" / "models" / "third"
+    running.until(lambda: all(path.suffix == ".json" for path in kept.rglob("*") if path.is_file() and path.name != ".lock"))
+
+
+def test_tune_and_verify_run_where_the_model_is_served(running: Running) -> None:
+    """No worker is there: both are the server's own."""
+    identity = ask(running, "seen", recipe=[{"method": "tune", "max_seconds": 2}], promote="auto")
+    done = running.job_done(identity)
+    assert done["worker"].startswith("server ") and done["outcome"] in {"promoted", "nothing_changed", "inconclusive"}, done["report"]
+    assert running.admin("GET", "/admin/models/seen")["active"] == "1"
+    proof = running.job_done(running.admin("POST", "/admin/models/seen/verify", 202)["id"])
+    assert proof["outcome"] in {"proven", "inconclusive"}, proof["report"]
+    [golden] = running.admin("GET", "/admin/models/seen/versions")["versions"]
+    assert golden["proof"]["host_class"] == running.admin("GET", "/admin/status")["host"]["host_class"]
+    assert "no version" in running.admin("POST", "/admin/models/seen/verify", 404, json={"version": "1.9"})["error"]
+
+
+def test_live_inputs_are_kept_within_bounds_and_deleted_on_request(running: Running) -> None:
+    def captured() -> int:
+        return int(running.admin("GET", "/admin/models/seen")["captured"])
+
+    for number in range(40):
+        document = {"inputs": [json_input("x", "FP32", [1, 4], [number, 1, 1, 1])]}
+        assert running.call("POST", "/v2/models/seen/infer", json=document).status_code == 200
+    running.until(lambda: captured() > 0)
+    folder = running.folder / "state" / "models" / "seen" / "captured"
+    running.until(lambda: [path for path in folder.rglob("*") if path.is_file()])
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o600}
+    assert running.admin("DELETE", "/admin/models/seen/capture", 200)["deleted"] > 0
+    assert captured() == 0 and not list(folder.rglob("*.npz"))
+    assert [event["actor"] for event in events(running, "seen") if event["kind"] == "capture.cleared"] == ["admin"]
+    (running.folder / "models" / "seen" / "model.yaml").write_text("capture: off\n")
+    time.sleep(2)
+    for number in range(20):
+        document = {"inputs": [json_input("x", "FP32", [1, 4], [number, 2, 2, 2])]}
+        assert running.call("POST", "/v2/models/seen/infer", json=document).status_code == 200
+    time.sleep(1)
+    assert captured() == 0
+
+
+def test_a_job_needs_room_before_it_begins(tmp_path: Path) -> None:
+    net(tmp_path, "net", width=1024)
+    with small_disk(tmp_path / "state", 22 << 20), server(tmp_path) as running:
+        running.ready("net").worker()
+        done = running.job_done(ask(running, "net", recipe=["int8-static"]), 120)
+        assert done["outcome"] == "failed" and "to spare are needed" in done["report"]["reason"], done["report"]
+        assert running.call("GET", "/v2/models/net/ready").status_code == 200
+        running.end()
