@@ -73,7 +73,7 @@ def _serving(found: dict[str, Any]) -> str:
     effort = found["effort"]
     return "\n\n".join(
         [
-            f"Closed loop, answers a second, {effort['rounds']} rounds of {effort['seconds']:g} s each, in turns. Ratios are of one round: median "
+            f"Closed loop, answers a second, {effort['rounds']} rounds of {effort['seconds']:g} s (and {effort['latencies']} latencies) or more each, in turns. Ratios are of one round: median "
             "(lowest to highest). The control is the better of two forms: the model in the thread pool, or inline on the event loop. At 1 connection the limit is the best single call, else all cores. Milliseconds p50 / p99 of a closed loop: "
             "its p99 hides stalls.",
             table(

@@ -33,11 +33,13 @@ class Effort:
     sweep_s: float
     open_s: float
     warm_s: float = 1.0
+    latencies: int = 40
+    """A run lasts at least so many of its median latencies: what is under way at its end is not counted."""
     connections: tuple[int, ...] = CONNECTIONS
 
 
 FULL: Final = Effort(rounds=7, seconds=4, sweep_s=0.5, open_s=20)
-QUICK: Final = Effort(rounds=3, seconds=1, sweep_s=0.15, open_s=3)
+QUICK: Final = Effort(rounds=3, seconds=1, sweep_s=0.15, open_s=3, latencies=15)
 
 
 @dataclass
@@ -117,12 +119,15 @@ class ModelBench:
         on_loop = replace(plain, path="/inline" + plain.path)
         turns: list[Callable[[], None]] = [
             lambda: limit.values.append(self._limit.best(leading, effort.seconds)),
-            lambda: pooled.add(self._drive(self._control, plain, connections)),
-            lambda: inline.add(self._drive(self._control, on_loop, connections)),
-            lambda: hone.add(self._drive(self._hone, own, connections)),
+            lambda: pooled.add(self._drive(self._control, plain, connections, seconds)),
+            lambda: inline.add(self._drive(self._control, on_loop, connections, seconds)),
+            lambda: hone.add(self._drive(self._hone, own, connections, seconds)),
         ]
-        for server, body in ((self._control, plain), (self._control, on_loop), (self._hone, own)):
+        warm = [
             self._drive(server, body, connections, effort.warm_s)
+            for server, body in ((self._control, plain), (self._control, on_loop), (self._hone, own))
+        ]
+        seconds = max(effort.seconds, *(run.p50_ms / 1e3 * effort.latencies for run in warm))
         for number in range(effort.rounds):
             for turn in rotated(turns, number):
                 turn()
@@ -147,8 +152,8 @@ class ModelBench:
             self._say(f"{self._model.name:16} open loop at {rate:.0f}/s, {name}: {seen.summary()}")
         return rows
 
-    def _drive(self, server: ServerUnderTest, body: Body, connections: int, seconds: float = 0.0) -> wrk.Closed:
-        run = wrk.run(HOST, server.port, body, connections, seconds or self._effort.seconds)
+    def _drive(self, server: ServerUnderTest, body: Body, connections: int, seconds: float) -> wrk.Closed:
+        run = wrk.run(HOST, server.port, body, connections, seconds)
         server.rest()
         return run
 
@@ -181,4 +186,8 @@ def measure(models: Sequence[BenchModel], repository: Path, folder: Path, effort
             hone.wait_ready(model.name)
         hone.settle(len(models))
         results = {model.name: ModelBench(model, hone, effort, folder, say).run() for model in models}
-    return {"models": results, "quiet": quiet.report(), "effort": {"rounds": effort.rounds, "seconds": effort.seconds}}
+    return {
+        "models": results,
+        "quiet": quiet.report(),
+        "effort": {"rounds": effort.rounds, "seconds": effort.seconds, "latencies": effort.latencies},
+    }
