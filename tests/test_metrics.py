@@ -1,9 +1,9 @@
-"""What /metrics says after real traffic: every family there is, clean by promtool, scraped by a real Prometheus that answers the board."""
+"""What Prometheus sees of a server that had real traffic: every metric with its labels, clean to promtool, whole to every panel of the board."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,136 +14,196 @@ import httpx
 import pytest
 
 from tests.conftest import SEARCH_PATH
-from tests.running_server import DEMO, ROOT, Running, free_port, server
+from tests.models import KILLING_ROW, killer, scaled
+from tests.odd_models import int8_linear, json_input, logarithm
+from tests.running_server import ROOT, Running, free_port, server
 
-FAMILIES = (
-    "hone_requests_total",
-    "hone_request_duration_seconds",
-    "hone_phase_duration_seconds",
-    "hone_batch_size",
-    "hone_queue_depth",
-    "hone_inflight_requests",
-    "hone_rejections_total",
-    "hone_model_memory_bytes",
-    "hone_model_cpu_seconds_total",
-    "hone_model_load_duration_seconds",
-    "hone_swaps_total",
-    "hone_swap_timestamp_seconds",
-    "hone_model_info",
-    "hone_requests_within_objective_total",
-    "process_resident_memory_bytes",
-)
+BOARD = ROOT / "grafana" / "dashboards" / "hone.json"
+LABELS = {
+    "hone_requests_total": {"model", "version", "code"},
+    "hone_request_duration_seconds_bucket": {"model", "version", "le"},
+    "hone_phase_duration_seconds_bucket": {"model", "version", "phase", "le"},
+    "hone_batch_size_bucket": {"model", "version", "le"},
+    "hone_queue_depth": {"model", "version"},
+    "hone_inflight_requests": {"model", "version"},
+    "hone_rejections_total": {"model", "reason"},
+    "hone_model_memory_bytes": {"model", "version"},
+    "hone_model_cpu_seconds_total": {"model", "version"},
+    "hone_model_load_duration_seconds_bucket": {"model", "le"},
+    "hone_swaps_total": {"model", "outcome"},
+    "hone_swap_duration_seconds_bucket": {"model", "le"},
+    "hone_swap_timestamp_seconds": {"model"},
+    "hone_jobs_total": {"optimizer", "outcome"},
+    "hone_job_duration_seconds_bucket": {"optimizer", "le"},
+    "hone_model_info": {"model", "version", "optimizer", "precision"},
+    "hone_requests_within_objective_total": {"model"},
+    "hone_runner_deaths_total": {"model", "version", "reason"},
+    "hone_nonfinite_outputs_total": {"model", "version"},
+    "process_resident_memory_bytes": set(),
+    "process_cpu_seconds_total": set(),
+}
+X = json_input("x", "FP32", [1, 4], [1, 1, 1, 1])
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with server(tmp_path_factory.mktemp("metrics"), demo=True) as running:
-        running.ready("digits")
-        for _ in range(20):
-            assert running.call("POST", "/models/digits/predict", content=(DEMO / "digit.png").read_bytes()).status_code == 200
-        running.call("POST", "/v2/models/digits/infer", content=b"{")
-        running.call("POST", "/v2/models/digits/versions/7.7/infer", content=b"{}")
-        running.until(lambda: "hone_model_memory_bytes{" in text(running), 30)
+    """A server with a worker, after some of everything."""
+    folder = tmp_path_factory.mktemp("metrics")
+    for version, factor in (("1", 2.0), ("2", 3.0)):
+        scaled(folder / "models" / "m" / version / "model.onnx", factor)
+    (folder / "models" / "m" / "model.yaml").write_text("objective: {p95_ms: 60000}\n")
+    logarithm(folder / "models" / "log" / "1" / "model.onnx")
+    killer(folder / "models" / "killer" / "1" / "model.onnx")
+    int8_linear(folder / "models" / "small" / "1" / "model.onnx")
+    with server(folder, worker_port=str(free_port())) as running:
+        running.ready("m", "log", "killer", "small").worker()
+        make_traffic(running)
         yield running
 
 
-def text(running: Running) -> str:
-    return running.call("GET", "/metrics").text
+def make_traffic(running: Running) -> None:
+    for version in ("1", "2"):
+        running.admin("POST", "/admin/models/m/promote", 200, json={"version": version})
+        for _ in range(5):
+            assert infer(running, "m", X).status_code == 200
+    running.admin("PATCH", "/admin/models/m/settings", 200, json={"batch_limit": 4})
+    assert infer(running, "m", X, parameters={"timeout": 1}).status_code == 504
+    assert infer(running, "m", json_input("x", "FP32", [1, 4], ["a"] * 4)).status_code == 400
+    assert infer(running, "nobody", X).status_code == 404
+    assert infer(running, "log", json_input("x", "FP32", [1], [-1])).status_code == 200
+    deadly = [json_input("x", "INT64", [1], [KILLING_ROW[0]]), json_input("d", "INT64", [1], [KILLING_ROW[1]])]
+    assert infer(running, "killer", *deadly).status_code == 422
+    job = running.admin("POST", "/admin/models/small/optimize", 202, json={"recipe": ["int8-dynamic"]})
+    assert running.job_done(job["id"])["outcome"] == "not_applicable"
+    running.until(lambda: {"hone_model_cpu_seconds_total", "hone_jobs_total"} <= set(re.findall(r"^(\w+)\{", metrics(running), re.M)))
 
 
-def samples(running: Running, name: str) -> list[str]:
-    return [line for line in text(running).splitlines() if line.startswith(name) and not line.startswith("#")]
+def infer(running: Running, model: str, *inputs: dict[str, Any], **top: Any) -> httpx.Response:
+    return running.call("POST", f"/v2/models/{model}/infer", json={"inputs": list(inputs), **top})
 
 
-def test_every_family_is_there_after_traffic(running: Running) -> None:
-    seen = text(running)
-    missing = [name for name in FAMILIES if f"\n# TYPE {name} " not in seen]
-    assert not missing
-    assert 'hone_requests_total{code="200",model="digits",version="1"} 20.0' in seen
-    assert 'code="400"' in seen
-    phases = {line.split('phase="')[1].split('"')[0] for line in samples(running, "hone_phase_duration_seconds_count")}
+def metrics(running: Running, port: str = "") -> str:
+    return httpx.get(f"http://127.0.0.1:{port or running.port}/metrics", timeout=60).text
+
+
+def value(text: str, name: str, **labels: str) -> float:
+    """Sum over the samples that carry these labels."""
+    lines = [line for line in text.splitlines() if re.match(rf"{name}(\{{| )", line)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines if all(f'{key}="{wanted}"' in line for key, wanted in labels.items()))
+
+
+def test_every_metric_is_there_with_its_labels(running: Running) -> None:
+    text = metrics(running)
+    for name, labels in LABELS.items():
+        samples = [line for line in text.splitlines() if re.match(rf"{name}(\{{| )", line)]
+        assert samples, name
+        for sample in samples:
+            assert set(re.findall(r'(\w+)="', sample.partition(" ")[0])) == labels, sample
+    phases = set(re.findall(r'hone_phase_duration_seconds_count\{[^}]*phase="(\w+)"', text))
     assert phases == {"decode", "queue", "compute", "encode"}
+    assert value(text, "hone_requests_total", model="m", code="200") == 10
+    assert value(text, "hone_requests_within_objective_total", model="m") == 10
+    assert value(text, "hone_rejections_total", model="m") >= 1
+    assert value(text, "hone_jobs_total", optimizer="int8-dynamic", outcome="not_applicable") == 1
+    assert 'model="nobody"' not in text, "whoever asks for unknown names must not make series"
+    ladders = {tuple(re.findall(rf'{name}_bucket\{{model="m",version="2",(?:phase="compute",)?le="([^"]+)"', text)) for name in ("hone_request_duration_seconds", "hone_phase_duration_seconds")}  # fmt: skip
+    assert len(ladders) == 1, "one ladder of buckets for all"
 
 
-def test_statistics_and_metrics_tell_the_same(running: Running) -> None:
-    stats = running.call("GET", "/v2/models/digits/stats").json()["model_stats"][0]
-    [rows] = samples(running, "hone_inferences_total")
-    assert float(rows.split()[-1]) == stats["inference_count"] == 20
-    assert stats["execution_count"] <= 20
-
-
-def test_unknown_names_make_no_series(running: Running) -> None:
-    for number in range(5):
-        running.call("POST", f"/v2/models/nobody{number}/infer", content=b"{}")
-    assert "nobody" not in text(running)
+def test_the_worker_exports_what_it_did_itself_alone(running: Running) -> None:
+    text = metrics(running, running.environment["HONE_WORKER_PORT"])
+    assert "process_resident_memory_bytes" in text and "hone_worker_busy" in text
+    for name in ("hone_requests_total", "hone_swaps_total", "hone_model_info", "hone_jobs_total"):
+        assert not value(text, name), name
 
 
 @pytest.mark.needs("promtool")
-def test_promtool_finds_nothing_to_say(running: Running) -> None:
-    promtool = shutil.which("promtool", path=SEARCH_PATH)
-    assert promtool is not None
-    checked = subprocess.run([promtool, "check", "metrics"], input=text(running), capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+def test_promtool_has_nothing_to_say(running: Running) -> None:
+    for port in ("", running.environment["HONE_WORKER_PORT"]):
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=metrics(running, port), capture_output=True, text=True, env={"PATH": SEARCH_PATH}
+        )
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_statistics_and_metrics_agree(running: Running) -> None:
+    text = metrics(running)
+    found = {(one["name"], one["version"]): one for one in running.call("GET", "/v2/models/stats").json()["model_stats"]}
+    for (model, version), stats in found.items():
+        labels = {"model": model, "version": version}
+        assert stats["inference_stats"]["success"]["count"] == value(text, "hone_requests_total", **labels, code="200")
+        failures = value(text, "hone_requests_total", **labels) - value(text, "hone_requests_total", **labels, code="200")
+        assert stats["inference_stats"]["fail"]["count"] == failures
+        assert stats["execution_count"] == value(text, "hone_batch_size_count", **labels)
+        seconds = value(text, "hone_phase_duration_seconds_sum", **labels, phase="compute")
+        assert stats["inference_stats"]["compute_infer"]["ns"] == pytest.approx(seconds * 1e9, rel=1e-6)
+    assert found[("m", "2")]["memory_usage"][0]["byte_size"] == value(text, "hone_model_memory_bytes", model="m", version="2") > 0
 
 
 @pytest.mark.needs("prometheus")
-def test_a_real_prometheus_answers_every_expression_of_the_board(running: Running, tmp_path: Path) -> None:
+def test_every_panel_of_the_board_has_an_answer(running: Running, tmp_path: Path) -> None:
     port = free_port()
-    config = {
-        "global": {"scrape_interval": "1s"},
-        "scrape_configs": [{"job_name": "hone", "static_configs": [{"targets": [f"127.0.0.1:{running.port}"]}]}],
-    }
-    (tmp_path / "prometheus.yml").write_text(json.dumps(config))
-    program = shutil.which("prometheus", path=SEARCH_PATH)
-    assert program is not None
-    arguments = [
-        program,
-        f"--config.file={tmp_path}/prometheus.yml",
-        f"--storage.tsdb.path={tmp_path}/data",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
+    targets = [f"127.0.0.1:{running.port}", f"127.0.0.1:{running.environment['HONE_WORKER_PORT']}"]
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+        f"scrape_configs: [{{job_name: hone, static_configs: [{{targets: {json.dumps(targets)}}}]}}]\n"
+    )
+    command = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]  # fmt: skip
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, stderr=log, env={"PATH": SEARCH_PATH}) as prometheus,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
         try:
-            wait_for(lambda: bool(ask(port, 'hone_requests_total{code="200"}')), process)
-            assert float(ask(port, 'up{job="hone"}')[0]["value"][1]) == 1
-            for expression in board():
-                ask(port, expression)
+            running.until(lambda: query(client, "sum(up)") == ["2"])
+            deadline = time.monotonic() + 60
+            while not query(client, 'increase(hone_requests_total{model="m",version="2",code="200"}[30s]) > 2'):
+                assert time.monotonic() < deadline, "Prometheus never saw the requests grow"
+                infer(running, "m", X)
+                time.sleep(0.1)
+            infer(running, "m", X, parameters={"timeout": 1})
+            for title, expression in expressions():
+                answer = query(client, expression.replace("$__rate_interval", "30s").replace("$model", ".*"))
+                assert answer, f"{title}: no data for {expression}"
+            names = client.get("/api/v1/label/model/values", params={"match[]": "hone_model_ready"}).json()["data"]
+            assert set(names) == {"m", "log", "killer", "small"}
         finally:
-            process.terminate()
+            prometheus.terminate()
 
 
-def board() -> list[str]:
-    """Every expression of every panel and annotation, with Grafana's variables filled in."""
-    found = []
-    for path in sorted((ROOT / "grafana").rglob("*.json")):
-        document = json.loads(path.read_text())
-        targets = [target for panel in document.get("panels", []) for target in panel.get("targets", [])]
-        found += [entry["expr"] for entry in [*targets, *document.get("annotations", {}).get("list", [])] if entry.get("expr")]
-    assert len(found) >= 8
-    variables = {"$__rate_interval": "1m", "$__interval": "15s", "$__range": "5m", "$model": ".*", "${model}": ".*", "$version": ".*"}
-    for name, value in variables.items():
-        found = [expression.replace(name, value) for expression in found]
-    return found
+def query(client: httpx.Client, expression: str) -> list[str]:
+    """Values of an instant query; fails where Prometheus refuses the expression."""
+    answer = client.get("/api/v1/query", params={"query": expression}).json()
+    assert answer["status"] == "success", (expression, answer)
+    return [sample["value"][1] for sample in answer["data"]["result"]]
 
 
-def ask(port: int, expression: str) -> list[dict[str, Any]]:
-    response = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression}, timeout=10)
-    if response.status_code == 503:
-        raise httpx.HTTPError("Prometheus is still starting")
-    answer = response.json()
-    assert answer["status"] == "success", f"{expression}: {answer}"
-    result: list[dict[str, Any]] = answer["data"]["result"]
-    return result
+def expressions() -> Iterator[tuple[str, str]]:
+    board = json.loads(BOARD.read_text())
+    for panel in board["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+    for annotation in board["annotations"]["list"]:
+        yield annotation["name"], annotation["expr"]
 
 
-def wait_for(reached: Any, process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if reached():
-                return
-        except httpx.HTTPError:
-            pass
-        assert process.poll() is None, "prometheus ended by itself"
-        time.sleep(0.3)
-    raise AssertionError("Prometheus did not show the server's metrics in time")
+def test_sides_can_be_parted_and_closed(tmp_path: Path) -> None:
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    apart = free_port()
+    with server(tmp_path, admin_port=str(apart), metrics="admin", show_internals="false") as running:
+        running.ready("m")
+        token = {"Authorization": f"Bearer {running.token}"}
+        answer = infer(running, "m", X)
+        assert answer.status_code == 200 and answer.headers["x-request-id"]
+        assert not {"server-timing", "hone-version", "hone-generation"} & set(answer.headers)
+        assert running.call("GET", "/metrics").status_code == 401 == running.call("GET", "/v2/models/stats").status_code
+        assert running.call("GET", "/metrics", headers=token).status_code == 200
+        assert running.call("GET", "/admin/status", headers=token).status_code == 404
+        assert running.call("POST", "/v2/repository/models/m/unload", headers=token).status_code == 404
+        admin = f"http://127.0.0.1:{apart}"
+        assert httpx.get(f"{admin}/admin/status", headers=token).json()["ready"] is True
+        assert httpx.get(f"{admin}/admin/status").status_code == 401
+        assert httpx.get(f"{admin}/v2/health/ready").status_code == 200
+        assert httpx.post(f"{admin}/v2/models/m/infer", json={"inputs": [X]}).status_code == 404
+        assert httpx.post(f"{admin}/v2/repository/models/m/unload", headers=token).status_code == 200
+        assert infer(running, "m", X).status_code == 503

@@ -138,8 +138,13 @@ class Metrics:
             self.objectives[model] = ObjectiveRow(threshold_s)
 
     def retire(self, loaded: set[tuple[str, str]]) -> None:
-        """Called at each scrape: rows of versions long gone and scraped often enough leave the export, but not the memory."""
+        """Called at each scrape: rows of versions long gone and scraped often enough leave the export, but not the memory.
+
+        Loaded versions are shown from 0 on: a counter that begins at 5 hides these five from Prometheus's increase().
+        """
         now = monotonic()
+        for key in loaded - self.rows.keys():
+            self._row(*key)
         for key, row in list(self.rows.items()):
             if key in loaded:
                 continue
@@ -152,5 +157,7 @@ class Metrics:
     def _row(self, model: str, version: str) -> VersionRow:
         key = (model, version)
         row = self._retired.pop(key) if key in self._retired else VersionRow(model, version)
+        row.codes[200] += 0
+        row.scrapes_since = 0
         self.rows[key] = row
         return row

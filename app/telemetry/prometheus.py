@@ -22,7 +22,7 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
     "hone_nonfinite_outputs": ("Answers with NaN or infinity in them.", VERSION),
     "hone_store_errors": ("Calls of the journal that failed.", ["operation"]),
-    "hone_background_seconds": ("CPU time spent on verifying, tuning and proving.", ["kind"]),
+    "hone_background_seconds": ("Time in which verifying, tuning and proving ran beside the traffic.", ["kind"]),
     "hone_events": ("Events this process wrote to the journal.", ["kind"]),
 }
 GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
