@@ -45,7 +45,21 @@ def request_id(headers: dict[bytes, bytes]) -> str:
 class Exchange:
     """One request to a model, from its first byte to its answer."""
 
-    __slots__ = ("_receive", "_send", "_show", "answering", "decoded", "headers", "id", "model", "result", "rows", "scope", "started", "version")
+    __slots__ = (
+        "_receive",
+        "_send",
+        "_show",
+        "answering",
+        "decoded",
+        "headers",
+        "id",
+        "model",
+        "result",
+        "rows",
+        "scope",
+        "started",
+        "version",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, show_internals: bool) -> None:
         self.started = perf_counter()
