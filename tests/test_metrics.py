@@ -134,6 +134,7 @@ def test_statistics_and_metrics_agree(running: Running) -> None:
         assert stats["inference_stats"]["success"]["count"] == value(text, "hone_requests_total", **labels, code="200")
         failures = value(text, "hone_requests_total", **labels) - value(text, "hone_requests_total", **labels, code="200")
         assert stats["inference_stats"]["fail"]["count"] == failures
+        assert stats["inference_count"] == value(text, "hone_inferences_total", **labels)
         assert stats["execution_count"] == value(text, "hone_batch_size_count", **labels)
         seconds = value(text, "hone_phase_duration_seconds_sum", **labels, phase="compute")
         assert stats["inference_stats"]["compute_infer"]["ns"] == pytest.approx(seconds * 1e9, rel=1e-6)
