@@ -31,7 +31,7 @@ from app.api.wire import (
     validate,
 )
 from app.domain import DATATYPE_SIZES, InferenceRequest, InferenceResult, Signature, Tensor, TensorSpec
-from app.errors import HoneError, InvalidRequest, PayloadTooLarge, Unsupported
+from app.errors import HoneError, InvalidRequest, PayloadTooLarge, Unsupported, UnsupportedMediaType
 
 NUMPY = {
     "BOOL": "?", "UINT8": "u1", "UINT16": "u2", "UINT32": "u4", "UINT64": "u8", "INT8": "i1", "INT16": "i2", "INT32": "i4", "INT64": "i8",
@@ -604,7 +604,7 @@ def test_content_encodings() -> None:
         None, None, None, "gzip", "gzip", "deflate", "gzip",
     ]  # fmt: skip
     for wrong in ("br", "gzip, gzip", "deflate, gzip", "zstd"):
-        with pytest.raises(Unsupported):
+        with pytest.raises(UnsupportedMediaType):
             parse_content_encoding(wrong)
 
 

@@ -15,7 +15,7 @@ from app.api.openapi_schemas import Schema, ref
 
 JSON_TYPE: Final = "application/json"
 BINARY_TYPE: Final = "application/octet-stream"
-INFER_ERRORS: Final = "400 404 413 422 429 501 503 504"
+INFER_ERRORS: Final = "400 404 413 415 422 429 501 503 504"
 """What any call of a model may be answered with."""
 
 _SEVEN: Final = ("........", ".######.", ".....##.", "....##..", "...##...", "...##...", "..##....", "........")
@@ -92,7 +92,7 @@ def operations(example: Example) -> list[Operation]:
     return [
         Operation(
             "POST", "/models/{model}{either}/predict", "predict", "Ask a model the friendly way", ((200, "The answer.", "Prediction"),),
-            f"{INFER_ERRORS} 415",
+            INFER_ERRORS,
             (
                 ("image/png", {}, None), ("image/jpeg", {}, None), (JSON_TYPE, ref("PredictJson"), {"image": image}),
                 ("text/plain", {"type": "string"}, None),

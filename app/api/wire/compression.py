@@ -8,7 +8,7 @@ from typing import Final
 
 from app.api.wire.reply import Reply, in_slices
 from app.domain import Buffer
-from app.errors import InvalidRequest, PayloadTooLarge, Unsupported
+from app.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 
 SMALLEST_PACKED: Final = 4096
 _READ: Final = 1 << 16
@@ -25,9 +25,9 @@ def parse_content_encoding(value: bytes | str | None) -> str | None:
     text = value.decode("latin-1") if isinstance(value, bytes) else value
     names = [name for name in (part.strip().lower() for part in text.split(",")) if name not in ("", "identity")]
     if len(names) > 1:
-        raise Unsupported(f"Content-Encoding is {text[:60]!r}; a body is packed at most once, by gzip or deflate")
+        raise UnsupportedMediaType(f"Content-Encoding is {text[:60]!r}; a body is packed at most once, by gzip or deflate")
     if names and names[0] not in ("gzip", "x-gzip", "deflate"):
-        raise Unsupported(f"Content-Encoding is {text[:60]!r}; this server unpacks gzip and deflate")
+        raise UnsupportedMediaType(f"Content-Encoding is {text[:60]!r}; this server unpacks gzip and deflate")
     return names[0].removeprefix("x-") if names else None
 
 
