@@ -1,4 +1,4 @@
-"""A call that is alone gets all cores in a second session; with company each call keeps to one, and nobody notices which it was."""
+"""How cores are shared out within one version: a call that is alone gets all of them in a second session, with company each keeps to one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from app.domain import RuntimeSettings
 from app.errors import Conflict
 from app.serving.dispatcher import LONE_CALLS
-from app.serving.engine import Engine
+from app.serving.engine import BatchReport, Engine
 from app.serving.runners import Instance
 from tests import models
 from tests.engines import Start, anyio_backend, forkserver, request, start, until, values
@@ -28,10 +28,13 @@ def lone(engine: Engine) -> Instance | None:
     return engine._dispatcher._lone
 
 
-def switches(engine: Engine, instance: Instance) -> int:
-    """How often the instance's thread went to wait for work: once for each call."""
-    status = Path(f"/proc/{engine.pid}/task/{instance.tid}/status").read_text()
-    return int(status.split("voluntary_ctxt_switches:")[1].split()[0])
+async def where(engine: Engine) -> Instance:
+    """The instance on which a call alone runs; the model must take some milliseconds, so that it can be seen."""
+    task = asyncio.create_task(engine.infer(request(x=ONES[0])))
+    await until(lambda: engine._dispatcher.busy == 1)
+    (running,) = [instance for instance, _ in engine._dispatcher.in_flight()]
+    await task
+    return running
 
 
 async def ready(engine: Engine, row: np.ndarray[Any, Any] = ONES) -> Instance:
@@ -45,14 +48,13 @@ async def ready(engine: Engine, row: np.ndarray[Any, Any] = ONES) -> Instance:
 
 
 async def test_calls_in_a_row_run_on_the_second_session_from_the_second_on(start: Start, tmp_path: Path) -> None:
-    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2, spin_duration_us=100)
-    instance = await ready(engine)
+    engine = await start(models.endless(tmp_path / "m.onnx", 20_000), instances=2, lone_threads=2, spin_duration_us=100)
+    instance = await ready(engine, ONES[0])
     assert instance.threads == 2
-    first = values(await engine.infer(request(x=ONES)))
-    before = switches(engine, instance)
-    for _ in range(20):
-        assert np.allclose(values(await engine.infer(request(x=ONES))), first)
-    assert switches(engine, instance) >= before + 19
+    assert [await where(engine) for _ in range(5)] == [instance] * 5
+    await asyncio.gather(*(engine.infer(request(x=ONES[0])) for _ in range(3)))
+    assert (await where(engine)).threads == 1, "the one before it had company"
+    assert await where(engine) is instance
 
 
 async def test_it_is_opened_only_for_those_who_call_alone(start: Start, tmp_path: Path) -> None:
@@ -65,13 +67,22 @@ async def test_it_is_opened_only_for_those_who_call_alone(start: Start, tmp_path
 
 
 async def test_requests_with_company_keep_to_the_first_session(start: Start, tmp_path: Path) -> None:
-    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2, batch_limit=1)
-    instance = await ready(engine)
-    before = switches(engine, instance)
-    for _ in range(10):
-        answers = await asyncio.gather(*(engine.infer(request(x=ONES * i)) for i in range(8)))
-        assert [answer.outputs[0].shape[0] for answer in answers] == [1] * 8
-    assert switches(engine, instance) <= before + 10, "most calls found company"
+    engine = await start(models.endless(tmp_path / "m.onnx", 20_000), instances=2, lone_threads=2, batch_limit=1)
+    instance = await ready(engine, ONES[0])
+    tasks = [asyncio.create_task(engine.infer(request(x=ONES[0]))) for _ in range(8)]
+    await until(lambda: engine._dispatcher.busy == 2)
+    while engine.inflight:
+        assert engine._dispatcher.busy <= 2 and instance.batch is None
+        await asyncio.sleep(0.001)
+    await asyncio.gather(*tasks)
+
+
+async def test_both_sessions_say_the_same(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, lone_threads=2)
+    first = values(await engine.infer(request(x=ONES)))
+    await ready(engine)
+    for _ in range(20):
+        assert np.allclose(values(await engine.infer(request(x=ONES))), first)
 
 
 async def test_a_caller_that_arrives_during_a_lone_call_does_not_wait_for_it(start: Start, tmp_path: Path) -> None:
@@ -123,3 +134,24 @@ async def test_it_comes_back_with_a_new_runner_and_leaves_with_its_instances(sta
     assert lone(engine) is not None
     with pytest.raises(Conflict):
         engine.apply(RuntimeSettings(instances=1))
+
+
+@pytest.mark.parametrize(("instances", "most"), [(1, 8), (2, 4)])
+async def test_what_waits_is_shared_out_where_calls_are_long(start: Start, tmp_path: Path, instances: int, most: int) -> None:
+    reports: list[BatchReport] = []
+    engine = await start(models.heavy(tmp_path / "m.onnx", width=2048), instances=instances, batch_limit=16, observer=reports.append)
+    row = np.ones((1, 2048), np.float32)
+    for _ in range(3):
+        await engine.infer(request(x=row))
+    reports.clear()
+    await asyncio.gather(*(engine.infer(request(x=row)) for _ in range(8)))
+    assert sum(report.rows for report in reports) == 8
+    assert max(report.rows for report in reports) == most
+
+
+async def test_short_calls_share_a_batch_all_the_same(start: Start, tmp_path: Path) -> None:
+    reports: list[BatchReport] = []
+    engine = await start(models.scaled(tmp_path / "m.onnx"), instances=2, batch_limit=16, observer=reports.append)
+    engine._dispatcher.rates.learn(1, 0.0001, 0.0001, 0.0)
+    await asyncio.gather(*(engine.infer(request(x=ONES)) for _ in range(8)))
+    assert [report.rows for report in reports] == [8]

@@ -27,6 +27,8 @@ from app.serving.watch import Usual
 
 QUANTUM_S: Final = 0.01
 """While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
+LONG_CALL_S: Final = 0.001
+"""Calls of one row that take longer gain little by company and make it wait; shorter ones are mostly overhead, which a batch shares."""
 LONE_CALLS: Final = 16
 LONE_WITHIN_S: Final = 60.0
 """So many calls that found nobody else, within this time, open the second session: it holds the weights again, so it must be of use."""
@@ -228,7 +230,7 @@ class Dispatcher:
     def pump(self) -> None:
         """Give work to free instances while there is both, and cores for it."""
         while self._ready():
-            limit = self.settings.batch_limit
+            limit = self._part(self.settings.batch_limit)
             if limit > 1 and self._account.has_company():
                 limit = self.rates.rows_within(QUANTUM_S, limit)
             expected_s = self.rates.cpu_s(min(limit, self.queue.rows or 1))
@@ -246,6 +248,13 @@ class Dispatcher:
             work = [self.suspects.popleft()] if self.suspects else self.queue.take(limit)
             self._send(instance, work, tokens, expected_s)
         self._account.withdraw()
+
+    def _part(self, limit: int) -> int:
+        """How many rows one instance may take: where a call is long, each gets its part of what waits, lest one works while others look on."""
+        instances = self.settings.instances
+        if limit == 1 or instances == 1 or self.rates.wall_s(1) < LONG_CALL_S:
+            return limit
+        return min(limit, max(1, -(-self.queue.rows // instances)))
 
     def _chosen(self) -> Instance:
         """The lone instance for a request that, like the one before it, finds nobody else; with company each call does best on its own core."""
