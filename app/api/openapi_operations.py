@@ -173,7 +173,7 @@ def _admin(example: Example) -> list[Operation]:
         read("/admin/models", "All models", "ModelList"),
         change(
             "POST", "/admin/models", "Upload and deploy a model", 201, "409 411 415 501 507",
-            (("multipart/form-data", ref("Upload"), None),), said="Checked and deployed.", schema="Model",
+            (("multipart/form-data", ref("Upload"), None),), said="Checked and deployed.", schema="Deployed",
             details="A form with `name` and the files: model.onnx, its external data under its own file name where it has some, and model.yaml. "
             "All of it is checked before anything changes.",
         ),
@@ -186,10 +186,10 @@ def _admin(example: Example) -> list[Operation]:
             "POST", f"{model}/optimize", "Ask for a better version", 202, "404 409", _json("OptimizeBody", {"recipe": ["graph"], **reason}),
             body_needed=False, said="The job is in the journal.", schema="Job",
         ),
-        change("POST", f"{model}/verify", "Prove a version on this class of host", 202, "404 409", _json("ReasonBody", reason), body_needed=False, said="Under way."),
-        change("POST", f"{model}/promote", "Make a version the desired one", errors="404 409", body=_json("PromoteBody", {"version": example.version, **reason})),
-        change("POST", f"{model}/rollback", "Back to what was before, at once", errors="404 409", body=_json("ReasonBody", reason), body_needed=False),
-        change("PATCH", f"{model}/settings", "Change run-time settings on the live server", errors="404 409", body=_json("SettingsBody", {"batch_limit": 8})),
+        change("POST", f"{model}/verify", "Prove a version on this class of host", 202, "404 409", _json("ReasonBody", reason), body_needed=False, said="Under way.", schema="Job"),
+        change("POST", f"{model}/promote", "Make a version the desired one", errors="404 409", body=_json("PromoteBody", {"version": example.version, **reason}), schema="Model"),
+        change("POST", f"{model}/rollback", "Back to what was before, at once", errors="404 409", body=_json("ReasonBody", reason), body_needed=False, schema="Model"),
+        change("PATCH", f"{model}/settings", "Change run-time settings on the live server", errors="404 409", body=_json("SettingsBody", {"batch_limit": 8}), schema="Model"),
         change("PUT", f"{model}/mode", "How far the loop goes by itself", body=_json("ModeBody", {"mode": "approve"})),
         change("DELETE", f"{model}/capture", "Delete the captured live inputs"),
         read(
