@@ -203,7 +203,7 @@ class Admin:
         return answer(await self._do.cancel(identity, self._guard.may_change(request)), 202)
 
     async def timeline(
-        self, request: Request, model: str = "", after: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        self, request: Request, model: str = "", after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         follow: bool = False,
     ) -> Response:  # fmt: skip
         """The newest `limit` events, oldest first; with `after` those that follow it; with `follow` server-sent events until you leave."""

@@ -202,7 +202,7 @@ def _admin(example: Example) -> list[Operation]:
             "/admin/timeline", "What was decided, by whom and why", "Timeline", "400 401", also="text/event-stream",
             query=(
                 ("model", {"type": "string"}, "Only this model's."),
-                ("after", {"type": "integer", "minimum": 0}, "Only later events; without it the newest."),
+                ("after", {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "Only later events; without it the newest."),
                 ("limit", {"type": "integer", "minimum": 1, "maximum": 1000}, "Most events."),
                 ("follow", {"type": "boolean"}, "Server-sent events until you leave."),
             ),

@@ -220,7 +220,8 @@ class Engine:
     async def idle(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight, bounded; new requests may still come."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

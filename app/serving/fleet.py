@@ -65,7 +65,8 @@ class Recorder:
     async def flush(self, timeout_s: float) -> None:
         """Wait, bounded, until everything is written."""
         try:
-            await asyncio.wait_for(self._waiting.join(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._waiting.join()
         except TimeoutError:
             log.warning("the journal did not take the last events within %.0f s", timeout_s)
 
@@ -115,7 +116,8 @@ class Fleet:
                     log.exception("a pass over all models failed; the next one tries again")
                 wait_s = max(0.05, next_scan - monotonic()) if self._poll_s else 5.0
                 try:
-                    await asyncio.wait_for(self._wake.wait(), wait_s)
+                    async with asyncio.timeout(wait_s):
+                        await self._wake.wait()
                 except TimeoutError:
                     pass
         finally:
@@ -176,7 +178,8 @@ class Fleet:
         """
         if self.state.seq <= after and not self._ending:
             try:
-                await asyncio.wait_for(self._news.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._news.wait()
             except TimeoutError:
                 pass
         return None if self._ending else self.state.seq

@@ -85,7 +85,8 @@ class ForkServer:
         self._orders[order] = answer
         try:
             socket.send_fds(sock, [orjson.dumps({"fork": order})], fds)
-            return await asyncio.wait_for(answer, _FORK_S)
+            async with asyncio.timeout(_FORK_S):
+                return await answer
         except BlockingIOError as error:
             raise ConnectionError("the fork server's socket is full") from error
         except BrokenPipeError:
@@ -110,7 +111,8 @@ class ForkServer:
         waiter: asyncio.Future[int] = self._loop.create_future()
         self._waiters[child.pid] = waiter
         try:
-            return await asyncio.wait_for(waiter, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await waiter
         except (TimeoutError, ConnectionError):
             return None
         finally:

@@ -90,7 +90,8 @@ class ModelReconciler:
                 self.slot.reason = f"internal error: {type(error).__name__}; the log tells more"
             self.settled.set()
             try:
-                await asyncio.wait_for(self.changed.wait(), 1.0)
+                async with asyncio.timeout(1.0):
+                    await self.changed.wait()
             except TimeoutError:
                 pass
 

@@ -152,7 +152,8 @@ class Runner:
         self.alive = True
         self._loop.add_reader(self._child.pidfd, self._on_pidfd)
         self._loop.add_reader(ours.fileno(), self._on_control)
-        await asyncio.wait_for(asyncio.shield(self._report), HELLO_S)
+        async with asyncio.timeout(HELLO_S):
+            await asyncio.shield(self._report)
 
     async def _open(self, timeout_s: float) -> dict[str, Any]:
         self._report = self._loop.create_future()
@@ -176,7 +177,8 @@ class Runner:
         deadline = time.monotonic() + timeout_s
         while True:
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(asyncio.shield(self._report), _SAMPLE_S if limit else timeout_s)
+                async with asyncio.timeout(_SAMPLE_S if limit else timeout_s):
+                    return await asyncio.shield(self._report)
             if limit and (procfs.private_bytes(self.pid) or 0) > limit:
                 raise ModelRejected(
                     f"{self.spec.name} took more than the {limit >> 20} MiB it may take here while it loaded; "
@@ -254,14 +256,16 @@ class Runner:
             with contextlib.suppress(OSError):
                 self._order({"do": "stop"})
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await self._ended.wait()
         await self._bury()
 
     async def _bury(self) -> None:
         if self.alive:
             signal.pidfd_send_signal(self._child.pidfd, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), 5.0)
+                async with asyncio.timeout(5.0):
+                    await self._ended.wait()
         self._ended.clear()
         for instance in self.instances:
             self._loop.remove_reader(instance.sock.fileno())

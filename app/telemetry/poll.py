@@ -67,9 +67,9 @@ class Poller:
         self._metrics.replace_gauge("hone_model_memory_bytes", [(key, float(memory)) for key, _, memory, _ in read])
         for key, identity, memory, cpu_s in read:
             self._watched.remember_memory(key, memory)
-            before = self._seen_cpu.get((key, identity), 0.0)
-            if cpu_s > before:
-                self._metrics.count("hone_model_cpu_seconds", *key, by=cpu_s - before)
+            before = self._seen_cpu.get((key, identity))
+            if before is None or cpu_s > before:
+                self._metrics.count("hone_model_cpu_seconds", *key, by=cpu_s - (before or 0.0))
                 self._seen_cpu[(key, identity)] = cpu_s
         alive = {(key, identity) for key, identity, _, _ in read}
         self._seen_cpu = {known: value for known, value in self._seen_cpu.items() if known in alive}
