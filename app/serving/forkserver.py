@@ -81,7 +81,7 @@ class ForkServer:
         sock, loop = self._attached()
         self._next += 1
         order = self._next
-        answer = loop.create_future()
+        answer: asyncio.Future[Child] = loop.create_future()
         self._orders[order] = answer
         try:
             socket.send_fds(sock, [orjson.dumps({"fork": order})], fds)
