@@ -87,7 +87,7 @@ def test_a_broken_server_counts_as_failed() -> None:
     with listening(Stalling(9e9, 0, answer)) as port:
         seen = openloop.run_apart(openloop.Plan("127.0.0.1", port, [REQUEST], rate=50, seconds=1, connections=2))
     assert seen.failed == len(seen.start) == 50
-    seen = openloop.run_apart(openloop.Plan("127.0.0.1", port, [REQUEST], rate=50, seconds=0.2, connections=2))
+    seen = openloop.run_apart(openloop.Plan("127.0.0.1", port, [REQUEST], rate=50, seconds=0.2, connections=2, patience_s=2.0))
     assert seen.failed == len(seen.start) and set(seen.status) == {openloop.LOST}
 
 
