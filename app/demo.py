@@ -109,7 +109,8 @@ def start_of_this_life(client: Client) -> int:
 
 
 def greeting(settings: Settings, url: str, picture: Path) -> str:
-    hone = command_name()
+    elsewhere = "" if settings.port == Settings().port else f"HONE_PORT={settings.port} "  # a second terminal knows nothing of this one's
+    hone = elsewhere + command_name()
     shown = _shown(picture)
     return f"""
 Hone serves the model {MODEL!r} at {url}   (API: {url}/docs   metrics: {url}/metrics)

@@ -260,6 +260,11 @@ def test_the_greeting_names_what_a_newcomer_needs(tmp_path: Path, monkeypatch: p
         assert part in text
 
 
+def test_the_greetings_commands_work_in_another_terminal_too(tmp_path: Path) -> None:
+    text = greeting(Settings(state=tmp_path / ".hone", port=8123), "http://127.0.0.1:8123", tmp_path / "digit.png")
+    assert re.findall(r"  HONE_PORT=8123 \S+ (\w+)", text) == ["optimize", "status"], text
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_callers_of_a_dead_or_stopped_runner_get_the_next_ones_answer(running: R
             pid = wait_for(lambda: loaded(running, "m")["pid"])
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, how)
-            wait_for(lambda pid=pid: loaded(running, "m")["pid"] not in (0, pid))  # type: ignore[misc]
+            wait_for(partial(_another_runs, running, pid))
             time.sleep(0.2)
     assert set(statuses) <= {200, 503} and statuses[503] <= statuses[200] // 10, statuses
     assert max(took) < 10
@@ -205,6 +206,24 @@ def test_slots_and_gauges_are_exactly_zero_after_a_mixed_crowd(running: Running)
     assert answers == [200] * 32, "the full capacity is there again"
 
 
+@pytest.mark.parametrize("path", ["/v2/models/slow/infer", "/models/slow/predict"])
+def test_a_full_queue_refuses_before_it_reads_a_body(running: Running, path: str) -> None:
+    running.admin("PATCH", "/admin/models/slow/settings", 200, json={"queue_limit": 1})
+    callers = [threading.Thread(target=infer, args=(running, "slow", *slow(1_000_000))) for _ in range(6)]
+    try:
+        for caller in callers:
+            caller.start()
+        wait_for(lambda: gauges(running, "slow")["hone_queue_depth"] == 1.0)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=5) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(64).startswith(b"HTTP/1.1 429 "), "not one byte of the body was sent"
+    finally:
+        for caller in callers:
+            caller.join()
+        running.admin("PATCH", "/admin/models/slow/settings", 200, json={"queue_limit": 64})
+
+
 def test_series_and_files_stay_level_over_swaps_and_loads(running: Running) -> None:
     def series() -> list[str]:
         return [line.rpartition(" ")[0] for line in running.call("GET", "/metrics").text.splitlines() if line.startswith("hone_")]
@@ -234,6 +253,10 @@ def test_series_and_files_stay_level_over_swaps_and_loads(running: Running) -> N
     assert len(new) <= 2 and not [line for line in new if 'version="' in line], new
     after = requests_of(running, "m")
     assert {version: after[version] - before[version] for version in sent} == dict(sent), "no request is lost in the sums"
+
+
+def _another_runs(running: Running, pid: int) -> bool:
+    return loaded(running, "m")["pid"] not in (0, pid)
 
 
 def requests_of(running: Running, model: str) -> Counter[str]:

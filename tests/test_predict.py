@@ -66,7 +66,7 @@ class LocalService:
     def processor(self, model: str) -> Processor:
         return self._find(model)[2]
 
-    def signature(self, model: str, version: str | None) -> Signature:
+    def admit(self, model: str, version: str | None) -> Signature:
         return self._find(model)[1]
 
     async def infer(self, model: str, version: str | None, request: InferenceRequest) -> InferenceResult:

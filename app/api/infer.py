@@ -22,7 +22,7 @@ class Infer:
     async def __call__(self, exchange: Exchange) -> Reply:
         service, offload, headers = self._service, self._offload, exchange.headers
         received_at = monotonic()
-        service.loaded(exchange.model, exchange.version).engine.refuse_if_full()
+        service.admit(exchange.model, exchange.version)
         header_length = parse_header_length(headers.get(b"inference-header-content-length"))
         encoding = parse_content_encoding(headers.get(b"content-encoding"))
         async with offload.body(headers, exchange.receive) as body:

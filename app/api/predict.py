@@ -30,7 +30,7 @@ class Service(Protocol):
 
     async def infer(self, model: str, version: str | None, request: InferenceRequest) -> InferenceResult: ...
     def processor(self, model: str) -> Processor: ...
-    def signature(self, model: str, version: str | None) -> Signature: ...
+    def admit(self, model: str, version: str | None) -> Signature: ...
 
 
 class Threads(Protocol):
@@ -48,7 +48,7 @@ class Predict:
     async def __call__(self, exchange: Exchange) -> Reply:
         received_at = monotonic()
         service, model, version = self._service, exchange.model, exchange.version
-        processor, signature = service.processor(model), service.signature(model, version)
+        processor, signature = service.processor(model), service.admit(model, version)
         with await self._read_body(exchange) as body:
             encoded = await self._encode(body.data, exchange, processor, signature)
         request = InferenceRequest(encoded.tensors, exchange.id, processor.output_names, caller=exchange.caller, received_at=received_at)

@@ -101,8 +101,11 @@ class InferenceService:
     def loaded(self, model: str, version: str | None) -> Loaded:
         return self.slot(model).lease(version)
 
-    def signature(self, model: str, version: str | None) -> Signature:
-        return self.loaded(model, version).admitted.signature
+    def admit(self, model: str, version: str | None) -> Signature:
+        """What a request must look like. Raises what would refuse it whatever it asks (no such model, loading, queue full), before its body is read."""
+        loaded = self.loaded(model, version)
+        loaded.engine.refuse_if_full()
+        return loaded.admitted.signature
 
     def processor(self, model: str) -> Processor:
         """Pre- and post-processing of the model's golden, shared by all its versions."""
