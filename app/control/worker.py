@@ -86,10 +86,12 @@ class Worker:
         state = self._seen = await asyncio.to_thread(catch_up, self._journal, self._seen)
         if state.frozen:
             return None
-        for job in sorted(state.jobs.values(), key=lambda job: job.requested_at):
-            if job.state not in (JobState.REQUESTED, JobState.BUILDING) or is_server_side(job) or job.worker.startswith("server "):
+        for seen in sorted(state.jobs.values(), key=lambda job: job.requested_at):
+            if not _wants_a_worker(seen) or not await asyncio.to_thread(self._journal.acquire, f"job:{seen.id}", self.name, LEASE_S):
                 continue
-            if not await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self.name, LEASE_S):
+            job = (await asyncio.to_thread(self._journal.state)).jobs.get(seen.id)
+            if job is None or not _wants_a_worker(job):  # whoever held the lease until now has done it
+                await asyncio.to_thread(self._journal.release, f"job:{seen.id}", self.name)
                 continue
             attempt = job.attempt + 1
             data = {"worker": self.name, "attempt": attempt}
@@ -276,6 +278,11 @@ class Worker:
 def _is_lossless(steps: list[JSON]) -> bool:
     types = config_types()
     return all(types[str(step["method"])].lossless for step in steps)
+
+
+def _wants_a_worker(job: Job) -> bool:
+    """Not built yet, or its builder may have died: the lease tells."""
+    return job.state in (JobState.REQUESTED, JobState.BUILDING) and not is_server_side(job) and not job.worker.startswith("server ")
 
 
 def _tries(job: Job) -> str:

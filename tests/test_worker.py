@@ -1,0 +1,40 @@
+"""What a worker does in the moments in which another one works too."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from app.catalog.cards import Cards
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
+from app.control.bench import Bench
+from app.control.worker import Worker
+from app.settings import Settings
+from app.store.sqlite import SqliteJournal
+from app.telemetry.metrics import Metrics
+from tests.journal_story import claimed, deployed, job_event, requested
+
+
+class Overtaken(SqliteJournal):
+    """A journal in which another worker ends its job between this one's look and its lease."""
+
+    def acquire(self, lease: str, holder: str, ttl_s: float) -> bool:
+        self.append(job_event("built", "j", attempt=1, candidates=[], report={}))
+        return super().acquire(lease, holder, ttl_s)
+
+
+def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: Path) -> None:
+    settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
+    settings.repository.mkdir()
+    folder = StateFolder(settings.state).prepare()
+    journal = Overtaken(tmp_path / "journal.sqlite")
+    bench = Bench(Repository(settings.repository), folder, Cards(folder))
+    worker: Any = Worker(settings, journal, bench, Metrics())
+    for event in (deployed(), requested("j"), claimed("j")):
+        journal.append(event)
+    assert asyncio.run(worker._claim()) is None
+    assert [event.kind for event in journal.read()].count("job.claimed") == 1
+    assert SqliteJournal.acquire(journal, "job:j", "anybody", 1.0), "the lease was given back"
+    journal.close()
