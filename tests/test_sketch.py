@@ -80,7 +80,7 @@ def test_equal_values_do_not_become_ties_in_a_sample() -> None:
 
 
 def test_a_sketch_of_another_width_is_refused() -> None:
-    with pytest.raises(ValueError, match="width 0.02"):
+    with pytest.raises(ValueError, match=r"width 0\.02"):
         LogSketch.from_json({"width": 0.02, "total": 1.0, "counts": [[1, 1]]})
 
 
