@@ -1,0 +1,130 @@
+"""What the host does to us, read each few seconds: pressure, stolen and throttled time, memory, faults. Every fact may be absent.
+
+Reads /proc and cgroup files (v1 and v2); blocks for well under a millisecond. It judges nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, Final
+
+_TICK: Final = os.sysconf("SC_CLK_TCK")
+_V1_CPU: Final = ("cpu,cpuacct", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """Ratios of the time since the reading before; None where the host does not say. `busy_ratio` is all cores' share that worked,
+    `others_ratio` the part of it that is not ours. Pressures are shares of the last ten seconds (PSI, some)."""
+
+    busy_ratio: float | None = None
+    others_ratio: float | None = None
+    steal_ratio: float | None = None
+    throttled_ratio: float | None = None
+    cpu_pressure: float | None = None
+    memory_pressure: float | None = None
+    io_pressure: float | None = None
+    major_faults_per_s: float | None = None
+    load_average: float | None = None
+    loop_lag_s: float = 0.0
+    cores: tuple[int, ...] = ()
+    """The cores that this process may use now."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items() if value is not None}
+
+
+class HostSensor:
+    """Call `read` every few seconds with the CPU seconds that Hone's own processes have used."""
+
+    def __init__(self, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
+        self._proc, self._cgroup = proc, cgroup
+        self._before: tuple[float, list[int], int | None, int | None, float] | None = None
+
+    def read(self, own_cpu_s: float = 0.0, loop_lag_s: float = 0.0) -> HostFacts:
+        now = (monotonic(), self._cpu_ticks(), self._throttled_us(), self._major_faults(), own_cpu_s)
+        before, self._before = self._before, now
+        ratios: dict[str, float | None] = {}
+        if before is not None:
+            ratios = _between(before, now)
+        return HostFacts(
+            cpu_pressure=self._pressure("cpu"),
+            memory_pressure=self._pressure("memory"),
+            io_pressure=self._pressure("io"),
+            load_average=self._load(),
+            loop_lag_s=loop_lag_s,
+            cores=tuple(sorted(os.sched_getaffinity(0))),
+            **ratios,
+        )
+
+    def _cpu_ticks(self) -> list[int]:
+        text = _text(self._proc / "stat")
+        return [int(value) for value in text.split("\n", 1)[0].split()[1:9]] if text.startswith("cpu ") else []
+
+    def _throttled_us(self) -> int | None:
+        """Microseconds in which a quota held our cgroup back, since it exists."""
+        for line in self._cgroup_file("cpu.stat").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "throttled_usec":
+                return int(value)
+            if name == "throttled_time":  # v1, nanoseconds
+                return int(value) // 1000
+        return None
+
+    def _cgroup_file(self, name: str) -> str:
+        """Of the cgroup that this process is in; the root of the mount is the container's own."""
+        for line in _text(self._proc / "self" / "cgroup").splitlines():
+            _, controllers, path = line.split(":", 2)
+            roots = [self._cgroup] if not controllers else [self._cgroup / v1 for v1 in _V1_CPU if "cpu" in controllers.split(",")]
+            for root in roots:
+                for place in (root / path.lstrip("/") / name, root / name):
+                    if text := _text(place):
+                        return text
+        return _text(self._cgroup / name)
+
+    def _major_faults(self) -> int | None:
+        for line in _text(self._proc / "vmstat").splitlines():
+            if line.startswith("pgmajfault "):
+                return int(line.split()[1])
+        return None
+
+    def _pressure(self, what: str) -> float | None:
+        text = _text(self._proc / "pressure" / what)
+        if not text.startswith("some"):
+            return None
+        return float(text.split("avg10=", 1)[1].split()[0]) / 100
+
+    def _load(self) -> float | None:
+        text = _text(self._proc / "loadavg")
+        return float(text.split()[0]) if text else None
+
+
+def _between(
+    before: tuple[float, list[int], int | None, int | None, float], now: tuple[float, list[int], int | None, int | None, float]
+) -> dict[str, float | None]:
+    elapsed = max(1e-3, now[0] - before[0])
+    ratios: dict[str, float | None] = {}
+    if before[1] and len(before[1]) == len(now[1]):
+        spent = [max(0, later - earlier) for earlier, later in zip(before[1], now[1], strict=True)]
+        total = max(1, sum(spent))
+        idle = spent[3] + spent[4]
+        steal = spent[7] if len(spent) > 7 else 0
+        ratios["busy_ratio"] = (total - idle) / total
+        ratios["steal_ratio"] = steal / total
+        own = max(0.0, now[4] - before[4]) * _TICK / total
+        ratios["others_ratio"] = max(0.0, (total - idle) / total - own)
+    if before[2] is not None and now[2] is not None:
+        ratios["throttled_ratio"] = min(1.0, max(0, now[2] - before[2]) / 1e6 / elapsed)
+    if before[3] is not None and now[3] is not None:
+        ratios["major_faults_per_s"] = max(0, now[3] - before[3]) / elapsed
+    return ratios
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,284 @@
+"""What each version did lately: blocks of a few seconds with sketches and counts, cheap enough for every request (about 3 µs).
+
+It records and merges; what is normal, suspicious or promised is app.control's to say. All times are seconds of time.monotonic().
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Final, TypeAlias
+
+from app.domain import Observation
+from app.telemetry.sketch import LogSketch
+
+BLOCK_S: Final = 5.0
+KEPT_BLOCKS: Final = 720
+"""An hour of blocks of five seconds."""
+KEPT_MINUTES: Final = 360
+"""Six hours of counts by the minute: the longest window of a burn rate."""
+LEAST_CPU_S: Final = 1e-6
+SERVER_FAULTS: Final = frozenset({500, 502, 503, 504})
+Bucket: TypeAlias = tuple[int, int]
+"""(rows of the call, bytes of a row), each as a power of two: calls that cost alike."""
+
+
+def bucket_of(rows: int, row_bytes: int) -> Bucket:
+    return (rows - 1).bit_length() if rows > 1 else 0, row_bytes.bit_length()
+
+
+@dataclass(slots=True)
+class Cost:
+    """Calls of one bucket. `cpu` sketches CPU seconds per row."""
+
+    calls: int = 0
+    rows: int = 0
+    cpu_s: float = 0.0
+    cpu: LogSketch = field(default_factory=LogSketch)
+
+    def merge(self, other: Cost) -> None:
+        self.calls += other.calls
+        self.rows += other.rows
+        self.cpu_s += other.cpu_s
+        self.cpu.merge(other.cpu)
+
+
+@dataclass(slots=True)
+class Block:
+    """All that one version did between `began` and `ended`. Sums of seconds; `disturbed` where Hone itself used the cores meanwhile."""
+
+    began: float
+    ended: float
+    requests: int = 0
+    failures: int = 0
+    refused: int = 0
+    within: int = 0
+    rows: int = 0
+    calls: int = 0
+    called_rows: int = 0
+    compute_s: float = 0.0
+    cpu_s: float = 0.0
+    wait_s: float = 0.0
+    queue_s: float = 0.0
+    edge_s: float = 0.0
+    total_s: float = 0.0
+    non_finite: int = 0
+    deaths: int = 0
+    compared: int = 0
+    agreed: int = 0
+    disturbed: bool = False
+    total: LogSketch = field(default_factory=LogSketch)
+    queue: LogSketch = field(default_factory=LogSketch)
+    costs: dict[Bucket, Cost] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, self.ended - self.began)
+
+    @property
+    def offered(self) -> int:
+        return self.requests + self.failures + self.refused
+
+    @property
+    def waiting_ratio(self) -> float:
+        """Share of the runner's time in which its threads were ready to run and had no core."""
+        busy = self.cpu_s + self.wait_s
+        return self.wait_s / busy if busy > 0 else 0.0
+
+    @property
+    def queue_ratio(self) -> float:
+        return self.queue_s / self.total_s if self.total_s > 0 else 0.0
+
+    def merge(self, other: Block) -> None:
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.began, self.ended = min(self.began, other.began), max(self.ended, other.ended)
+        self.disturbed = self.disturbed or other.disturbed
+        self.total.merge(other.total)
+        self.queue.merge(other.queue)
+        for bucket, cost in other.costs.items():
+            self.costs.setdefault(bucket, Cost()).merge(cost)
+
+
+_SUMS: Final = (
+    "requests", "failures", "refused", "within", "rows", "calls", "called_rows", "compute_s", "cpu_s", "wait_s", "queue_s", "edge_s",
+    "total_s", "non_finite", "deaths", "compared", "agreed",
+)  # fmt: skip
+
+
+class Track:
+    """The blocks of one version, the one that runs last."""
+
+    __slots__ = ("_block_s", "blocks", "open")
+
+    def __init__(self, now: float, block_s: float) -> None:
+        self._block_s = block_s
+        self.blocks: deque[Block] = deque(maxlen=KEPT_BLOCKS)
+        self.open = Block(now, now + block_s)
+
+    def at(self, now: float) -> Block:
+        """The block that `now` falls into; those that ended before are closed."""
+        if now >= self.open.ended:
+            self.blocks.append(self.open)
+            missed = int((now - self.open.ended) // self._block_s)
+            began = self.open.ended + missed * self._block_s
+            self.open = Block(began, began + self._block_s)
+        return self.open
+
+    def since(self, began: float, now: float) -> Block:
+        """All blocks that began at or after `began`, merged, the open one with them."""
+        merged = Block(began, now)
+        for block in (*self.blocks, self.at(now)):
+            if block.began >= began and block.offered + block.calls + block.compared + block.deaths:
+                merged.merge(block)
+        merged.began, merged.ended = began, now
+        return merged
+
+    def closed(self, count: int, now: float) -> list[Block]:
+        """The newest `count` closed blocks, the oldest first."""
+        self.at(now)
+        return list(self.blocks)[-count:]
+
+
+class Window:
+    """All tracks of one server. Recording methods run on the event loop; reading ones are called there as well."""
+
+    def __init__(self, block_s: float = BLOCK_S, clock: Callable[[], float] = monotonic) -> None:
+        self.block_s = block_s
+        self.tracks: dict[tuple[str, str], Track] = {}
+        self.minutes: dict[str, deque[list[int]]] = defaultdict(lambda: deque(maxlen=KEPT_MINUTES))
+        """Per model [minute, good, bad] answers in the user's eyes."""
+        self._thresholds: dict[str, float] = {}
+        self._clock = clock
+        self._background: dict[str, int] = defaultdict(int)
+
+    # ---- recording
+    def observe(self, seen: Observation) -> None:
+        """One finished request."""
+        now = self._clock()
+        block = self._block(seen.model, seen.version, now)
+        if seen.code == 200:
+            block.requests += 1
+            block.rows += seen.rows
+            block.total_s += seen.total_s
+            block.queue_s += seen.queue_s
+            block.edge_s += seen.decode_s + seen.encode_s
+            block.total.add(seen.total_s)
+            block.queue.add(seen.queue_s)
+            good = seen.total_s <= self._thresholds.get(seen.model, math.inf)
+            block.within += good
+        elif seen.code in SERVER_FAULTS:
+            block.failures += 1
+            good = False
+        elif seen.code == 429:
+            block.refused += 1
+            good = False
+        else:
+            return  # the caller's own fault says nothing of the model
+        minutes, minute = self.minutes[seen.model], int(now // 60)
+        if not minutes or minutes[-1][0] != minute:
+            minutes.append([minute, 0, 0])
+        minutes[-1][1 if good else 2] += 1
+
+    def called(self, model: str, version: str, rows: int, row_bytes: int, compute_s: float, cpu_s: float, wait_s: float) -> None:
+        """One call of the model with `rows` rows of `row_bytes` bytes each."""
+        block = self._block(model, version, self._clock())
+        block.calls += 1
+        block.called_rows += rows
+        block.compute_s += compute_s
+        block.cpu_s += cpu_s
+        block.wait_s += wait_s
+        bucket = bucket_of(rows, row_bytes)
+        cost = block.costs.get(bucket)
+        if cost is None:
+            cost = block.costs[bucket] = Cost()
+        cost.calls += 1
+        cost.rows += rows
+        cost.cpu_s += cpu_s
+        cost.cpu.add(max(LEAST_CPU_S, cpu_s / rows))
+
+    def failed(self, model: str, version: str) -> None:
+        """A version failed a request that another answered in its place: no caller saw it, the judge must."""
+        self._block(model, version, self._clock()).failures += 1
+
+    def answered_non_finite(self, model: str, version: str) -> None:
+        self._block(model, version, self._clock()).non_finite += 1
+
+    def died(self, model: str, version: str) -> None:
+        self._block(model, version, self._clock()).deaths += 1
+
+    def compared(self, model: str, version: str, agrees: bool) -> None:
+        """A live request was answered by golden too."""
+        block = self._block(model, version, self._clock())
+        block.compared += 1
+        block.agreed += agrees
+
+    @contextmanager
+    def background(self, kind: str) -> Iterator[None]:
+        """While Hone itself uses the cores (jobs, replay, probes): blocks that see it are marked, and detection looks past them."""
+        self._background[kind] += 1
+        self._mark()
+        try:
+            yield
+        finally:
+            self._mark()
+            self._background[kind] -= 1
+
+    @property
+    def disturbed(self) -> bool:
+        return any(self._background.values())
+
+    def mark(self) -> None:
+        """What others of ours do on this host now (a worker's job) disturbs the open blocks."""
+        self._mark()
+
+    def objective(self, model: str, threshold_s: float | None) -> None:
+        """Count from now on which answers of `model` come within `threshold_s`."""
+        if threshold_s is None:
+            self._thresholds.pop(model, None)
+        else:
+            self._thresholds[model] = threshold_s
+
+    def forget(self, keep: set[tuple[str, str]]) -> None:
+        """Drop the tracks of versions that are gone, once their last block is an hour old."""
+        old = self._clock() - KEPT_BLOCKS * self.block_s
+        for key in [key for key, track in self.tracks.items() if key not in keep and track.open.ended < old]:
+            del self.tracks[key]
+
+    # ---- reading
+    def now(self) -> float:
+        return self._clock()
+
+    def since(self, model: str, version: str, began: float) -> Block:
+        """What `version` did from `began` on; empty where it did nothing."""
+        now = self._clock()
+        track = self.tracks.get((model, version))
+        return track.since(began, now) if track is not None else Block(began, now)
+
+    def closed(self, model: str, version: str, count: int) -> list[Block]:
+        track = self.tracks.get((model, version))
+        return track.closed(count, self._clock()) if track is not None else []
+
+    def good_and_bad(self, model: str, seconds: float) -> tuple[int, int]:
+        """Answers of the last `seconds`, by whether they were what the objective promises."""
+        oldest = (self._clock() - seconds) / 60
+        counted = [row for row in self.minutes.get(model, ()) if row[0] + 1 > oldest]
+        return sum(row[1] for row in counted), sum(row[2] for row in counted)
+
+    def _block(self, model: str, version: str, now: float) -> Block:
+        track = self.tracks.get((model, version))
+        if track is None:
+            track = self.tracks[model, version] = Track(now, self.block_s)
+        block = track.at(now)
+        if self._background and not block.disturbed:
+            block.disturbed = self.disturbed
+        return block
+
+    def _mark(self) -> None:
+        now = self._clock()
+        for track in self.tracks.values():
+            track.at(now).disturbed = True
