@@ -38,6 +38,11 @@ def versions(arguments: argparse.Namespace) -> int:
         return _show(arguments, client.versions(arguments.model), lambda found: tables.versions(found["versions"]))
 
 
+def explain(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.explain(arguments.model), tables.explanation)
+
+
 def timeline(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         events = client.timeline(arguments.model, limit=arguments.limit)["events"]

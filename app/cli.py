@@ -89,10 +89,26 @@ def _add_processes(commands: Parsers) -> None:
         if name in WORKER_FLAGS:
             worker.add_argument(f"--{name}", metavar=placeholder, help=text)
     worker.add_argument("--port", metavar="PORT", type=int, dest="worker_port", help="port of the worker's own /metrics (HONE_WORKER_PORT)")
-    demo = _command(commands, "demo", "a server, a worker and a model that reads digits", _demo, "hone demo", "HONE_PORT=9000 hone demo")
+    demo = _command(
+        commands,
+        "demo",
+        "a server, a worker and a model that reads digits",
+        _demo,
+        "hone demo",
+        "HONE_PORT=9000 hone demo",
+        "hone demo --break version",
+    )
     for name, placeholder, text in SERVER_FLAGS:
         if name in ("state", "host", "port"):
             demo.add_argument(f"--{name}", metavar=placeholder, type=int if name == "port" else str, help=text)
+    demo.add_argument(
+        "--break",
+        dest="cause",
+        default="",
+        metavar="CAUSE",
+        help="inject a real fault into the running demo (or one started for it) and follow the loop: "
+        "load, host, process, settings, version, wrong, input, crash",
+    )
 
 
 def _add_reading(commands: Parsers) -> None:
@@ -109,6 +125,8 @@ def _add_reading(commands: Parsers) -> None:
     )
     versions = _asking(commands, "versions", "the lineage of a model, with fidelity and speed", "versions", "hone versions digits")
     versions.add_argument("model", metavar="MODEL")
+    explain = _asking(commands, "explain", "why this version is live: lineage, evidence, verdicts", "explain", "hone explain digits")
+    explain.add_argument("model", metavar="MODEL")
     timeline = _asking(
         commands, "timeline", "what happened, and why", "timeline", "hone timeline", "hone timeline digits -n 20", "hone timeline -f"
     )
@@ -275,9 +293,10 @@ def _worker(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from app.demo import run_demo
+    from app.demo import run_broken, run_demo
 
-    return run_demo(_settings(arguments))
+    cause = vars(arguments).pop("cause")
+    return run_broken(_settings(arguments), cause) if cause else run_demo(_settings(arguments))
 
 
 def _settings(arguments: argparse.Namespace) -> Any:

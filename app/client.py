@@ -124,6 +124,9 @@ class Client:
     def model(self, model: str) -> JSON:
         return self._admin("GET", f"/models/{_part(model)}")
 
+    def explain(self, model: str) -> JSON:
+        return self._admin("GET", f"/models/{_part(model)}/explain")
+
     def versions(self, model: str) -> JSON:
         return self._admin("GET", f"/models/{_part(model)}/versions")
 

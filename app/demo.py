@@ -50,6 +50,49 @@ def run_demo(settings: Settings) -> int:
         return watch(settings, children, stop, picture)
 
 
+def run_broken(settings: Settings, cause: str) -> int:
+    """Break the demo that runs here, or one that is started for it, and show how it mends itself. Status 0 where it was found out."""
+    from app.injection import CAUSES, run_break
+
+    if cause not in CAUSES:
+        raise HoneError(f"{cause!r} is no cause that can be injected; there are {', '.join(CAUSES)}")
+    address = Address.from_env(os.environ | {"HONE_PORT": str(settings.port), "HONE_HOST": settings.host}, state=str(settings.state))
+    with Client(address, timeout_s=20.0) as client:
+        if _answers(client):
+            return _told(run_break(cause, client, settings.state, _print))
+    refuse_taken_port(settings.host, settings.port)
+    repository = copy_repository(settings.state)
+    with stop_on_signal() as stop, Children(settings, child_environment(settings, repository)) as children:
+        children.start("serve")
+        children.start("worker")
+        if not wait_for_model(settings, children, stop):
+            return 130
+        with _client(settings, children) as client:
+            return _told(run_break(cause, client, settings.state, _print, stopped=lambda: stop.asked))
+
+
+def _answers(client: Client) -> bool:
+    try:
+        return client.model_ready(MODEL)
+    except ClientError:
+        return False
+
+
+def _told(found: dict[str, object]) -> int:
+    blamed, plans = found["blamed"] or ["nothing"], found["plans"] or ["nothing"]
+    assert isinstance(blamed, list) and isinstance(plans, list)
+    recovered = f"well again {found['recovered_s']} s after it was broken" if found["recovered_s"] else "nothing was to be repaired"
+    _print(
+        f"\n{found['injected']} was injected; blamed on {', '.join(dict.fromkeys(blamed))}; plan: {', '.join(dict.fromkeys(plans))}; {recovered}; "
+        f"{found['failed']} of {found['sent']} requests failed"
+    )
+    return 0 if found["blamed"] else 3
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
 def watch(settings: Settings, children: Children, stop: Stop, picture: Path) -> int:
     """Greet when the model answers, then show events. Returns at a signal."""
     if wait_for_model(settings, children, stop):

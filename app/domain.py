@@ -18,6 +18,8 @@ DATATYPE_SIZES: Final[dict[str, int]] = {
 }  # fmt: skip
 """Bytes per element of each fixed-size datatype of the Open Inference Protocol. BYTES is variable and not listed."""
 BYTES: Final = "BYTES"
+OWN: Final = "(hone)"
+"""Caller of a request that Hone asks itself: golden's outputs compared, a live answer checked, a runner probed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class InferenceRequest:
     priority: int = 0
     deadline: float | None = None
     caller: str = ""
+    """Whom to count it for: the client's address, or OWN for a question of Hone's, which no window or sample may count."""
     received_at: float = 0.0
     decode_s: float = 0.0
 
@@ -122,6 +125,31 @@ class Observation:
     rows: int
     cpu_s: float
     wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model as this server serves it at one moment: what the loop sees of the data plane. `shared` is the version that takes a share."""
+
+    name: str
+    active: str
+    golden: str
+    generation: int
+    settings: RuntimeSettings
+    ready: bool
+    queued: int
+    inflight: int
+    memory_bytes: int
+    recent_deaths: int
+    loaded: tuple[str, ...]
+    active_since: float
+    """When this version or its settings became active here, time.monotonic()."""
+    previous: str = ""
+    rung: str = ""
+    shared: str = ""
+    failed: tuple[tuple[str, str], ...] = ()
+    fixed_inputs: bool = True
+    """Whether all inputs have one shape beside the batch, so that a row's cost should not depend on what it holds."""
 
 
 class VersionState(StrEnum):
@@ -232,6 +260,17 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """A second version beside the desired one: a candidate that is only asked again what others answered (shadow, share 0) or that takes a
+    share of the live requests (canary), or the previous version beside its successor (watch). `since` is the event's time, unix seconds."""
+
+    version: str
+    share: float
+    stage: str
+    since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelState:
     """The desired state of one model: a fold over its events. `stamp` is the (epoch, seq) of the last event that changed it."""
 
@@ -246,6 +285,9 @@ class ModelState:
     built: tuple[BuiltVersion, ...] = ()
     mode: Mode | None = None
     unloaded: bool = False
+    split: Split | None = None
+    rungs: tuple[str, ...] = ()
+    """Proven versions that the data plane may step down to by itself when load threatens the objective, the best first."""
     last_event: int = 0
     stamp: tuple[int, int] = (0, 0)
 

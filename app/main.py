@@ -30,8 +30,11 @@ from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.reservoir import Reservoir
 from app.catalog.state_folder import StateFolder
+from app.control.bench import Bench
 from app.control.commands import Commands
 from app.control.keeper import JobKeeper
+from app.control.loop import Loop
+from app.control.rollout import Rollout
 from app.domain import JSON, Event
 from app.errors import NotAllowed
 from app.operations import ServerOperations
@@ -41,6 +44,7 @@ from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
 from app.serving.service import InferenceService
+from app.serving.vitals import Vitals
 from app.serving.wording import Wording
 from app.settings import Settings
 from app.store import last_state
@@ -48,6 +52,7 @@ from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
 from app.telemetry.poll import Poller
 from app.telemetry.prometheus import Exporter
+from app.telemetry.window import Window
 from optimizers.host import cpu_budget, host_class, memory_budget
 from optimizers.task import TaskLimits, run_task
 
@@ -63,6 +68,7 @@ class Parts:
     fleet: Fleet
     recorder: Recorder
     keeper: JobKeeper
+    loop: Loop
     poller: Poller
     offload: Offload
     metrics: Metrics
@@ -82,11 +88,13 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     journal = open_journal(settings.journal)
     known = last_state.load(settings.state / "last-state.json")
     metrics = Metrics()
+    window = Window(settings.block_s)
     metrics.replace_gauge("hone_host_info", [((host.key,), 1.0)])
     metrics.gauge("hone_cores", value=cores)
     metrics.gauge("hone_server_ready", value=0)
-    service = InferenceService(settings.request_timeout_s, metrics)
+    service = InferenceService(settings.request_timeout_s, metrics, window)
     service.watch(metrics.observe)
+    service.watch(window.observe)
     repository = Repository(settings.repository, settings.allowed_roots, settings.factories)
     cards = Cards(state)
     recorder = Recorder(journal, metrics)
@@ -106,22 +114,28 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
 
     def died(model: str, version: str, reason: str, pid: int, hashes: tuple[str, ...]) -> None:
         metrics.count("hone_runner_deaths", model, version, _short(reason))
+        window.died(model, version)
         recorder(Event("runner.died", model, version, data={"reason": reason, "pid": pid, "requests": len(hashes)}))
 
     admission = Admission(repository, state, cards, host.key, cores, look)
-    loader = Loader(forkserver, CoreLedger(cores), metrics, host.key, memory, died)
+    loader = Loader(forkserver, CoreLedger(cores), metrics, window, host.key, memory, died)
     told = Wording.of(settings.repository, settings.state, (*settings.factories, *settings.allowed_roots))
     fleet = Fleet(
         service, repository, admission, loader, journal, recorder, metrics,
         lambda name, config: Reservoir(state.captured(name), config.capture), settings.poll_s,
         lambda folded: last_state.save(settings.state / "last-state.json", folded), known, told,
     )  # fmt: skip
-    keeper = JobKeeper(journal, commands, repository, state, cards, host.key, cores, settings, metrics, loader.replica)
+    vitals = Vitals(service, loader, window, cores)
+    rollout = Rollout(journal, window, vitals)
+    keeper = JobKeeper(journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, loader.replica)
+    loop = Loop(
+        vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads
+    )  # fmt: skip
     facts: JSON = {
         "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "repository": str(settings.repository),
         "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
     }  # fmt: skip
-    operations = ServerOperations(settings, service, fleet, admission, commands, journal, repository, state, cards, facts)
+    operations = ServerOperations(settings, service, fleet, admission, commands, journal, repository, state, cards, loop, facts)
     guard = Guard.from_settings(settings)
     offload = Offload(settings.max_body_bytes, settings.body_budget_bytes)
 
@@ -137,7 +151,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
     poller = Poller(service, metrics)
     return Parts(
-        settings, service, fleet, recorder, keeper, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck
+        settings, service, fleet, recorder, keeper, loop, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck
     )  # fmt: skip
 
 
@@ -151,6 +165,7 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
             asyncio.create_task(parts.fleet.run(), name="fleet"),
             asyncio.create_task(parts.keeper.run(), name="job-keeper"),
             asyncio.create_task(parts.poller.run(), name="poller"),
+            asyncio.create_task(parts.loop.run(), name="loop"),
         ]
         for task in tasks:
             task.add_done_callback(_report_death)

@@ -27,6 +27,7 @@ from app.catalog.repository import FoundModel, Repository
 from app.catalog.state_folder import StateFolder
 from app.catalog.uploads import Staged, stage_upload
 from app.control.commands import Commands
+from app.control.loop import Loop
 from app.control.planner import default_tries
 from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
@@ -39,6 +40,12 @@ from app.settings import Settings
 from app.store.base import Journal
 from app.store.codec import settings_from_json
 
+EXPLAINING: Final = frozenset({
+    "model.deployed", "desired.changed", "settings.changed", "version.failed", "version.confirmed", "canary.ended", "suspicion.raised",
+    "diagnosis.made", "plan.made", "runner.restarted", "recovery.verified", "job.finished", "ladder.stepped", "version.verified",
+})  # fmt: skip
+"""Events that say why a model is served as it is."""
+STORY: Final = 30
 LOAD_WAIT_S: Final = 120.0
 """How long a load call waits for the model to answer; loading goes on after that."""
 
@@ -48,11 +55,11 @@ class ServerOperations:
 
     def __init__(
         self, settings: Settings, service: InferenceService, fleet: Fleet, admission: Admission, commands: Commands, journal: Journal,
-        repository: Repository, state: StateFolder, cards: Cards, host: JSON,
+        repository: Repository, state: StateFolder, cards: Cards, loop: Loop, host: JSON,
     ) -> None:  # fmt: skip
         self._settings, self._service, self._fleet, self._admission = settings, service, fleet, admission
         self._commands, self._journal, self._repository, self._state, self._cards = commands, journal, repository, state, cards
-        self._host = host
+        self._loop, self._host = loop, host
         self._started = monotonic()
 
     # ---- reading
@@ -62,7 +69,7 @@ class ServerOperations:
             "version": __version__,
             "ready": self._fleet.ready,
             "uptime_s": round(monotonic() - self._started, 1),
-            "host": self._host,
+            "host": self._host | {"now": self._loop.host.to_json()},
             "frozen": self._fleet.state.frozen,
             "frozen_because": self._fleet.state.frozen_because,
             "store_error": self._fleet.store_error,
@@ -106,6 +113,19 @@ class ServerOperations:
     async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[JSON]:
         events = await asyncio.to_thread(self._journal.read, after, limit, model, newest_first)
         return [asdict(event) for event in events]
+
+    async def explain(self, name: str) -> JSON:
+        """Why the active version is the active one: its lineage, proof, what led to it, and what is wrong now."""
+        slot = self._service.slot(name)
+        lineage = {one["version"]: one for one in await self.versions(name)}
+        events = await asyncio.to_thread(self._journal.read, 0, 400, name, True)
+        chain: list[JSON] = []
+        version = slot.active.version if slot.active is not None else slot.desired
+        while version and version in lineage and version not in [one["version"] for one in chain]:
+            chain.append(lineage[version])
+            version = lineage[version]["parent"]
+        told = [asdict(event) for event in reversed(events) if event.kind in EXPLAINING]
+        return self._model(slot) | {"lineage": chain, "story": told[-STORY:]}
 
     async def news(self, after: int, timeout_s: float) -> int | None:
         return await self._fleet.news(after, timeout_s)
@@ -352,6 +372,10 @@ class ServerOperations:
             "loaded": [_loaded(loaded) for loaded in slot.versions.values()],
             "failed": dict(slot.failed),
             "captured": len(slot.reservoir),
+            "split": asdict(want.split) if want is not None and want.split is not None else None,
+            "rungs": list(want.rungs) if want is not None else [],
+            "stepped_down_to": slot.rung.version if slot.rung is not None else "",
+            "loop": self._loop.told(slot.name),
             "last_event": want.last_event if want is not None else 0,
         }
 

@@ -59,6 +59,7 @@ class Settings:
     job_threads: int = setting(1, "threads of an optimization job")
     job_memory_bytes: int = setting(4 << 30, "memory of an optimization job")
     job_seconds: float = setting(3600.0, "time limit of an optimization job")
+    block_s: float = setting(5.0, "seconds of one block of the sensor: what the loop compares with what is normal")
     worker_port: int = setting(0, "port of the worker's own /metrics; 0: none")
     log_level: str = setting("info", "debug, info, warning or error")
 

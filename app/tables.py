@@ -10,7 +10,10 @@ from typing import Any, Final, TypeAlias
 JSON: TypeAlias = dict[str, Any]
 Cell: TypeAlias = Callable[[JSON], object]
 
-_QUIET: Final = frozenset({"sha256", "golden_sha256", "report", "epoch", "attempt"})
+_QUIET: Final = frozenset({
+    "sha256", "golden_sha256", "report", "epoch", "attempt", "evidence", "numbers", "kinds", "confidence", "rules_out", "beside", "action",
+    "cause", "waits", "took_s", "host_class", "watch_share", "keep_since",
+})  # fmt: skip
 """Keys of an event that say nothing to a person."""
 
 
@@ -46,13 +49,67 @@ def models(rows: Iterable[JSON]) -> str:
             ("ACTIVE", lambda r: r.get("active")),
             ("DESIRED", lambda r: r.get("desired")),
             ("GOLDEN", lambda r: r.get("golden")),
-            ("STATE", lambda r: r.get("state")),
+            ("STATE", _state_of),
+            ("OBJECTIVE", lambda r: (r.get("loop") or {}).get("objective")),
+            ("NOW", lambda r: _p95(r.get("loop") or {})),
+            ("TREND", lambda r: _trend((r.get("loop") or {}).get("trend"))),
             ("MODE", lambda r: r.get("mode")),
             ("RUNS WITH", lambda r: _settings(r.get("settings") or {})),
             ("MEMORY", lambda r: size(sum(loaded.get("memory_bytes") or 0 for loaded in r.get("loaded") or ()))),
             ("REASON", lambda r: r.get("reason")),
         ],
     )
+
+
+def _state_of(row: JSON) -> str:
+    """Ready or not; and what the loop is about with it, unless all is well."""
+    condition = (row.get("loop") or {}).get("condition", "steady")
+    return str(row.get("state")) if condition == "steady" else f"{row.get('state')}, {condition}"
+
+
+def _p95(loop: JSON) -> str:
+    return f"p95 {loop['p95_s'] * 1e3:.3g} ms" if loop.get("p95_s") else ""
+
+
+def _trend(ratio: float | None) -> str:
+    """The last minute against the four before."""
+    if not isinstance(ratio, int | float):
+        return ""
+    return "level" if 0.8 <= ratio <= 1.25 else f"{ratio - 1:+.0%}"
+
+
+def explanation(found: JSON) -> str:
+    """Why a version is live: its lineage with the proofs, how it does now, and what led here."""
+    loop = found.get("loop") or {}
+    lines = [
+        f"{found.get('name')}: version {found.get('active') or 'none'} answers, {found.get('mode')} mode, {loop.get('condition', 'steady')}"
+    ]
+    for version in found.get("lineage") or ():
+        origin = "golden, as deployed" if version.get("golden") else f"from {version.get('parent')} by {recipe(version.get('recipe'))}"
+        proof = version.get("proof") or {}
+        said = f"{proof.get('verdict')} here: {proof.get('summary')}" if proof else "no proof on this class of host"
+        lines.append(f"  {version.get('version')}  {origin}; {version.get('why') or ''}; {said}")
+    lines += ["", "now:", *(f"  {line}" for line in _now(loop)), "", "what led here:"]
+    return "\n".join([*map(_clean, lines), *(f"  {event_line(event)}" for event in found.get("story") or ())])
+
+
+def _now(loop: JSON) -> Iterable[str]:
+    if loop.get("objective"):
+        yield f"objective {loop['objective']}, met by {_percent(loop.get('attained'))} of the answers of five minutes"
+    if loop.get("p95_s"):
+        yield f"p95 {loop['p95_s'] * 1e3:.3g} ms at {loop.get('requests_per_s', 0):.3g} requests/s"
+    fidelity = loop.get("fidelity")
+    if fidelity:
+        yield f"agrees with golden on {fidelity['agreed']} of {fidelity['compared']} live requests"
+    if loop.get("cost_ratio"):
+        yield f"CPU time per row {loop['cost_ratio']:.2f} × its normal"
+    yield from (f"suspicion: {text}" for text in loop.get("suspicions") or ())
+    if loop.get("cause"):
+        yield f"blamed on {loop['cause']}: {loop.get('why')}"
+
+
+def _percent(share: float | None) -> str:
+    return f"{share:.1%}" if isinstance(share, int | float) else "none yet"
 
 
 def versions(rows: Iterable[JSON]) -> str:

@@ -80,6 +80,7 @@ class Operations(Protocol):
     async def set_mode(self, name: str, mode: Mode, actor: str) -> JSON: ...
     async def clear_capture(self, name: str, actor: str) -> JSON: ...
     async def freeze(self, frozen: bool, actor: str) -> JSON: ...
+    async def explain(self, name: str) -> JSON: ...
     def jobs(self, model: str, open_only: bool) -> list[JSON]: ...
     def job(self, identity: str) -> JSON: ...
     async def cancel(self, identity: str, actor: str) -> JSON: ...
@@ -108,7 +109,7 @@ class Admin:
         for method, path, handler in (
             ("GET", "/status", self.status), ("GET", "/models", self.models), ("POST", "/models", self.upload),
             ("GET", "/models/{name}", self.model), ("DELETE", "/models/{name}", self.remove_model),
-            ("GET", "/models/{name}/versions", self.versions), ("DELETE", "/models/{name}/versions/{version}", self.remove_version),
+            ("GET", "/models/{name}/explain", self.explain), ("GET", "/models/{name}/versions", self.versions), ("DELETE", "/models/{name}/versions/{version}", self.remove_version),
             ("POST", "/models/{name}/versions/{version}/load", self.load_version),
             ("POST", "/models/{name}/optimize", self.optimize), ("POST", "/models/{name}/promote", self.promote),
             ("POST", "/models/{name}/rollback", self.rollback), ("POST", "/models/{name}/verify", self.verify),
@@ -135,6 +136,10 @@ class Admin:
     async def versions(self, request: Request, name: str) -> Response:
         role = self._guard.may_read(request)
         return self._show(role, {"model": name, "versions": await self._do.versions(name)})
+
+    async def explain(self, request: Request, name: str) -> Response:
+        role = self._guard.may_read(request)
+        return self._show(role, await self._do.explain(name))
 
     async def upload(self, request: Request) -> Response:
         return answer(await self._do.upload(request, self._guard.may_change(request)), 201)

@@ -28,7 +28,7 @@ class Infer:
         async with offload.body(headers, exchange.receive) as body:
             if encoding is not None:
                 body = await offload.decompress(body, encoding)
-            loaded = service.loaded(exchange.model, exchange.version)
+            loaded = service.loaded(exchange.model, exchange.version, headers)
             signature = loaded.admitted.signature
             parsed = await offload.parse(body, header_length, signature, received_at)
             request = parsed.request

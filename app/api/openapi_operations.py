@@ -179,6 +179,7 @@ def _admin(example: Example) -> list[Operation]:
         ),
         read(model, "One model", "Model", "401 404"),
         change("DELETE", model, "Remove a model", said="It is served no longer.", errors="404 409"),
+        read(f"{model}/explain", "Why the active version is the active one", "Model", "401 404"),
         read(f"{model}/versions", "Versions with their lineage, fidelity and speed", "VersionList", "401 404"),
         change("DELETE", f"{model}/versions/{{version}}", "Remove a built version", errors="404 409", said="Its weights go, its card stays."),
         change("POST", f"{model}/versions/{{version}}/load", "Load a version beside the active one", errors="404 409 507", said="It answers under /versions."),

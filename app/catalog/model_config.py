@@ -233,6 +233,31 @@ class Budget(Strict):
     """Changes of the active version."""
 
 
+class Rollout(Strict):
+    """How a candidate that passed offline takes over under traffic: a share of live requests first, judged beside the incumbent, then a \
+watch in which the previous version keeps a share."""
+
+    canary: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, max_length=10)] = (0.05, 0.25)
+    """Shares of live requests, in order; all of them follow. Empty: no canary, the offline proof decides."""
+    header: Annotated[str, Field(max_length=255)] | None = None
+    """Name of a request header whose value decides which version answers, so that a caller stays with one. Default: at random."""
+    min_samples: Annotated[int, Field(ge=8, le=100_000)] = 50
+    """Fewer answers of either version than this are inconclusive."""
+    max_age_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
+    """A canary that is undecided by then ends on the incumbent; the candidate stays known as proven."""
+    watch_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """What the previous version keeps after a promotion until it is confirmed; 0: no watch."""
+    watch_s: Annotated[float, Field(ge=0, le=7 * 86_400)] = 300.0
+    """A watch that found nothing wrong by then confirms."""
+
+    @field_validator("canary")
+    @classmethod
+    def _grows(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(later <= earlier for earlier, later in itertools.pairwise(value)):
+            raise ValueError(f"shares must grow from stage to stage, such as [0.05, 0.25], not {list(value)}")
+        return value
+
+
 class ModelConfig(Strict):
     """One model.yaml. Every key has a default, so that a model without the file is served too."""
 
@@ -264,6 +289,9 @@ asks before any version takes over; `observe`: only looks."""
     capture: Capture = Capture()
     limits: Limits = Limits()
     budget: Budget = Budget()
+    rollout: Rollout = Rollout()
+    ladder: Annotated[bool, Field()] = True
+    """Whether the data plane may step down to a faster proven version by itself while load would break the objective."""
     rollback_window_s: Annotated[float, Field(ge=0, le=7 * 86_400)] = 600.0
     """How long the previous version stays warm after a swap, in seconds."""
 

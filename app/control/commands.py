@@ -79,9 +79,10 @@ class Commands:
         return job
 
     def promote(
-        self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None
-    ) -> Event:
-        """Make `version` the desired one. Built versions need a proof on this class of host, or `force`; those that the user deployed do not."""
+        self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None,
+        watch_share: float = 0.0,
+    ) -> Event:  # fmt: skip
+        """Make `version` the desired one; the one before keeps `watch_share` of the requests until the loop confirms. Built versions need a proof on this class of host, or `force`; those that the user deployed do not."""
         model = self.model(name)
         if self._journal.state().frozen and not force:
             raise NotAllowed("all change is frozen; lift it with: hone unfreeze (rollback is always allowed)")
@@ -95,7 +96,7 @@ class Commands:
                 )
         if version == model.desired and settings is None:
             raise Conflict(f"version {version} of {name!r} is the desired one already")
-        return self._desire(model, version, actor, reason, settings)
+        return self._desire(model, version, actor, reason, settings, watch_share)
 
     def rollback(self, name: str, actor: str, reason: str) -> Event:
         """Back to what was before the last change, at once: the previous settings if only those changed, else the previous version."""
@@ -140,8 +141,12 @@ class Commands:
         self.model(name)
         return self._journal.append(Event("model.removed", name, actor=actor))
 
-    def _desire(self, model: ModelState, version: str, actor: str, reason: str, settings: RuntimeSettings | None) -> Event:
+    def _desire(
+        self, model: ModelState, version: str, actor: str, reason: str, settings: RuntimeSettings | None, watch_share: float = 0.0
+    ) -> Event:
         data: dict[str, Any] = {"version": version, "from": model.desired, "reason": reason}
         if settings is not None:
             data["settings"] = asdict(settings)
+        if watch_share:
+            data["watch_share"] = watch_share
         return self._journal.append(Event("desired.changed", model.name, version, "", actor, data), expect=model.generation)

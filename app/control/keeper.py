@@ -18,6 +18,7 @@ from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.commands import Commands
+from app.control.rollout import Rollout
 from app.control.verification import (
     SERVER_SIDE,
     TUNE_S,
@@ -35,6 +36,7 @@ from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.codec import settings_from_json
 from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
 from optimizers.base import Progress
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
@@ -55,18 +57,19 @@ class JobKeeper:
 
     def __init__(
         self, journal: Journal, commands: Commands, repository: Repository, state: StateFolder, cards: Cards, host_class: str, cores: int,
-        settings: Settings, metrics: Metrics, replica: str,
+        settings: Settings, metrics: Metrics, window: Window, rollout: Rollout, replica: str,
     ) -> None:  # fmt: skip
         self._journal, self._commands, self._bench = journal, commands, Bench(repository, state, cards)
         self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
-        self._replica = replica
+        self._window, self._rollout, self._replica = window, rollout, replica
+        self._leads_until = 0.0
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
         self._counted: set[str] | None = None
 
     async def run(self) -> None:
         while True:
             try:
-                if await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S):
+                if await self._lead():
                     await self._pass(await asyncio.to_thread(self._journal.state))
             except StoreUnavailable:
                 await asyncio.sleep(2.0)
@@ -76,6 +79,17 @@ class JobKeeper:
                 log.exception("a pass of the job keeper failed")
                 await asyncio.sleep(2.0)
             await asyncio.sleep(LOOK_S)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this server holds the control lease: it alone decides, for all that share the store."""
+        return monotonic() < self._leads_until
+
+    async def _lead(self) -> bool:
+        began = monotonic()
+        held = await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S)
+        self._leads_until = began + LEASE_S if held else 0.0
+        return held
 
     async def _pass(self, state: State) -> None:
         self._count_finished(state)
@@ -152,7 +166,7 @@ class JobKeeper:
         report: JSON = {"verdicts": [_told(one) for one in seen]}
         if winner is not None:
             settings = await self._tuned_candidate(job, piece, winner, stop, report)
-            return await self._take(job, piece, winner, settings, report)
+            return await self._take(job, piece, winner, settings, report, stop)
         if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):
             return await self._tune_active(job, piece, stop, report)
         outcome = _outcome_without_winner(seen, job)
@@ -176,13 +190,14 @@ class JobKeeper:
         proof = proof_of(card, want.golden_sha256, self._host_class, report, before)
         await asyncio.to_thread(self._cards.write_proof, card, proof)
         found = judged(version, report, lossless)
+        self._metrics.count("hone_verdicts", "offline", found.verdict.value)
         if version != piece.golden.version:
             data = {"version": version, "host_class": self._host_class, "verdict": found.verdict.value, "summary": found.summary}
             await asyncio.to_thread(self._journal.append, Event("version.verified", job.model, version, job.id, data=data))
         return found
 
     async def _take(
-        self, job: Job, piece: Workpiece, winner: Judged, settings: RuntimeSettings | None, report: JSON
+        self, job: Job, piece: Workpiece, winner: Judged, settings: RuntimeSettings | None, report: JSON, stop: asyncio.Event
     ) -> tuple[str, str, JSON]:
         """Promote the winner, or leave it for a person to."""
         want = await self._want(job)
@@ -192,9 +207,21 @@ class JobKeeper:
             waits = f"the model's mode is {mode.value}: promote it by hand, or set the mode to auto"
         if waits:
             return "kept", winner.version, report | {"waits": waits}
+        end = await self._rollout.run(job.model, winner.version, piece.config, job.id, stop.is_set)
+        report["canary"] = end.text
+        if stop.is_set():
+            raise TaskFailed(Failure.CANCELLED, "cancelled during its canary")
+        if not end.skipped:
+            self._metrics.count("hone_verdicts", "canary", end.verdict.value)
+        if end.verdict is Verdict.FAILED:
+            return "refused", "", report | {"reason": f"canary: {end.text}"}
+        if end.verdict is not Verdict.PASSED:
+            return "kept", winner.version, report | {"waits": f"the canary stayed undecided ({end.text}); it is proven, promote it by hand"}
+        await self._want(job)
+        share = 0.0 if end.skipped else piece.config.rollout.watch_share
         reason = f"job {job.id}: {winner.summary}"
         try:
-            event = await asyncio.to_thread(self._commands.promote, job.model, winner.version, "hone", reason, False, settings)
+            event = await asyncio.to_thread(self._commands.promote, job.model, winner.version, "hone", reason, False, settings, share)
         except NotAllowed as error:
             return "kept", winner.version, report | {"waits": str(error)}
         return await self._taken(job, winner.version, event.seq, report)
@@ -315,7 +342,8 @@ class JobKeeper:
                     seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scheduler="other",
                     scratch=str(scratch),
                 )  # fmt: skip
-                return await run_task(kind, request, limits, progress, stop)
+                with self._window.background(kind):
+                    return await run_task(kind, request, limits, progress, stop)
         finally:
             self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
 
@@ -329,7 +357,7 @@ class JobKeeper:
         """Keep the lease, and set `stop` when the job is cancelled or superseded meanwhile."""
         while not stop.is_set():
             try:
-                held = await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S)
+                held = await self._lead()
                 now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
                 if not held or now is None or now.cancel_asked or now.state is JobState.FINISHED:
                     stop.set()

@@ -1,15 +1,206 @@
-"""What to try when nobody says what: recipes by what the model is and what model.yaml allows. Pure; it measures and decides no swap."""
+"""What to do about a diagnosis: the cheapest remedy that fits the cause, was not tried in vain, and is within the budget. Often none. Pure.
+
+It also says what to build when nobody says what: recipes by what the model is and what model.yaml allows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
 from app.catalog.model_config import ModelConfig
-from app.domain import JSON
+from app.control.diagnosis import Cause, Diagnosis
+from app.domain import JSON, Mode
 
 PLANNED: tuple[tuple[str, ...], ...] = (("int8-static",), ("int8-dynamic",), ("graph",), ("tune",))
 """Alternatives; each says for itself where it does not apply, and the best that passes is taken."""
+COMPRESSED: Final = ("structured-pruning", "distill", "int8-static")
+"""With training: where the model has its source and data."""
+FIRST_WAIT_S: Final = 60.0
+LONGEST_WAIT_S: Final = 6 * 3600.0
+
+
+class Action(StrEnum):
+    RESTART = "restart"
+    ROLL_BACK = "roll back"
+    SWITCH = "switch"
+    TUNE = "tune"
+    RECALIBRATE = "recalibrate"
+    OPTIMIZE = "optimize"
+    STEP_DOWN = "step down"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do. `waits` says why a person must agree first; `advice` what a person could do."""
+
+    action: Action
+    text: str
+    version: str = ""
+    tries: tuple[tuple[str, ...], ...] = ()
+    waits: str = ""
+    advice: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the planner must know of a model beside the diagnosis."""
+
+    active: str
+    golden: str
+    previous: str = ""
+    proven: Sequence[str] = ()
+    """Versions with a passed proof on this class of host, the one with the largest gain first; without the active one."""
+    rungs: Sequence[str] = ()
+    tried: frozenset[tuple[str, ...]] = frozenset()
+    """Recipes that were tried on this golden since anything changed, and came to nothing."""
+    tried_actions: frozenset[Action] = frozenset()
+    """Remedies tried for this very cause since the model was last well."""
+    mode: Mode = Mode.AUTO
+    frozen: bool = False
+    jobs_open: int = 0
+    builds_left: int = 1
+    swaps_left: int = 1
+    cpu_s_left: float = 1.0
+    trainable: bool = False
+    wait_s: float = 0.0
+    """How long to leave it alone still, after remedies for the same cause came to nothing."""
+    faults: bool = False
+    """Errors, deaths or wrong answers: going back needs no budget and no agreement."""
+    evidence: JSON = field(default_factory=dict)
 
 
 def default_tries(config: ModelConfig) -> list[list[str | JSON]]:
     """Alternatives that model.yaml allows, the one with the largest expected gain first."""
     allowed = config.allow
     return [list(recipe) for recipe in PLANNED if allowed is None or all(method in allowed for method in recipe)]
+
+
+def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
+    """The cheapest remedy that may help. What costs nothing in quality is automatic; the rest waits where model.yaml says so."""
+    if now.wait_s > 0 and not now.faults:
+        return Plan(
+            Action.NOTHING, f"the same cause came back without a gain; looking again in {now.wait_s:.0f} s", advice=_advice(diagnosis)
+        )
+    for candidate in _remedies(diagnosis, now, config):
+        if candidate.action in now.tried_actions and candidate.action is not Action.NOTHING:
+            continue
+        return _permitted(candidate, now)
+    return Plan(Action.NOTHING, "nothing is left that was not tried", advice=_advice(diagnosis))
+
+
+def wait_after(failures: int) -> float:
+    """Seconds to leave a cause alone after so many remedies in a row without a gain."""
+    return 0.0 if failures < 2 else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (failures - 2))
+
+
+def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list[Plan]:
+    match diagnosis.cause:
+        case Cause.HOST:
+            return [Plan(Action.NOTHING, "nothing is wrong with the model", advice=_advice(diagnosis))]
+        case Cause.LOAD:
+            return [*_step_down(now), Plan(Action.NOTHING, "more work than these cores can do", advice=_advice(diagnosis))]
+        case Cause.PROCESS:
+            return [Plan(Action.RESTART, "restart the runner", now.active)]
+        case Cause.SETTINGS:
+            return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
+        case Cause.INPUT:
+            return [*_recalibrate(now, config), *_go_golden(diagnosis, now), *_tune(now)]
+        case Cause.VERSION:
+            return [*_leave(now), *_tune(now, unless_faults=True), *_build(now, config)]
+    return [Plan(Action.NOTHING, "no cause, no remedy", advice=_advice(diagnosis))]
+
+
+def _step_down(now: Situation) -> list[Plan]:
+    if not now.rungs:
+        return []
+    return [Plan(Action.STEP_DOWN, f"version {now.rungs[0]} answers while the load lasts", now.rungs[0])]
+
+
+def _leave(now: Situation) -> list[Plan]:
+    """Away from a version that Hone built; from one that the user deployed only for faults: it may be slower on purpose."""
+    built = now.active != now.golden and not now.active.isdigit()
+    found = []
+    if now.previous and (built or now.faults):
+        found.append(Plan(Action.ROLL_BACK, f"back to version {now.previous}", now.previous))
+    others = [version for version in now.proven if version not in (now.active, now.previous)]
+    if others:
+        found.append(Plan(Action.SWITCH, f"version {others[0]}, proven here", others[0]))
+    elif built and now.golden != now.active and now.golden != now.previous:
+        found.append(Plan(Action.SWITCH, f"golden {now.golden}", now.golden))
+    return found
+
+
+def _go_golden(diagnosis: Diagnosis, now: Situation) -> list[Plan]:
+    """Where quality fell, golden is right by definition."""
+    if "fidelity" not in diagnosis.evidence.get("suspicions", ()) or now.active == now.golden:
+        return []
+    return [Plan(Action.SWITCH, f"golden {now.golden} answers until a version fits the new inputs", now.golden)]
+
+
+def _tune(now: Situation, unless_faults: bool = False) -> list[Plan]:
+    if (unless_faults and now.faults) or ("tune",) in now.tried:
+        return []
+    return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
+
+
+def _recalibrate(now: Situation, config: ModelConfig) -> list[Plan]:
+    return [
+        Plan(Action.RECALIBRATE, "calibrate int8 with recent inputs", "", (recipe,))
+        for recipe in (("int8-static",),)
+        if _allowed(recipe, config) and now.active != now.golden
+    ]
+
+
+def _build(now: Situation, config: ModelConfig) -> list[Plan]:
+    """Alternatives that were not tried; with training only where nothing else is left."""
+    light = tuple(recipe for recipe in PLANNED if recipe != ("tune",) and _allowed(recipe, config) and recipe not in now.tried)
+    found = [Plan(Action.OPTIMIZE, f"build {_either(light)}", "", light)] if light else []
+    if now.trainable and _allowed(COMPRESSED, config) and COMPRESSED not in now.tried:
+        found.append(Plan(Action.OPTIMIZE, f"build {'+'.join(COMPRESSED)}", "", (COMPRESSED,)))
+    return found
+
+
+def _permitted(wanted: Plan, now: Situation) -> Plan:
+    """The same, or why it must wait or is only told."""
+    free = wanted.action in (Action.NOTHING, Action.STEP_DOWN, Action.ROLL_BACK) or now.faults
+    if now.frozen and wanted.action is not Action.NOTHING:
+        return _told(wanted, "all change is frozen")
+    if now.mode is Mode.OBSERVE and wanted.action is not Action.NOTHING:
+        return _told(wanted, "the model's mode is observe")
+    if free:
+        return wanted
+    if wanted.tries and now.jobs_open:
+        return Plan(Action.NOTHING, "a job for this model is under way already")
+    builds = wanted.action in (Action.OPTIMIZE, Action.RECALIBRATE)
+    if (builds and now.builds_left <= 0) or (wanted.tries and now.cpu_s_left <= 0):
+        return Plan(Action.NOTHING, f"would {wanted.action} ({wanted.text}), but today's budget for jobs is spent (budget in model.yaml)")
+    if wanted.action in (Action.SWITCH, Action.RESTART) and now.swaps_left <= 0:
+        return Plan(Action.NOTHING, f"would {wanted.action} ({wanted.text}), but today's budget of swaps is spent (budget in model.yaml)")
+    if now.mode is Mode.APPROVE and wanted.action is Action.SWITCH:
+        return Plan(wanted.action, wanted.text, wanted.version, wanted.tries, "the model's mode is approve", wanted.advice)
+    return wanted
+
+
+def _told(wanted: Plan, why: str) -> Plan:
+    return Plan(Action.NOTHING, f"would {wanted.action}: {wanted.text}; {why}", wanted.version, (), why, wanted.advice)
+
+
+def _advice(diagnosis: Diagnosis) -> tuple[str, ...]:
+    match diagnosis.cause:
+        case Cause.HOST:
+            return ("move the neighbour, or give this server cores of its own", *diagnosis.beside)
+        case Cause.LOAD:
+            return ("add replicas, or have a faster version proven: hone optimize MODEL", *diagnosis.beside)
+    return diagnosis.beside
+
+
+def _allowed(recipe: Sequence[str], config: ModelConfig) -> bool:
+    return config.allow is None or all(method in config.allow for method in recipe)
+
+
+def _either(tries: Sequence[Sequence[str]]) -> str:
+    return " or ".join("+".join(recipe) for recipe in tries)

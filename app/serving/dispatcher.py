@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
-from app.domain import BYTES, InferenceRequest, InferenceResult, RuntimeSettings
+from app.domain import BYTES, OWN, InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady, QueueFull
 from app.serving import deadlines
 from app.serving.batcher import Queue, Work, key_of
@@ -40,6 +40,7 @@ class BatchReport:
     """What one finished batch cost, for those who count. Seconds; `queue_s` has one entry per request."""
 
     rows: int
+    row_bytes: int
     requests: int
     compute_s: float
     cpu_s: float
@@ -89,7 +90,7 @@ class Dispatcher:
         self.refuse_if_full()
         key, rows, alone = key_of(request.inputs, self.batchable)
         self._sizes.check(request.inputs, key, rows)
-        work = Work(request, key, rows, alone, self._loop.create_future(), now)
+        work = Work(request, key, rows, alone or request.caller is OWN, self._loop.create_future(), now)
         if work.deadline is not None:
             deadlines.check(work, self.queue, self.rates, self.settings, now)
             self._deadlines.watch(work.deadline)
@@ -367,9 +368,10 @@ class Dispatcher:
             work.future.set_result(
                 InferenceResult(outputs, spec.model, spec.version, spec.generation, work.queue_s, reply.compute_s, rows, cpu_s, wait_s)
             )
-        if self._observer is not None:
+        if self._observer is not None and not (len(batch.work) == 1 and batch.work[0].request.caller == OWN):
             queue_s = tuple([work.queue_s for work in batch.work])
-            self._observer(BatchReport(rows, len(batch.work), reply.compute_s, reply.cpu_s, reply.wait_s, queue_s))
+            row_bytes = batch.plan.end // (rows or 1)
+            self._observer(BatchReport(rows, row_bytes, len(batch.work), reply.compute_s, reply.cpu_s, reply.wait_s, queue_s))
 
     def _failed(self, batch: Batch, reply: Reply) -> None:
         """A request that the model cannot take must not fail its batch-mates: each is tried alone."""

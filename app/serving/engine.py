@@ -356,14 +356,17 @@ class Engine:
             self._recycling = asyncio.get_running_loop().create_task(self._recycle(used), name=f"recycling of {self.spec.name}")
 
     async def _recycle(self, used: int) -> None:
-        """A runner that grew past its bound makes way for a fresh one, without a failed request."""
+        """A runner that grew past its bound makes way for a fresh one."""
         limit = self.spec.memory_limit_bytes
         _log.warning("%s: its runner holds %d MiB of at most %d; a fresh one takes over", self.spec.name, used >> 20, limit >> 20)
         try:
-            fresh = await Runner.start(self.spec, self._forkserver, self._on_exit)
+            await self.renew()
         except HoneError as error:
             _log.warning("%s: no fresh runner: %s", self.spec.name, error)
-            return
+
+    async def renew(self) -> None:
+        """A fresh runner takes over and the present one ends, without a failed request. Raises what starting one raises."""
+        fresh = await Runner.start(self.spec, self._forkserver, self._on_exit)
         spare, old = fresh, self._runner
         try:
             if old is not None and not self._closed and await self._dispatcher.hand_over(fresh):

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any, Final
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.tensors import to_array, to_tensor
-from app.domain import InferenceRequest, RuntimeSettings, Tensor
+from app.domain import OWN, InferenceRequest, RuntimeSettings, Tensor
 from app.errors import HoneError, InsufficientStorage, ModelRejected
 from app.serving.admission import Admitted
 from app.serving.engine import BatchReport, Engine, RunnerSpec
@@ -27,6 +26,7 @@ from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
 from app.serving.slot import Loaded
 from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
 
 log = logging.getLogger("hone.serving")
 CHECK_ROWS: Final = 32
@@ -46,15 +46,14 @@ class Loader:
     """One per server. `memory_limit` is what all runners together may take (bytes)."""
 
     def __init__(
-        self, forkserver: ForkServer, ledger: CoreLedger, metrics: Metrics, host_class: str, memory_limit: int,
+        self, forkserver: ForkServer, ledger: CoreLedger, metrics: Metrics, window: Window, host_class: str, memory_limit: int,
         on_death: Callable[[str, str, str, int, tuple[str, ...]], None],
     ) -> None:  # fmt: skip
-        self._forkserver, self._ledger, self._metrics = forkserver, ledger, metrics
+        self._forkserver, self._ledger, self._metrics, self._window = forkserver, ledger, metrics, window
         self._memory_limit, self._on_death = memory_limit, on_death
         self.host_class = host_class
         self.replica = uuid.uuid4().hex[:8]
         self._taken: dict[int, int] = {}
-        self._own_calls: Counter[tuple[str, str]] = Counter()
         self._loading = asyncio.Semaphore(2)
 
     async def load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
@@ -105,6 +104,10 @@ class Loader:
             raise
         return loaded
 
+    async def fresh(self, loaded: Loaded, config: ModelConfig) -> Engine:
+        """A second engine of the same version and settings in a new process, to hold the live one against; the caller stops it."""
+        return await self._start(loaded.engine.spec, config)
+
     async def stop(self, loaded: Loaded, drain_s: float) -> None:
         """Answer what it has, bounded, then end its process."""
         with contextlib.suppress(HoneError):
@@ -134,10 +137,8 @@ class Loader:
             ) from None
 
     def _batch(self, model: str, version: str, seen: BatchReport) -> None:
-        if self._own_calls[model, version] > 0:  # a comparison with golden is no caller's request
-            self._own_calls[model, version] -= 1
-            return
         self._metrics.batch(model, version, seen.rows, seen.compute_s)
+        self._window.called(model, version, seen.rows, seen.row_bytes, seen.compute_s, seen.cpu_s, seen.wait_s)
 
     def _reserve(self, admitted: Admitted, lone: bool) -> tuple[int, bool]:
         """Book what the version will need, so that two loads at once cannot both take the last room; and whether a second session fits.
@@ -175,8 +176,7 @@ class Loader:
                 self._one(loaded, name, values[row : row + 1] if stacked else values[row])
                 for name, values in reference.samples.inputs.items()
             ]
-            self._own_calls[loaded.admitted.model, loaded.version] += 1
-            result = await loaded.engine.infer(InferenceRequest(tensors, "check", deadline=until))
+            result = await loaded.engine.infer(InferenceRequest(tensors, "check", deadline=until, caller=OWN))
             for tensor in result.outputs:
                 got[tensor.name].append(_row(to_array(tensor), stacked, reference.outputs[tensor.name].shape[1:]))
             done += 1

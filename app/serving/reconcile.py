@@ -18,8 +18,9 @@ from app.domain import Event, ModelState, VersionState
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
 from app.serving.loader import Loader
+from app.serving.mirror import Mirror
 from app.serving.service import InferenceService
-from app.serving.slot import Loaded, Slot
+from app.serving.slot import Loaded, Share, Slot
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
@@ -30,6 +31,22 @@ RETRY_MOST_S = 300.0
 DRAIN_S = 30.0
 DEADLY_INPUTS = 3
 """So many different inputs that killed a runner count against the version; one alone counts against the input."""
+
+
+def _classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
+    """Shares of golden's top classes on the reference; empty where there is none, or nothing is classified."""
+    if not classifies or admitted.reference is None:
+        return {}
+    scores = next(iter(admitted.reference.outputs.values()))
+    if scores.dtype.kind != "f" or scores.ndim < 2:
+        return {}
+    best = scores.reshape(-1, scores.shape[-1]).argmax(-1).tolist()
+    return {group: best.count(group) / len(best) for group in set(best)}
+
+
+def needed(want: ModelState) -> set[str]:
+    """Versions that stay loaded beside the active one: golden, the one that shares the traffic, and the rungs of the ladder."""
+    return {want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
 
 
 class Backoff:
@@ -113,6 +130,7 @@ class ModelReconciler:
         await self._reach(want, found, want.desired)
         if slot.active is None and want.desired != want.golden:
             await self._reach(want, found, want.golden)
+        await self._share(want, found)
         if slot.active is not None and self._prepared != (want.golden_sha256, slot.config):
             await self._prepare(found, slot.active.admitted)
         if slot.reservoir.pending:
@@ -195,16 +213,33 @@ class ModelReconciler:
         if replaced is not None:
             self._later(self._stop_engine(replaced))
 
+    async def _share(self, want: ModelState, found: FoundModel) -> None:
+        """Load the versions that the journal wants beside the desired one, and give the one on trial its share of the requests."""
+        slot, split = self.slot, want.split
+        beside = [*((split.version,) if split is not None else ()), *(want.rungs if slot.config.ladder else ())]
+        for version in beside:
+            if version not in slot.versions and version in slot.known:
+                await self._warm(want, found, version)
+        if split is None or slot.active is None or slot.active.version != want.desired:
+            slot.split = None
+            return
+        loaded = slot.versions.get(split.version)
+        if loaded is None or loaded.admitted.signature != slot.active.admitted.signature:
+            slot.split = None
+        elif slot.split is None or (slot.split.loaded, slot.split.share, slot.split.stage) != (loaded, split.share, split.stage):
+            slot.split = Share(loaded, split.share, split.stage)
+
     async def _warm(self, want: ModelState, found: FoundModel, version: str) -> None:
         """Load a version beside the active one, where memory allows: golden answers under /versions too."""
-        identity = (want.golden_sha256, "warm", self.slot.config)
+        identity = (want.golden_sha256, "warm", self.slot.config, want.split)
         if self._backoff.blocked(version, identity):
             return
         try:
             self.slot.versions[version] = await self._load(want, found, version)
         except HoneError as error:
             self._backoff.failed(version, identity)
-            log.warning("model %s: golden %s is not kept warm: %s", self.slot.name, version, error)
+            self.slot.failed[version] = self._told(str(error))
+            log.warning("model %s: version %s is not kept warm: %s", self.slot.name, version, error)
 
     async def _load(self, want: ModelState, found: FoundModel, version: str) -> Loaded:
         slot = self.slot
@@ -231,6 +266,7 @@ class ModelReconciler:
         slot.processor = await self._admission.processor(found, admitted)
         classifies = slot.config.task == "classification"
         await asyncio.to_thread(slot.reservoir.configure, slot.config.capture, admitted.signature, classifies, admitted.golden_sha256)
+        slot.mirror = Mirror(*slot.config.quality.resolved(slot.config.task), usual=_classes(admitted, classifies))
         self._prepared = (admitted.golden_sha256, slot.config)
 
     def _swap(self, new: Loaded, want: ModelState, took_s: float) -> None:
@@ -238,6 +274,8 @@ class ModelReconciler:
         slot, old = self.slot, self.slot.active
         new.generation, new.warm_until = want.generation.n, 0.0
         slot.active, slot.reason = new, ""
+        if slot.split is not None and slot.split.loaded is new:
+            slot.split = None
         self._loader.ranked(slot.active, active=True)
         if old is not None and old is not new:
             if old.version != new.version:
@@ -310,13 +348,13 @@ class ModelReconciler:
     def _stop_expired(self, want: ModelState) -> None:
         now = monotonic()
         for loaded in list(self.slot.versions.values()):
-            kept = loaded is self.slot.active or loaded.version == want.golden or loaded.pinned
+            kept = loaded is self.slot.active or loaded.version in needed(want) or loaded.pinned
             if not kept and loaded.warm_until and now > loaded.warm_until:
                 self._later(self._stop(loaded))
 
     async def _bound_warm(self, want: ModelState) -> None:
         """One previous version at most, and no more versions than model.yaml's runtime.warm_versions."""
-        keep = {want.golden, *(v.version for v in (self.slot.active,) if v is not None)}
+        keep = {*needed(want), *(v.version for v in (self.slot.active,) if v is not None)}
         others = [v for v in self.slot.versions.values() if v.version not in keep]
         gone = [v for v in others if v.version not in self.slot.known]
         others = [v for v in others if v not in gone]
@@ -333,8 +371,13 @@ class ModelReconciler:
         self._metrics.time("hone_swap_duration_seconds", self.slot.name, seconds=monotonic() - began)
 
     async def _stop(self, loaded: Loaded) -> None:
-        if self.slot.versions.get(loaded.version) is loaded:
-            del self.slot.versions[loaded.version]
+        slot = self.slot
+        if slot.versions.get(loaded.version) is loaded:
+            del slot.versions[loaded.version]
+        if slot.split is not None and slot.split.loaded is loaded:
+            slot.split = None
+        if slot.rung is loaded:
+            slot.rung = None
         await self._stop_engine(loaded)
 
     async def _stop_engine(self, loaded: Loaded) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 from typing import Final
 
@@ -13,6 +13,7 @@ from app.errors import (
     CannotMeetDeadline,
     DeadlineExceeded,
     HoneError,
+    ModelFailed,
     NotFound,
     NotReady,
     PayloadTooLarge,
@@ -22,6 +23,7 @@ from app.errors import (
 from app.serving.engine import Engine
 from app.serving.slot import Loaded, Slot
 from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
 
 Observer = Callable[[Observation], None]
 _REASONS: Final[dict[type[HoneError], str]] = {
@@ -38,8 +40,9 @@ _REASONS: Final[dict[type[HoneError], str]] = {
 class InferenceService:
     """All slots by model name. `infer` is what every door (protocol, predict) calls."""
 
-    def __init__(self, default_timeout_s: float, metrics: Metrics) -> None:
+    def __init__(self, default_timeout_s: float, metrics: Metrics, window: Window) -> None:
         self._metrics = metrics
+        self.window = window
         self.slots: dict[str, Slot] = {}
         self._default_timeout_s = default_timeout_s
         self._observers: tuple[Observer, ...] = ()
@@ -59,16 +62,30 @@ class InferenceService:
         slot = self.slots.get(loaded.admitted.model)
         try:
             result = await loaded.engine.infer(request)
-        except NotReady:
-            current = slot.versions.get(loaded.version) if slot is not None else None
-            if current is None or current is loaded:
+        except (NotReady, ModelFailed) as error:
+            instead = self._instead(slot, loaded, error)
+            if instead is None:
                 raise
-            loaded = current  # replaced by a new generation of the same version since it was leased
+            loaded = instead
             result = await loaded.engine.infer(request)
         result.generation = loaded.generation
         if slot is not None:
             slot.reservoir.offer(request.inputs, result.outputs, request.caller)
+            if slot.mirror is not None:
+                slot.mirror.offer(request, result)
         return result
+
+    def _instead(self, slot: Slot | None, loaded: Loaded, error: HoneError) -> Loaded | None:
+        """Who answers what `loaded` could not: its next generation, or the incumbent where it was a version on trial."""
+        if slot is None:
+            return None
+        current = slot.versions.get(loaded.version)
+        if isinstance(error, NotReady) and current is not None and current is not loaded:
+            return current  # replaced by a new generation of the same version since it was leased
+        if slot.split is not None and slot.split.loaded is loaded and slot.active is not None:
+            self.window.failed(slot.name, loaded.version)
+            return slot.active
+        return None
 
     def observe(self, observation: Observation) -> None:
         for observer in self._observers:
@@ -82,6 +99,7 @@ class InferenceService:
 
     def saw_non_finite(self, model: str, version: str) -> None:
         self._metrics.count("hone_nonfinite_outputs", model, version)
+        self.window.answered_non_finite(model, version)
 
     def label(self, model: str, version: str | None) -> tuple[str, str]:
         """Model and version to count a refusal under; unknown names are not labels, so that nobody can make series without end."""
@@ -98,8 +116,10 @@ class InferenceService:
             raise NotFound(f"no model {model!r} here; GET /admin/models or POST /v2/repository/index lists what there is")
         return slot
 
-    def loaded(self, model: str, version: str | None) -> Loaded:
-        return self.slot(model).lease(version)
+    def loaded(self, model: str, version: str | None, headers: Mapping[bytes, bytes] | None = None) -> Loaded:
+        """The version that answers. With a request's headers it may be one on trial, whose share of the requests is due."""
+        slot = self.slot(model)
+        return slot.route(headers) if version is None and headers is not None else slot.lease(version)
 
     def admit(self, model: str, version: str | None) -> Signature:
         """What a request must look like. Raises what would refuse it whatever it asks (no such model, loading, queue full), before its body is read."""

@@ -5,7 +5,9 @@ A slot only points; loading, draining and stopping are the reconciler's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.processing import Processor
@@ -14,6 +16,7 @@ from app.domain import RuntimeSettings, VersionState
 from app.errors import NotFound, NotReady
 from app.serving.admission import Admitted
 from app.serving.engine import Engine
+from app.serving.mirror import Mirror
 
 
 @dataclass(slots=True)
@@ -37,6 +40,26 @@ class Loaded:
 
 
 @dataclass(slots=True)
+class Share:
+    """A second version that answers a share of the requests: a candidate on trial, or the previous one beside its successor."""
+
+    loaded: Loaded
+    share: float
+    stage: str
+    due: float = 0.0
+
+    def takes(self, key: bytes | None) -> bool:
+        """Whether the next request is its. With a key (a header's value) the same callers get the same version, else one in 1/share."""
+        if key is not None:
+            return crc32(key) < self.share * 2**32
+        self.due += self.share
+        if self.due < 1:
+            return False
+        self.due -= 1
+        return True
+
+
+@dataclass(slots=True)
 class Slot:
     """`versions` holds every loaded version by name; `active` is the one that answers without /versions/{v}."""
 
@@ -53,13 +76,26 @@ class Slot:
     unloaded: bool = False
     failed: dict[str, str] = field(default_factory=dict)
     processor: Processor | None = None
+    split: Share | None = None
+    mirror: Mirror | None = None
+    rung: Loaded | None = None
+    """The version that answers in the active one's place while load would break the objective (app.serving.ladder)."""
 
     def lease(self, version: str | None) -> Loaded:
-        """The loaded version that shall answer. Raises NotReady with the reason and remedy, or NotFound."""
-        loaded = self.active if version is None else self.versions.get(version)
+        """The loaded version that stands for `version`. Raises NotReady with the reason and remedy, or NotFound."""
+        loaded = (self.rung or self.active) if version is None else self.versions.get(version)
         if loaded is None:
             raise self._unavailable(version)
         return loaded
+
+    def route(self, headers: Mapping[bytes, bytes]) -> Loaded:
+        """The version that shall answer a request which names none. Only a version that can answer at once gets its share."""
+        split = self.split
+        if split is None or self.rung is not None or not split.loaded.engine.alive:
+            return self.lease(None)
+        name = self.config.rollout.header
+        key = headers.get(name.lower().encode()) if name else None
+        return split.loaded if split.takes(key) else self.lease(None)
 
     def _unavailable(self, version: str | None) -> NotFound | NotReady:
         if version is None:

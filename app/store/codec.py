@@ -13,7 +13,20 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from app.domain import BuiltVersion, Event, Generation, Job, JobState, Mode, ModelState, RemovedModel, RuntimeSettings, State, Verdict
+from app.domain import (
+    BuiltVersion,
+    Event,
+    Generation,
+    Job,
+    JobState,
+    Mode,
+    ModelState,
+    RemovedModel,
+    RuntimeSettings,
+    Split,
+    State,
+    Verdict,
+)
 
 EVENT_LIMIT_BYTES: Final = 4 << 20
 E = TypeVar("E", bound=StrEnum)
@@ -96,6 +109,8 @@ def model_from_json(value: Any) -> ModelState:
     given["built"] = tuple(_built(built) for built in given.get("built", ()))
     given["mode"] = enum_or_none(Mode, given.get("mode"))
     given["stamp"] = _stamp(given.get("stamp", (0, 0)))
+    given["split"] = _split(given.get("split"))
+    given["rungs"] = tuple(str(version) for version in given.get("rungs", ()))
     return ModelState(**given)
 
 
@@ -116,6 +131,13 @@ def _built(value: Any) -> BuiltVersion:
     given["recipe"] = tuple(given["recipe"])
     given["verdicts"] = tuple([(host_class, Verdict(verdict)) for host_class, verdict in given.get("verdicts", ())])
     return BuiltVersion(**given)
+
+
+def _split(value: Any) -> Split | None:
+    if value is None:
+        return None
+    given = _mapping(value, "split")
+    return Split(str(given["version"]), float(given["share"]), str(given["stage"]), float(given.get("since", 0.0)))
 
 
 def _removed(value: Any) -> RemovedModel:

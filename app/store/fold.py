@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
-from app.domain import BuiltVersion, Event, Generation, Mode, ModelState, RemovedModel, RuntimeSettings, State, Verdict
+from app.domain import BuiltVersion, Event, Generation, Mode, ModelState, RemovedModel, RuntimeSettings, Split, State, Verdict
 from app.errors import Conflict
 from app.store import fold_jobs, merge
 from app.store.codec import enum_or_none, settings_from_json, state_from_json
 from app.store.kinds import SCHEMA, problem, version_of
 from app.store.transient import closed, drop, opened, put, with_model
 
-FOLD_VERSION: Final = 1
+FOLD_VERSION: Final = 2
 """Changes whenever the same events fold to another state: snapshots of another version are not used."""
 KEPT_REMOVED_MODELS: Final = 1000
 KEPT_REMOVED_VERSIONS: Final = 200
@@ -97,6 +97,8 @@ def _model_deployed(state: State, event: Event) -> State:
         settings=tuple(entry for entry in model.settings if entry[0] == previous),
         previous_settings=(),
         unloaded=False,
+        split=None,
+        rungs=(),
     )
     why = f"golden changed from {model.golden} ({model.golden_sha256[:12]}) to {golden} ({sha256[:12]})"
     return fold_jobs.cancel_of_model(_changed(state, event, renewed), event, sha256, why)
@@ -168,8 +170,38 @@ def _desired_changed(state: State, event: Event) -> State:
     if settings != model.settings_of(version):
         model = _with_settings(model, version, settings, None)
     if version != model.desired:
-        model = replace(model, desired=version, previous=model.desired)
+        model = replace(model, desired=version, previous=model.desired, split=_watched(model, event))
     return state if model is before else _changed(state, event, replace(model, generation=_next(model, state)))
+
+
+def _watched(model: ModelState, event: Event) -> Split | None:
+    """The previous version keeps a share of the traffic where whoever promoted wants the two compared."""
+    share = event.data.get("watch_share")
+    if isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share < 1:
+        return Split(model.desired, float(share), "watch", event.at)
+    return None
+
+
+def _traffic_split(state: State, event: Event) -> State:
+    model, version, share = state.models.get(event.model), event.data["version"], event.data["share"]
+    if model is None:
+        return state
+    split = None
+    if version and (share or event.data["stage"] == "shadow"):
+        if version == model.desired or not _may_serve(model, version):
+            return state
+        same = model.split is not None and (model.split.version, model.split.stage) == (version, event.data["stage"])
+        since = model.split.since if same and model.split is not None and event.data.get("keep_since") else event.at
+        split = Split(version, float(share), event.data["stage"], since)
+    return state if split == model.split else _changed(state, event, replace(model, split=split))
+
+
+def _ladder_set(state: State, event: Event) -> State:
+    model = state.models.get(event.model)
+    if model is None:
+        return state
+    rungs = tuple(version for version in event.data["rungs"] if version != model.desired and _may_serve(model, version))
+    return state if rungs == model.rungs else _changed(state, event, replace(model, rungs=rungs))
 
 
 def _settings_changed(state: State, event: Event) -> State:
@@ -227,6 +259,8 @@ def _version_removed(state: State, event: Event) -> State:
     gone = replace(
         _with_built(model, replace(built, removed=True)),
         previous="" if model.previous == version else model.previous,
+        split=None if model.split is not None and model.split.version == version else model.split,
+        rungs=tuple(rung for rung in model.rungs if rung != version),
         settings=_without(model.settings, version),
         previous_settings=_without(model.previous_settings, version),
     )
@@ -293,6 +327,8 @@ _HANDLERS: Final[dict[str, Callable[[State, Event], State]]] = {
     "mode.changed": _mode_changed,
     "desired.changed": _desired_changed,
     "settings.changed": _settings_changed,
+    "traffic.split": _traffic_split,
+    "ladder.set": _ladder_set,
     "version.published": _version_published,
     "version.removed": _version_removed,
     "version.verified": _version_verified,

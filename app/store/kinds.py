@@ -109,6 +109,16 @@ def _one_of(name: str, allowed: set[str], optional: bool = False) -> Check:
     return check
 
 
+def _share(name: str) -> Check:
+    def check(event: Event) -> str:
+        value = event.data.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1:
+            return ""
+        return f"data.{name}={value!r}: must be a share, at least 0 and below 1"
+
+    return check
+
+
 def _steps(name: str, depth: int) -> Check:
     def check(event: Event) -> str:
         return "" if _nested(event.data.get(name), depth) else f"data.{name}: must be {'lists of ' * depth}steps, each an object"
@@ -153,6 +163,8 @@ _CHECKS: Final[dict[str, tuple[Check, ...]]] = {
     "version.verified": (_model, _version, _text("host_class"), _one_of("verdict", set(Verdict))),
     "desired.changed": (_model, _version, _settings("settings", needed=False)),
     "settings.changed": (_model, _version, _settings("settings", needed=True), _settings("from", needed=False)),
+    "traffic.split": (_model, _text("version", "stage"), _share("share")),
+    "ladder.set": (_model, _texts("rungs")),
     "mode.changed": (_model, _one_of("mode", set(Mode), optional=True)),
     "job.requested": (_model, _job, _text("golden", "golden_sha256"), _steps("tries", 2)),
     "job.claimed": (_job, _text("worker"), _count("attempt", 1)),

@@ -22,7 +22,11 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
     "hone_nonfinite_outputs": ("Answers with NaN or infinity in them.", VERSION),
     "hone_store_errors": ("Calls of the journal that failed.", ["operation"]),
-    "hone_background_seconds": ("Time in which verifying, tuning and proving ran beside the traffic.", ["kind"]),
+    "hone_background_seconds": ("Time in which Hone's own work (verifying, tuning, replay, probes) ran beside the traffic.", ["kind"]),
+    "hone_suspicions": ("Times that something looked wrong with a model.", ["model", "kind"]),
+    "hone_diagnoses": ("Times that something was blamed on a cause.", ["model", "cause"]),
+    "hone_verdicts": ("Judgements of candidates.", ["stage", "verdict"]),
+    "hone_rollbacks": ("Times that the loop went back to a version before.", ["model", "reason"]),
     "hone_events": ("Events this process wrote to the journal.", ["kind"]),
 }
 GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
@@ -37,11 +41,19 @@ GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_cores": ("Cores that models may use here.", []),
     "hone_host_info": ("Class of this host; always 1.", ["host_class"]),
     "hone_event_loop_lag_seconds": ("How late the event loop ran its last timer.", []),
+    "hone_model_state": ("1 for what the loop is about with the model.", ["model", "state"]),
+    "hone_fidelity_ratio": ("Share of compared live answers that agree with golden, over five minutes.", VERSION),
+    "hone_drift_score": ("How far the predicted classes are from the reference's (population stability index).", ["model"]),
+    "hone_slo_attainment_ratio": ("Share of answers within the model's latency objective, over five minutes.", ["model"]),
+    "hone_burn_rate": ("How many times faster than allowed the model misses its objective, by window in seconds.", ["model", "window"]),
+    "hone_host_ratio": ("Shares of the cores' time: busy, others (not ours), steal, throttled.", ["kind"]),
+    "hone_host_pressure_ratio": ("Pressure stall information: share of ten seconds in which somebody waited.", ["resource"]),
     "hone_worker_busy": ("1 while the worker builds.", []),
 }
 HISTOGRAMS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_model_load_duration_seconds": ("From the decision to load a version until it could answer.", ["model"]),
     "hone_swap_duration_seconds": ("From the pointer's change until the old version was drained.", ["model"]),
+    "hone_recovery_duration_seconds": ("From the first suspicion until all was well again.", ["model", "cause"]),
     "hone_job_duration_seconds": ("From a job's request to its end.", ["optimizer"]),
 }
 

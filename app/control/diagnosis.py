@@ -1,0 +1,314 @@
+"""Whose fault it is, decided by rule from numbers: load, host, process, input, settings, version, or unknown. Pure.
+
+Wall time never blames a model: it is what users feel. A version is blamed only by a paired replay in CPU time, by errors and deaths that
+came with it, or by golden's answers; a process only by a fresh one beside it (docs/loop.md has the table of rules).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from app.control.suspicion import Kind, Normal, Suspicion, cost_ratio
+from app.domain import JSON
+from app.telemetry.hostfacts import HostFacts
+from app.telemetry.window import Block
+
+WAITING: Final = 0.25
+"""Share of a runner's time spent waiting for a core from which the host, not the model, makes it slow."""
+PRESSED: Final = 0.10
+STOLEN: Final = 0.10
+THROTTLED: Final = 0.05
+QUEUED: Final = 0.5
+FLAT: Final = 1.10
+DECAYED_CPU: Final = 1.15
+DECAYED_WALL: Final = 1.3
+DRIFTED: Final = 0.25
+"""PSI of the predicted classes from which the traffic is another one."""
+
+
+class Cause(StrEnum):
+    LOAD = "load"
+    HOST = "host"
+    PROCESS = "process"
+    INPUT = "input"
+    SETTINGS = "settings"
+    VERSION = "version"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A cause, how sure (0 to 1), why in words, the numbers, what is ruled out and by what, and what else was seen."""
+
+    cause: Cause
+    confidence: float
+    text: str
+    evidence: JSON = field(default_factory=dict)
+    rules_out: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What the paired replay found (optimizers.blame): (estimate, low, high) of ratios of CPU time per row."""
+
+    version: tuple[float, float, float] | None = None
+    """Live file over the file it is held to, on reference samples, over what the proof says that ratio is."""
+    recent: tuple[float, float, float] | None = None
+    """Live file, recent samples over reference samples."""
+    findings: tuple[str, ...] = ()
+    held_to: str = ""
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FreshRunner:
+    """The live runner over a fresh one: (estimate, low, high) of the ratios of CPU and of wall time."""
+
+    cpu: tuple[float, float, float]
+    wall: tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """All that a diagnosis may rest on. `others` are models that are suspected of the same at this moment."""
+
+    suspicions: Sequence[Suspicion]
+    block: Block
+    normal: Normal
+    host: HostFacts
+    cores: int
+    instances: int
+    threads: int
+    others: int = 0
+    models: int = 1
+    began_with_version: bool = False
+    drift: float | None = None
+    replay: Replay | None = None
+    fresh: FreshRunner | None = None
+    event: str = ""
+    """What happened shortly before, where something did: start, swap, settings, host class, cores."""
+
+
+def needs_replay(found: Findings) -> bool:
+    """Whether only an experiment can tell: where cost rose or an event may have changed it, and where time went to the calls themselves."""
+    kinds = {one.kind for one in found.suspicions}
+    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE}:
+        return False
+    if kinds & {Kind.COST, Kind.EVENT}:
+        return True
+    if Kind.FIDELITY in kinds or Kind.MEMORY in kinds:
+        return False
+    return not _is_load(found) and not _is_host(found)
+
+
+def diagnose(found: Findings) -> Diagnosis:
+    """The first rule that fits, the surest evidence first."""
+    for rule in (_by_faults, _by_fidelity, _by_memory, _by_many, _by_fresh_runner, _by_replay, _by_host, _by_load, _by_settings, _as_ever):
+        diagnosis = rule(found)
+        if diagnosis is not None:
+            return _with_neighbours(diagnosis, found)
+    return _with_neighbours(Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", _numbers(found)), found)
+
+
+# ---- rules
+
+
+def _by_faults(found: Findings) -> Diagnosis | None:
+    faults = [one for one in found.suspicions if one.kind in (Kind.DEATHS, Kind.NON_FINITE, Kind.ERRORS)]
+    if not faults:
+        return None
+    text = "; ".join(one.text for one in faults)
+    if found.host.memory_pressure is not None and found.host.memory_pressure > PRESSED:
+        return Diagnosis(Cause.HOST, 0.6, f"{text}, while the host is short of memory", _numbers(found))
+    if found.began_with_version:
+        return Diagnosis(Cause.VERSION, 0.95, f"{text}: began with this version", _numbers(found), ("load: faults are not slowness",))
+    return Diagnosis(Cause.VERSION, 0.6, f"{text}: this version's runner or answers, whatever began it", _numbers(found))
+
+
+def _by_fidelity(found: Findings) -> Diagnosis | None:
+    fidelity = next((one for one in found.suspicions if one.kind is Kind.FIDELITY), None)
+    if fidelity is None:
+        return None
+    drift = found.drift
+    if drift is not None and drift > DRIFTED and not found.began_with_version:
+        text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"
+        return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic it was proven with",))
+    if found.began_with_version:
+        return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first hour on", _numbers(found))
+    return Diagnosis(Cause.INPUT, 0.7, f"{fidelity.text}, though it passed on reference samples: the inputs changed", _numbers(found))
+
+
+def _by_memory(found: Findings) -> Diagnosis | None:
+    memory = next((one for one in found.suspicions if one.kind is Kind.MEMORY), None)
+    if memory is None:
+        return None
+    return Diagnosis(Cause.PROCESS, 0.8, f"{memory.text}: this process grew, a fresh one starts small", _numbers(found))
+
+
+def _by_many(found: Findings) -> Diagnosis | None:
+    """Nothing that happens to most models at once is one model's doing."""
+    if found.models < 2 or found.others + 1 < max(2, (found.models + 1) // 2) or _is_load(found):
+        return None
+    if found.fresh is not None and _decayed(found.fresh):
+        return None
+    text = f"{found.others + 1} of {found.models} models are out of the ordinary at the same time"
+    return Diagnosis(Cause.HOST, 0.8, text, _numbers(found), ("version, settings, input: they belong to one model",))
+
+
+def _by_fresh_runner(found: Findings) -> Diagnosis | None:
+    fresh = found.fresh
+    if fresh is None or not _decayed(fresh):
+        return None
+    which, ratio = ("CPU time", fresh.cpu) if fresh.cpu[1] > DECAYED_CPU else ("time", fresh.wall)
+    text = f"the live runner takes {_ratio(ratio)} × the {which} of a fresh one beside it: the process decayed, not the model"
+    return Diagnosis(
+        Cause.PROCESS, 0.95, text, _numbers(found), ("version: the fresh runner serves the same file", "host: both met the same")
+    )
+
+
+def _by_replay(found: Findings) -> Diagnosis | None:
+    replay = found.replay
+    if replay is None:
+        return None
+    if "version_slower" in replay.findings and replay.version is not None:
+        text = f"its file takes {_ratio(replay.version)} × the CPU time that version {replay.held_to} and its proof lead to expect"
+        return Diagnosis(Cause.VERSION, 0.95, text, _numbers(found), ("host, load: both files took turns on one core in CPU time",))
+    if "input_costlier" in replay.findings and replay.recent is not None:
+        text = f"recent inputs take {_ratio(replay.recent)} × the CPU time of the reference: the input changed"
+        return Diagnosis(Cause.INPUT, 0.9, text, _numbers(found), ("version: the same file, on both inputs",))
+    return None
+
+
+def _by_host(found: Findings) -> Diagnosis | None:
+    reasons = _host_reasons(found)
+    if not reasons:
+        return None
+    ruled = tuple(["version: as proven in the paired replay"] if _as_proven(found) else [])
+    return Diagnosis(Cause.HOST, 0.9 if ruled else 0.8, "; ".join(reasons), _numbers(found), ruled)
+
+
+def _by_load(found: Findings) -> Diagnosis | None:
+    if not _is_load(found):
+        return None
+    block = found.block
+    refused = f", {block.refused} refused" if block.refused else ""
+    text = f"queue {block.queue_ratio:.0%} of latency at {block.offered / block.seconds:.3g} requests/s{refused}, cost as proven"
+    return Diagnosis(Cause.LOAD, 0.9, text, _numbers(found), ("version, process: a row costs what it always cost",))
+
+
+def _by_settings(found: Findings) -> Diagnosis | None:
+    """Requests wait while cores stand idle, or calls of another size than the settings were measured for."""
+    block, host = found.block, found.host
+    slow = any(one.kind in (Kind.LATENCY, Kind.EVENT, Kind.REFUSALS) for one in found.suspicions)
+    used = found.instances * found.threads
+    idle = used < found.cores and (host.busy_ratio is None or host.busy_ratio < 0.85)
+    if slow and idle and (block.queue_ratio > 0.3 or block.refused or found.event == "settings"):
+        text = f"requests wait ({block.queue_ratio:.0%} of latency) while {used} of {found.cores} cores may be used: the settings do not fit the traffic"
+        return Diagnosis(Cause.SETTINGS, 0.8, text, _numbers(found), ("version, process: a row costs what it always cost",))
+    before, now = found.normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0
+    if slow and found.normal.known and before and (now > 2 * before or now < before / 2) and found.event not in ("start", ""):
+        text = f"calls have {now:.1f} rows on average, {before:.1f} when its settings were found"
+        return Diagnosis(Cause.SETTINGS, 0.6, text, _numbers(found))
+    return None
+
+
+def _as_ever(found: Findings) -> Diagnosis | None:
+    """Nothing changed, and yet it is slower than promised: it never was fast enough."""
+    latency = next((one for one in found.suspicions if one.kind is Kind.LATENCY and "threshold_s" in one.numbers), None)
+    if latency is None or not _as_proven(found):
+        return None
+    text = f"{latency.text}, with cost as proven, a quiet host and {found.block.queue_ratio:.0%} of it in the queue: this version is slower than its objective"
+    return Diagnosis(Cause.VERSION, 0.7, text, _numbers(found), ("host, load, process, input: all as ever",))
+
+
+# ---- what the rules share
+
+
+def _is_load(found: Findings) -> bool:
+    """Queues grow (or refuse) while a row costs what it always did, and the runner gets its cores."""
+    block = found.block
+    queued = block.refused > 0.02 * block.offered or block.queue_ratio > QUEUED
+    ratio = cost_ratio(block, found.normal)
+    used = min(found.cores, found.instances * found.threads)
+    return queued and (ratio is None or ratio < FLAT) and not _host_reasons(found) and (used >= found.cores or _saturated(found))
+
+
+def _saturated(found: Findings) -> bool:
+    """Whether the cores are busy, so that other settings could not use more of them."""
+    return found.host.busy_ratio is not None and found.host.busy_ratio >= 0.85
+
+
+def _is_host(found: Findings) -> bool:
+    return bool(_host_reasons(found))
+
+
+def _host_reasons(found: Findings) -> list[str]:
+    host, block = found.host, found.block
+    reasons = []
+    others = host.others_ratio if host.others_ratio is not None else None
+    if block.waiting_ratio > WAITING and (others is None or others > 0.15):
+        reasons.append(f"its threads wait for a core {block.waiting_ratio:.0%} of the time")
+    if host.throttled_ratio is not None and host.throttled_ratio > THROTTLED:
+        reasons.append(f"a CPU quota holds it back {host.throttled_ratio:.0%} of the time")
+    if host.steal_ratio is not None and host.steal_ratio > STOLEN:
+        reasons.append(f"{host.steal_ratio:.0%} of the cores' time is stolen by the hypervisor")
+    if host.memory_pressure is not None and host.memory_pressure > PRESSED:
+        reasons.append(f"the host is short of memory {host.memory_pressure:.0%} of the time")
+    if found.event in ("cores", "host class"):
+        reasons.append(f"the host changed: {found.event}")
+    return reasons
+
+
+def _decayed(fresh: FreshRunner) -> bool:
+    return fresh.cpu[1] > DECAYED_CPU or fresh.wall[1] > DECAYED_WALL
+
+
+def _as_proven(found: Findings) -> bool:
+    return found.replay is not None and "as_proven" in found.replay.findings
+
+
+def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
+    """Evidence that blames nobody, but that a person wants to know."""
+    block, host = found.block, found.host
+    beside = []
+    if block.total_s > 0 and block.edge_s / block.total_s > 0.4:
+        beside.append(
+            f"{block.edge_s / block.total_s:.0%} of a request goes into reading and writing it: the binary protocol would save most of that"
+        )
+    if host.loop_lag_s > 0.1:
+        beside.append(f"the server's event loop ran {host.loop_lag_s * 1e3:.0f} ms late")
+    if host.others_ratio is not None and host.others_ratio > 0.3:
+        beside.append(f"other programs use {host.others_ratio:.0%} of all cores")
+    if not beside:
+        return diagnosis
+    return Diagnosis(diagnosis.cause, diagnosis.confidence, diagnosis.text, diagnosis.evidence, diagnosis.rules_out, tuple(beside))
+
+
+def _numbers(found: Findings) -> JSON:
+    block = found.block
+    ratio = cost_ratio(block, found.normal)
+    numbers: JSON = {
+        "suspicions": [one.kind.value for one in found.suspicions],
+        "p95_s": block.total.quantile(0.95),
+        "requests": block.requests,
+        "refused": block.refused,
+        "queue_ratio": round(block.queue_ratio, 4),
+        "waiting_ratio": round(block.waiting_ratio, 4),
+        "cost_ratio": round(ratio, 4) if ratio is not None else None,
+        "drift": found.drift,
+        "host": found.host.to_json(),
+        "event": found.event,
+    }
+    if found.replay is not None:
+        numbers["replay"] = {"version": found.replay.version, "recent": found.replay.recent, "findings": list(found.replay.findings)}
+    if found.fresh is not None:
+        numbers["fresh"] = {"cpu": found.fresh.cpu, "wall": found.fresh.wall}
+    return numbers
+
+
+def _ratio(interval: tuple[float, float, float]) -> str:
+    return f"{interval[0]:.2f} [{interval[1]:.2f}, {interval[2]:.2f}]"

@@ -1,0 +1,64 @@
+"""What a model is held to, and how fast it uses up what it may miss: objectives as shares of good answers, and multi-window burn rates.
+
+Pure: counts in, facts out. Windows and factors are the SRE workbook's (ch. 5), for an error budget of 30 days.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from app.catalog.model_config import ModelConfig
+
+LEAST_ANSWERS: Final = 20
+"""Fewer answers than this in a window are no data."""
+PAIRS: Final = ((3600.0, 300.0, 14.4), (21600.0, 1800.0, 6.0))
+"""(long, short, factor): both windows must burn faster than the factor. Over two pairs a fast and a slow burn are told from noise."""
+UNPROMISED: Final = 0.95
+"""The share that is used to speak of burn where model.yaml promises no quantile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """At least `share` of the answers come within `threshold_s`."""
+
+    share: float
+    threshold_s: float
+
+    @property
+    def text(self) -> str:
+        return f"p{self.share * 100:g} ≤ {self.threshold_s * 1e3:g} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Burn:
+    """Share of bad answers over what may be bad, in each window; None where it has too few answers."""
+
+    rates: dict[float, float | None]
+    fires: bool
+
+
+def promise_of(config: ModelConfig) -> Promise | None:
+    """The latency objective that is counted: the highest quantile that is named. None where none is."""
+    objective = config.objective
+    for share, milliseconds in ((0.95, objective.p95_ms), (0.99, objective.p99_ms), (0.5, objective.p50_ms)):
+        if milliseconds is not None:
+            return Promise(share, milliseconds / 1e3)
+    return None
+
+
+def burn(share: float, good_and_bad: Callable[[float], tuple[int, int]]) -> Burn:
+    """Burn rates of a promise that `share` of the answers are good; `good_and_bad(seconds)` counts the latest answers."""
+    budget = 1 - share
+    rates: dict[float, float | None] = {}
+    for window in sorted({window for long, short, _ in PAIRS for window in (long, short)}):
+        good, bad = good_and_bad(window)
+        total = good + bad
+        rates[window] = bad / total / budget if total >= LEAST_ANSWERS else None
+    fires = any(_above(rates[long], factor) and _above(rates[short], factor) for long, short, factor in PAIRS)
+    return Burn(rates, fires)
+
+
+def _above(rate: float | None, factor: float) -> bool:
+    return rate is not None and rate > factor

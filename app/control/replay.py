@@ -1,0 +1,89 @@
+"""Asks the blame task about one model: its live file beside golden's or the golden's before it, on frozen and on recent inputs. It judges nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from app.control.bench import Bench, Workpiece
+from app.control.diagnosis import Replay
+from app.domain import JSON, ModelState, RuntimeSettings
+from app.errors import HoneError
+from optimizers.task import TaskFailed, TaskLimits, run_task
+
+log = logging.getLogger("hone.control")
+REPLAY_S: Final = 24.0
+
+
+async def replay(bench: Bench, want: ModelState, version: str, settings: RuntimeSettings, memory_bytes: int) -> Replay | None:
+    """The findings of a paired replay; None where there is nothing to replay or it failed (the log says why)."""
+    try:
+        piece = await asyncio.to_thread(bench.workpiece, want.name, want.golden, want.golden_sha256)
+        with bench.scratch() as folder:
+            request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, folder)
+            if request is None:
+                return None
+            limits = TaskLimits(seconds=REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scheduler="other", scratch=str(folder))
+            report = await run_task("blame", request, limits)
+    except TaskFailed as failure:
+        log.warning("model %s: the replay failed: %s", want.name, failure.text)
+        return None
+    except (HoneError, OSError) as error:
+        log.warning("model %s: nothing to replay: %s", want.name, error)
+        return None
+    return _findings(report, held_to)
+
+
+def _question(
+    bench: Bench, piece: Workpiece, want: ModelState, version: str, settings: RuntimeSettings, folder: Path
+) -> tuple[JSON | None, str]:
+    paths = piece.samples.save(folder)
+    if "reference" not in paths or piece.samples.reference is None:
+        return None, ""
+    live, (held_to, other) = _path(bench, piece, version), _held_to(bench, piece, want, version)
+    if live is None:
+        return None, ""
+    recent = piece.samples.live
+    request: JSON = {
+        "live": str(live),
+        "other": str(other) if other is not None else "",
+        "reference": {"path": paths["reference"], "origin": piece.samples.reference.origin, "stacked": piece.samples.reference.stacked},
+        "settings": {key: value for key, value in asdict(settings).items() if key in ("graph_level", "session_options")},
+        "seconds": REPLAY_S,
+    }
+    if recent is not None and "live" in paths and len(recent) >= 8:
+        request["recent"] = {"path": paths["live"], "origin": recent.origin, "stacked": recent.stacked}
+    return request, held_to
+
+
+def _path(bench: Bench, piece: Workpiece, version: str) -> Path | None:
+    """The model file of any version that is there: golden, an earlier golden, or a built one."""
+    for found in piece.found.versions:
+        if found.number == version:
+            return found.path
+    try:
+        return bench.model_path(piece, version)
+    except HoneError:
+        return None
+
+
+def _held_to(bench: Bench, piece: Workpiece, want: ModelState, version: str) -> tuple[str, Path | None]:
+    """What must not be faster: golden, where Hone built the version; for a golden the one that served before it."""
+    other = want.golden if version != want.golden else want.previous
+    return (other, _path(bench, piece, other)) if other and other != version else ("", None)
+
+
+def _findings(report: Mapping[str, Any], held_to: str) -> Replay:
+    version = [one["ratio"] for one in report.get("version") or ()]
+    recent = (report.get("input") or {}).get("ratio")
+    return Replay(_interval(version[-1]) if version else None, _interval(recent), tuple(report.get("findings") or ()), held_to, report)
+
+
+def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
+    if ratio is None or any(ratio.get(name) is None for name in ("estimate", "low", "high")):
+        return None
+    return float(ratio["estimate"]), float(ratio["low"]), float(ratio["high"])

@@ -1,0 +1,158 @@
+"""From proven to promoted under traffic: shadow, then canary in growing shares, each judged beside the incumbent at the same time.
+
+It writes who gets how much to the journal and reads the sensor; loading and routing are the data plane's. A crash leaves a split that
+the next holder of the job ends or goes on with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final, Protocol
+
+from app.catalog.model_config import ModelConfig
+from app.control.concurrent import ArmFacts, Judgement, Policy, judge
+from app.domain import Event, ModelView, Verdict
+from app.store.base import Journal
+from app.telemetry.window import Block, Window
+from optimizers.stats import wilson
+
+LOOK_S: Final = 0.5
+SHADOW_S: Final = 8.0
+SHADOW_ENOUGH: Final = 20
+LOAD_S: Final = 120.0
+SAMPLE: Final = 300
+TRAFFIC_S: Final = 30.0
+
+
+class Plane(Protocol):
+    """What is asked of the data plane."""
+
+    def model(self, name: str) -> ModelView | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a rollout ended. `skipped` where there was no canary to judge."""
+
+    verdict: Verdict
+    text: str
+    skipped: bool = False
+
+
+class Rollout:
+    """One per server."""
+
+    def __init__(self, journal: Journal, window: Window, plane: Plane) -> None:
+        self._journal, self._window, self._plane = journal, window, plane
+
+    async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Callable[[], bool]) -> End:
+        """Bring `version` up to the largest share of the canary, or end on the incumbent. The split stays in place when it passed."""
+        view = self._plane.model(model)
+        rules = config.rollout
+        if view is None or not rules.canary:
+            return End(Verdict.PASSED, "no canary: the offline proof decides", True)
+        recent = self._window.since(model, view.active, self._window.now() - TRAFFIC_S)
+        rate = recent.requests / TRAFFIC_S
+        if rate * rules.canary[0] * rules.max_age_s < rules.min_samples:
+            return End(Verdict.PASSED, f"no canary: too little traffic for one ({rate:.2g} requests/s), the offline proof decides", True)
+        try:
+            end = await self._through_stages(model, view.active, version, config, job, stop)
+        except BaseException:
+            await self._split(model, "", 0.0, "canary", job, "interrupted")
+            raise
+        if end.verdict is not Verdict.PASSED:
+            await self._split(model, "", 0.0, "canary", job, end.text)
+        data = {"version": version, "verdict": end.verdict.value, "summary": end.text}
+        await asyncio.to_thread(self._journal.append, Event("canary.ended", model, version, job, data=data))
+        return end
+
+    async def _through_stages(
+        self, model: str, incumbent: str, version: str, config: ModelConfig, job: str, stop: Callable[[], bool]
+    ) -> End:  # fmt: skip
+        until = monotonic() + config.rollout.max_age_s
+        await self._split(model, version, 0.0, "shadow", job, "asked what others answered, compared with golden, dropped")
+        end = await self._shadow(model, version, config, stop)
+        if end is not None:
+            return end
+        judgement = Judgement(Verdict.NO_DATA, "not begun", {})
+        for share in config.rollout.canary:
+            await self._split(model, version, share, "canary", job, judgement.text if judgement.numbers else f"{share:.0%} of the requests")
+            began = self._window.now()
+            judgement = await self._stage(model, incumbent, version, config, began, until, stop)
+            if judgement.verdict is not Verdict.PASSED:
+                return End(judgement.verdict, f"at {share:.0%}: {judgement.text}")
+        return End(Verdict.PASSED, judgement.text)
+
+    async def _shadow(self, model: str, version: str, config: ModelConfig, stop: Callable[[], bool]) -> End | None:
+        """Wait until it is loaded, then for some comparisons; an end where it does not load or clearly disagrees."""
+        loading_until = monotonic() + LOAD_S
+        while (view := self._plane.model(model)) is None or version not in view.loaded:
+            failed = dict(view.failed).get(version) if view is not None else None
+            if failed or stop() or monotonic() > loading_until:
+                return End(Verdict.FAILED if failed else Verdict.ERROR, failed or "it was not loaded in time")
+            await asyncio.sleep(LOOK_S)
+        began, until = self._window.now(), monotonic() + SHADOW_S
+        while monotonic() < until and not stop():
+            block = self._window.since(model, version, began)
+            if block.deaths:
+                return End(Verdict.FAILED, "its runner ended on mirrored requests")
+            if block.compared >= SHADOW_ENOUGH:
+                return _disagrees(block, config)
+            await asyncio.sleep(LOOK_S)
+        return _disagrees(self._window.since(model, version, began), config)
+
+    async def _stage(
+        self, model: str, incumbent: str, version: str, config: ModelConfig, began: float, until: float, stop: Callable[[], bool]
+    ) -> Judgement:  # fmt: skip
+        while True:
+            await asyncio.sleep(LOOK_S)
+            view = self._plane.model(model)
+            if stop() or view is None or view.active != incumbent:
+                return Judgement(Verdict.ERROR, "the model or the job changed meanwhile", {})
+            judgement = compared(self._window, model, incumbent, version, began, view, config)
+            undecided = judgement.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)
+            if not undecided or monotonic() > until:
+                return judgement
+
+    async def _split(self, model: str, version: str, share: float, stage: str, job: str, text: str) -> None:
+        data = {"version": version, "share": share, "stage": stage, "summary": text}
+        await asyncio.to_thread(self._journal.append, Event("traffic.split", model, version, job, data=data))
+
+
+def compared(window: Window, model: str, incumbent: str, candidate: str, began: float, view: ModelView, config: ModelConfig) -> Judgement:
+    """The candidate beside the incumbent, both since `began`."""
+    first, other = window.since(model, incumbent, began), window.since(model, candidate, began)
+    metric, floor = config.quality.resolved(config.task)
+    limit = config.objective.memory_mb
+    policy = Policy(
+        least_samples=config.rollout.min_samples,
+        fidelity_floor=floor if metric in ("agreement", "accuracy") else 0.99,
+        memory_limit_bytes=int(limit * (1 << 20)) if limit is not None else 0,
+    )
+    return judge(*_arms(first, other), policy)
+
+
+def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
+    """Facts of both, with CPU times of the bucket in which both have the most calls; of all calls where no bucket has enough."""
+    common = max(first.costs.keys() & other.costs.keys(), key=lambda b: min(first.costs[b].calls, other.costs[b].calls), default=None)
+
+    def facts(block: Block) -> ArmFacts:
+        chosen = [block.costs[common].cpu] if common is not None else [cost.cpu for cost in block.costs.values()]
+        cpu = tuple(value for sketch in chosen for value in sketch.sample(SAMPLE))
+        return ArmFacts(
+            block.requests + block.failures, block.failures, block.deaths, tuple(block.total.sample(SAMPLE)), cpu, block.non_finite, block.agreed,
+            block.compared,
+        )  # fmt: skip
+
+    return facts(first), facts(other)
+
+
+def _disagrees(block: Block, config: ModelConfig) -> End | None:
+    metric, floor = config.quality.resolved(config.task)
+    least = floor if metric in ("agreement", "accuracy") else 0.99
+    if block.compared >= SHADOW_ENOUGH and wilson(block.agreed, block.compared)[1] < least:
+        return End(Verdict.FAILED, f"agrees with golden on {block.agreed} of {block.compared} mirrored requests (floor {least:.1%})")
+    return None

@@ -1,0 +1,223 @@
+"""When to look: coarse rules over what each version did lately, against what is normal for it. Pure; a suspicion is no verdict.
+
+Events come first (a file does not slow down by itself); between them two blocks in a row must be out of the ordinary. What a false
+suspicion costs is one paired replay of some seconds, so the limits are set for a few a day and host, not for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from app.catalog.model_config import ModelConfig
+from app.control.objectives import Burn, Promise
+from app.domain import JSON
+from app.telemetry.window import Block, Bucket
+from optimizers.stats import wilson
+
+COST_LIMIT: Final = 1.15
+"""CPU time per row against the bucket's normal. Neighbours move it by up to 8 % (shared measurements); two blocks in a row beyond 15 % are rare."""
+SLOW_LIMIT: Final = 2.0
+"""p95 against its normal, where nothing is promised. Wall time doubles beside neighbours: it only asks for a look."""
+LEAST_CALLS: Final = 20
+BASE_BLOCKS: Final = 3
+"""Undisturbed blocks with traffic that make up what is normal."""
+REFUSED_LIMIT: Final = 0.02
+ERRORS_LIMIT: Final = 0.01
+LEAST_ERRORS: Final = 3
+DEATHS: Final = 3
+MEMORY_LIMIT: Final = 1.5
+MEMORY_SLACK: Final = 64 << 20
+
+
+class Kind(StrEnum):
+    EVENT = "event"
+    LATENCY = "latency"
+    COST = "cost"
+    REFUSALS = "refusals"
+    ERRORS = "errors"
+    DEATHS = "deaths"
+    NON_FINITE = "non_finite"
+    MEMORY = "memory"
+    FIDELITY = "fidelity"
+    AVAILABILITY = "availability"
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """What looks wrong with a version, in words and numbers."""
+
+    kind: Kind
+    text: str
+    numbers: JSON = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Normal:
+    """What a version does when all is well here, learned from its first quiet blocks; nothing is learned while it is stepped down or on trial."""
+
+    costs: Mapping[Bucket, float] = field(default_factory=dict)
+    """Median CPU seconds per row."""
+    p95_s: float = 0.0
+    memory_bytes: int = 0
+    row_bytes: float = 0.0
+    mean_batch: float = 0.0
+    blocks: int = 0
+
+    @property
+    def known(self) -> bool:
+        return self.blocks >= BASE_BLOCKS
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The newest closed blocks of the active version, the oldest first, and a longer stretch for what is rare."""
+
+    blocks: Sequence[Block]
+    lately: Block
+    memory_bytes: int
+    recent_deaths: int
+
+
+def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
+    """`normal` with one more block taken in; the same where it is complete, or the block tells nothing."""
+    if normal.known or block.disturbed or block.requests < LEAST_CALLS or block.failures or block.refused:
+        return normal
+    count = normal.blocks
+    costs = dict(normal.costs)
+    for bucket, cost in block.costs.items():
+        median = cost.cpu.quantile(0.5)
+        if median is not None and cost.calls >= LEAST_CALLS:
+            known = costs.get(bucket)
+            costs[bucket] = median if known is None else (known * count + median) / (count + 1)
+    p95 = block.total.quantile(0.95) or 0.0
+    size = sum(1 << bucket[1] for bucket in block.costs) / len(block.costs) if block.costs else 0.0
+
+    def mean(before: float, now: float) -> float:
+        return (before * count + now) / (count + 1)
+
+    return Normal(
+        costs, mean(normal.p95_s, p95), max(normal.memory_bytes, memory_bytes), mean(normal.row_bytes, size),
+        mean(normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0), count + 1,
+    )  # fmt: skip
+
+
+def with_new_buckets(normal: Normal, block: Block) -> Normal:
+    """Buckets never met before become normal when first met: what they ought to cost is not known."""
+    new = {
+        bucket: median
+        for bucket, cost in block.costs.items()
+        if bucket not in normal.costs and cost.calls >= LEAST_CALLS and (median := cost.cpu.quantile(0.5)) is not None
+    }
+    if not new or not normal.known:
+        return normal
+    return Normal({**normal.costs, **new}, normal.p95_s, normal.memory_bytes, normal.row_bytes, normal.mean_batch, normal.blocks)
+
+
+def cost_ratio(block: Block, normal: Normal) -> float | None:
+    """CPU time per row over its normal, over all buckets that both know, weighted by rows; None where too few calls compare."""
+    weighted = rows = 0.0
+    calls = 0
+    for bucket, cost in block.costs.items():
+        usual, median = normal.costs.get(bucket), cost.cpu.quantile(0.5)
+        if usual and median is not None:
+            weighted += cost.rows * median / usual
+            rows += cost.rows
+            calls += cost.calls
+    return weighted / rows if calls >= LEAST_CALLS else None
+
+
+def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise | None, burning: Burn | None) -> list[Suspicion]:
+    """Everything that asks for a look now, the gravest first."""
+    quiet = [block for block in seen.blocks[-2:] if not block.disturbed]
+    found = [
+        *_broken(seen, config),
+        *_refusals(seen.blocks[-1:]),
+        *_slow(seen.blocks[-2:], normal, promise, burning),
+        *_cost(quiet, normal),
+        *_memory(seen, normal, config),
+        *_fidelity(seen.lately, config),
+    ]
+    return [one for one in found if one is not None]
+
+
+def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
+    found: list[Suspicion | None] = []
+    last = seen.blocks[-1:] and seen.blocks[-1]
+    if seen.recent_deaths >= DEATHS:
+        found.append(Suspicion(Kind.DEATHS, f"its runner ended {seen.recent_deaths} times in five minutes", {"deaths": seen.recent_deaths}))
+    if not last:
+        return found
+    answered = last.requests + last.failures
+    limit = config.objective.error_rate if config.objective.error_rate is not None else ERRORS_LIMIT
+    if last.failures >= LEAST_ERRORS and last.failures > limit * answered:
+        text = f"{last.failures} of {answered} requests failed by the server's or the model's fault (limit {limit:.1%})"
+        found.append(Suspicion(Kind.ERRORS, text, {"failures": last.failures, "answered": answered, "limit": limit}))
+    if last.non_finite:
+        found.append(Suspicion(Kind.NON_FINITE, f"{last.non_finite} answers held NaN or infinity", {"non_finite": last.non_finite}))
+    return found
+
+
+def _refusals(blocks: Sequence[Block]) -> list[Suspicion | None]:
+    if not blocks or blocks[-1].refused <= REFUSED_LIMIT * blocks[-1].offered:
+        return []
+    last = blocks[-1]
+    text = f"{last.refused} of {last.offered} requests were refused: its queue is full"
+    return [Suspicion(Kind.REFUSALS, text, {"refused": last.refused, "offered": last.offered})]
+
+
+def _slow(blocks: Sequence[Block], normal: Normal, promise: Promise | None, burning: Burn | None) -> list[Suspicion | None]:
+    if len(blocks) < 2 or any(block.requests < LEAST_CALLS for block in blocks):
+        return []
+    p95 = blocks[-1].total.quantile(0.95) or 0.0
+    if promise is not None:
+        misses = [1 - block.within / block.requests for block in blocks]
+        fires = burning is not None and burning.fires
+        if fires or all(missed > 2 * (1 - promise.share) for missed in misses):
+            at = blocks[-1].total.quantile(promise.share) or 0.0
+            text = f"p{promise.share * 100:g} {_ms(at)} > {_ms(promise.threshold_s)}"
+            return [Suspicion(Kind.LATENCY, text, {"missed": round(misses[-1], 4), "quantile_s": at, "threshold_s": promise.threshold_s})]
+        return []
+    if normal.known and all((block.total.quantile(0.95) or 0.0) > SLOW_LIMIT * normal.p95_s for block in blocks):
+        text = f"p95 {_ms(p95)}, {p95 / normal.p95_s:.1f} × its normal {_ms(normal.p95_s)}"
+        return [Suspicion(Kind.LATENCY, text, {"p95_s": p95, "normal_s": normal.p95_s})]
+    return []
+
+
+def _cost(quiet: Sequence[Block], normal: Normal) -> list[Suspicion | None]:
+    ratios = [cost_ratio(block, normal) for block in quiet]
+    if not normal.known or len(ratios) < 2 or not all(ratio is not None and ratio > COST_LIMIT for ratio in ratios):
+        return []
+    ratio = ratios[-1] or 0.0
+    return [Suspicion(Kind.COST, f"CPU time per row {ratio:.2f} × its normal, two blocks in a row", {"ratio": round(ratio, 4)})]
+
+
+def _memory(seen: Seen, normal: Normal, config: ModelConfig) -> list[Suspicion | None]:
+    limit = config.objective.memory_mb
+    if limit is not None and seen.memory_bytes > limit * (1 << 20):
+        text = f"its runner holds {seen.memory_bytes >> 20} MiB, the objective is {limit:g}"
+        return [Suspicion(Kind.MEMORY, text, {"bytes": seen.memory_bytes, "limit_mb": limit})]
+    if normal.known and seen.memory_bytes > MEMORY_LIMIT * normal.memory_bytes + MEMORY_SLACK:
+        text = f"its runner holds {seen.memory_bytes >> 20} MiB, {normal.memory_bytes >> 20} when all was well"
+        return [Suspicion(Kind.MEMORY, text, {"bytes": seen.memory_bytes, "normal_bytes": normal.memory_bytes})]
+    return []
+
+
+def _fidelity(lately: Block, config: ModelConfig) -> list[Suspicion | None]:
+    """The upper confidence bound of the agreement lies below the floor: that it is met can be ruled out."""
+    metric, floor = config.quality.resolved(config.task)
+    least = config.objective.fidelity if config.objective.fidelity is not None else (floor if metric in ("agreement", "accuracy") else 0.99)
+    if lately.compared < LEAST_CALLS:
+        return []
+    _, high = wilson(lately.agreed, lately.compared)
+    if high >= least:
+        return []
+    share = lately.agreed / lately.compared
+    text = f"agrees with golden on {share:.1%} of {lately.compared} live requests (floor {least:.1%})"
+    return [Suspicion(Kind.FIDELITY, text, {"agreed": lately.agreed, "compared": lately.compared, "floor": least})]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,435 @@
+"""`hone demo --break CAUSE`: real traffic on the demo's model, one real fault put into the running server, and the story until all is well again.
+
+Nothing is simulated: neighbours are processes, a slow version is a slower network, a decayed process is one that must share its core. What
+was changed is put back at the end. It uses the public API and the demo's own folders alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+from app import tables
+from app.client import Client, ClientError
+from app.domain import JSON
+from app.errors import HoneError, InvalidRequest
+
+MODEL: Final = "digits"
+WARM_S: Final = 25.0
+"""Traffic before anything is broken: the loop learns what is normal from some blocks of it."""
+RATE: Final = 40.0
+TIME_LIMIT_S: Final = 420.0
+CALM_S: Final = 30.0
+
+
+@dataclass
+class Traffic:
+    """Open-loop requests of real digits: `rate` a second of `rows` each, over `callers` connections, each at its intended moment."""
+
+    host: str
+    port: int
+    images: Any
+    rate: float = RATE
+    rows: int = 1
+    callers: int = 8
+    change: Callable[[Any], Any] = lambda images: images
+    sent: int = 0
+    failed: int = 0
+    latencies: list[float] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _next: float = 0.0
+    _turn: int = 0
+
+    def __enter__(self) -> Traffic:
+        self._next = time.monotonic()
+        for _ in range(self.callers):
+            self._call_one_more()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(10.0)
+
+    def raise_to(self, rate: float, rows: int, callers: int) -> None:
+        """More of it, from now on."""
+        with self._lock:
+            self.rate, self.rows, self._next = rate, rows, time.monotonic()
+        while len(self._threads) < callers:
+            self._call_one_more()
+
+    def p95(self, newest: int = 200) -> float:
+        """Seconds; of the newest answers."""
+        with self._lock:
+            values = sorted(self.latencies[-newest:])
+        return values[int(0.95 * len(values))] if values else 0.0
+
+    def _call_one_more(self) -> None:
+        thread = threading.Thread(target=self._call, name=f"caller-{len(self._threads)}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _call(self) -> None:
+        connection = HTTPConnection(self.host, self.port, timeout=30)
+        while not self._stop.is_set():
+            with self._lock:
+                due, self._turn = self._next, self._turn + 1
+                self._next = max(self._next + 1 / self.rate, time.monotonic() - 1.0)
+                turn = self._turn
+            if self._stop.wait(max(0.0, due - time.monotonic())):
+                break
+            well = self._ask(connection, turn)
+            with self._lock:
+                self.sent += 1
+                self.failed += not well
+                self.latencies.append(time.monotonic() - due)
+                del self.latencies[:-5000]
+            if not well:
+                connection.close()
+        connection.close()
+
+    def _ask(self, connection: HTTPConnection, turn: int) -> bool:
+        at = turn * self.rows % max(1, len(self.images) - self.rows)
+        data = self.change(self.images[at : at + self.rows]).astype("<f4")
+        head = json.dumps({
+            "inputs": [{"name": "image", "datatype": "FP32", "shape": list(data.shape), "parameters": {"binary_data_size": data.nbytes}}]
+        }).encode()  # fmt: skip
+        try:
+            connection.request(
+                "POST", f"/v2/models/{MODEL}/infer", head + data.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+            )
+            answer = connection.getresponse()
+            answer.read()
+        except (OSError, HTTPException):
+            return False
+        return answer.status in (200, 429)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an injection may use."""
+
+    client: Client
+    traffic: Traffic
+    repository: Path
+    say: Callable[[str], None]
+
+    def model(self) -> JSON:
+        return dict(self.client.model(MODEL))
+
+    def runner(self) -> int:
+        """Process id of the active version's runner."""
+        model = self.model()
+        return next(int(one["pid"]) for one in model["loaded"] if one["version"] == model["active"])
+
+    def promise(self, factor: float) -> None:
+        """Hold the model to `factor` times what it takes now: the demo's own objective is one that it would not miss."""
+        milliseconds = max(2.0, round(self.traffic.p95() * 1e3 * factor, 1))
+        path = self.repository / MODEL / "model.yaml"
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("objective:")]
+        path.write_text("\n".join([*lines, f"objective: {{p95_ms: {milliseconds:g}}}"]) + "\n")
+        self.say(f"objective from now on: p95 ≤ {milliseconds:g} ms (it takes {self.traffic.p95() * 1e3:.3g} ms)")
+        time.sleep(4.0)
+
+
+Injection = Callable[[Scene], contextlib.AbstractContextManager[None]]
+
+
+@contextmanager
+def load(scene: Scene) -> Iterator[None]:
+    """More requests than the cores can answer."""
+    scene.promise(4.0)
+    scene.traffic.raise_to(rate=2000.0, rows=8, callers=48)
+    scene.say("48 callers now send 8 rows at a time, as fast as they are answered")
+    yield
+
+
+@contextmanager
+def host(scene: Scene) -> Iterator[None]:
+    """Neighbours that want all cores, four for each."""
+    scene.promise(2.5)
+    count = 4 * (os.cpu_count() or 1)
+    neighbours = [busy() for _ in range(count)]
+    scene.say(f"{count} other programs compute now")
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
+@contextmanager
+def process(scene: Scene) -> Iterator[None]:
+    """The runner's process is held to one core, and another program computes there."""
+    scene.promise(2.0)
+    core = max(os.sched_getaffinity(0))
+    pid = scene.runner()
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), {core})
+    neighbours = [busy(core) for _ in range(3)]
+    scene.say(f"the runner (pid {pid}) may only use core {core}, and three programs compute there")
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+
+
+@contextmanager
+def crash(scene: Scene) -> Iterator[None]:
+    """The runner is killed three times."""
+    for _ in range(3):
+        pid = scene.runner()
+        os.kill(pid, signal.SIGKILL)
+        scene.say(f"killed the runner (pid {pid})")
+        time.sleep(2.0)
+    yield
+
+
+@contextmanager
+def settings(scene: Scene) -> Iterator[None]:
+    """One thread, one call at a time, no batches: settings for another traffic than comes."""
+    scene.promise(3.0)
+    scene.traffic.raise_to(rate=450.0, rows=1, callers=16)
+    scene.say("450 requests a second from now on")
+    time.sleep(12.0)
+    scene.client.change_settings(MODEL, {"intra_op_threads": 1, "instances": 1, "batch_limit": 1, "lone_threads": 0})
+    scene.say("one core, one call at a time, one row a call")
+    yield
+
+
+@contextmanager
+def version(scene: Scene) -> Iterator[None]:
+    """A new model that is right but twice as slow is deployed beside an objective that it misses."""
+    scene.promise(1.6)
+    folder = scene.repository / MODEL / "2"
+    folder.mkdir(exist_ok=True)
+    slower_twin(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part", times=3)
+    os.replace(folder / "model.part", folder / "model.onnx")
+    scene.say("deployed version 2: the same network, computed three times over")
+    yield
+
+
+@contextmanager
+def wrong(scene: Scene) -> Iterator[None]:
+    """A new model that answers NaN is deployed."""
+    folder = scene.repository / MODEL / "2"
+    folder.mkdir(exist_ok=True)
+    not_a_number(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part")
+    os.replace(folder / "model.part", folder / "model.onnx")
+    scene.say("deployed version 2: it answers NaN where a digit is bright")
+    yield
+
+
+@contextmanager
+def inputs(scene: Scene) -> Iterator[None]:
+    """An int8 version serves, and the images change: dim and noisy ones, unlike those it was calibrated with."""
+    if "." not in scene.model()["active"]:
+        scene.say("building an int8 version first …")
+        scene.client.optimize(MODEL, [["int8-static"]], "for --break input", "auto")
+        wait(lambda: "." in scene.model()["active"], 180.0, "no int8 version took over")
+    scene.traffic.change = brighter
+    scene.say("from now on images are inverted and eight times as bright as any that it was calibrated with")
+    yield
+    scene.traffic.change = lambda images: images
+
+
+CAUSES: Final[dict[str, Injection]] = {
+    "load": load, "host": host, "process": process, "settings": settings, "version": version, "wrong": wrong, "input": inputs, "crash": crash,
+}  # fmt: skip
+
+
+def run_break(
+    cause: str, client: Client, state: Path, say: Callable[[str], None], limit_s: float = TIME_LIMIT_S,
+    stopped: Callable[[], bool] = lambda: False,
+) -> JSON:  # fmt: skip
+    """Inject one cause and follow the timeline until the loop has said that all is well, or that nothing is to be done.
+
+    Returns what was found: {"cause", "blamed": [...], "plans": [...], "recovered": seconds or None, "failed": requests}. Raises HoneError.
+    """
+    if cause not in CAUSES:
+        raise InvalidRequest(f"{cause!r} is no cause that can be injected; there are {', '.join(CAUSES)}")
+    repository = state / "demo"
+    images = _images(repository)
+    address = client.address.url.removeprefix("http://").rstrip("/").partition(":")
+    with ExitStack() as stack:
+        stack.callback(_put_back, repository, (repository / MODEL / "model.yaml").read_text())
+        traffic = stack.enter_context(Traffic(address[0], int(address[2] or 80), images))
+        say(f"{RATE:g} requests a second of real digits; {WARM_S:.0f} s for the loop to learn what is normal")
+        time.sleep(WARM_S)
+        after = _newest(client)
+        began = time.monotonic()
+        stack.enter_context(CAUSES[cause](Scene(client, traffic, repository, say)))
+        return _follow(cause, client, traffic, after, began, limit_s, say, stopped)
+
+
+def _follow(
+    cause: str, client: Client, traffic: Traffic, after: int, began: float, limit_s: float, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> JSON:  # fmt: skip
+    blamed: list[str] = []
+    plans: list[str] = []
+    recovered: float | None = None
+    decided_at = 0.0
+    while time.monotonic() - began < limit_s and not stopped():
+        for event in client.timeline(model=MODEL, after=after, limit=200)["events"]:
+            after = event["seq"]
+            say(tables.event_line(event))
+            data = event.get("data") or {}
+            if event["kind"] == "diagnosis.made":
+                blamed.append(str(data.get("cause")))
+            elif event["kind"] == "plan.made":
+                plans.append(str(data.get("action")))
+                decided_at = time.monotonic()
+            elif event["kind"] == "recovery.verified":
+                recovered = time.monotonic() - began
+        nothing = bool(plans) and plans[-1] in ("nothing", "step down") and time.monotonic() - decided_at > CALM_S
+        if recovered is not None or nothing:
+            break
+        time.sleep(0.5)
+    return {
+        "injected": cause, "blamed": blamed, "plans": plans, "recovered_s": recovered and round(recovered, 1), "sent": traffic.sent,
+        "failed": traffic.failed,
+    }  # fmt: skip
+
+
+def wait(reached: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(ClientError):
+            if reached():
+                return
+        time.sleep(0.5)
+    raise HoneError(otherwise)
+
+
+def busy(core: int | None = None) -> subprocess.Popen[bytes]:
+    """A program that computes without end, and ends with us."""
+    where = f"os.sched_setaffinity(0, {{{core}}})" if core is not None else "pass"
+    watch = f"parent = os.getppid()\n{where}\nwhile os.getppid() == parent:\n    sum(range(200000))"
+    return subprocess.Popen([sys.executable, "-c", f"import os\n{watch}"], stdin=subprocess.DEVNULL)
+
+
+def brighter(images: Any) -> Any:
+    return (1.0 - images) * 8.0
+
+
+def slower_twin(source: Path, target: Path, times: int) -> None:
+    """The same network computed `times` over side by side, its outputs averaged: right, and as much slower. Real arithmetic, nothing folds away."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(str(source))
+    graph = model.graph
+    output = graph.output[0].name
+    shared = {one.name for one in graph.initializer} | {one.name for one in graph.input}
+    original = list(graph.node)
+    del graph.node[:]
+    for copy in range(times):
+        scaled = f"twin{copy}_in"
+        factor = onnx.numpy_helper.from_array(_scalar(1.0 + copy * 1e-6), f"twin{copy}_factor")
+        graph.initializer.append(factor)
+        graph.node.append(helper.make_node("Mul", [graph.input[0].name, factor.name], [scaled], name=f"twin{copy}_mul"))
+        for node in original:
+            twin = onnx.NodeProto()
+            twin.CopyFrom(node)
+            twin.name = f"twin{copy}_{node.name}"
+            twin.input[:] = [_named(name, copy, shared, graph.input[0].name, scaled) for name in node.input]
+            twin.output[:] = [f"twin{copy}_{name}" for name in node.output]
+            graph.node.append(twin)
+    graph.node.append(helper.make_node("Mean", [f"twin{copy}_{output}" for copy in range(times)], [output], name="twins_mean"))
+    del graph.value_info[:]
+    onnx.checker.check_model(model)
+    onnx.save(model, str(target))
+
+
+def not_a_number(source: Path, target: Path) -> None:
+    """The same network, whose outputs go through a logarithm of something that is below zero for bright images only."""
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(str(source))
+    graph = model.graph
+    output, image = graph.output[0].name, graph.input[0].name
+    for node in graph.node:
+        node.output[:] = [f"{name}_before" if name == output else name for name in node.output]
+        node.input[:] = [f"{name}_before" if name == output else name for name in node.input]
+    limit = onnx.numpy_helper.from_array(_scalar(0.5), "nan_limit")
+    axes = onnx.numpy_helper.from_array(_axes(), "nan_axes")
+    graph.initializer.extend([limit, axes])
+    graph.node.extend([
+        helper.make_node("ReduceMean", [image, "nan_axes"], ["nan_mean"], keepdims=0, name="nan_reduce")
+        if _opset(model) >= 18
+        else helper.make_node("ReduceMean", [image], ["nan_mean"], axes=[1, 2, 3], keepdims=0, name="nan_reduce"),
+        helper.make_node("Sub", ["nan_limit", "nan_mean"], ["nan_left"], name="nan_sub"),
+        helper.make_node("Unsqueeze", ["nan_left", "nan_column"], ["nan_left2"], name="nan_unsqueeze"),
+        helper.make_node("Log", ["nan_left2"], ["nan_log"], name="nan_log_node"),
+        helper.make_node("Mul", ["nan_log", "nan_zero"], ["nan_gone"], name="nan_mul"),
+        helper.make_node("Add", [f"{output}_before", "nan_gone"], [output], name="nan_add"),
+    ])  # fmt: skip
+    import numpy as np
+
+    graph.initializer.extend([
+        onnx.numpy_helper.from_array(np.array([1], np.int64), "nan_column"), onnx.numpy_helper.from_array(_scalar(0.0), "nan_zero"),
+    ])  # fmt: skip
+    onnx.checker.check_model(model)
+    onnx.save(model, str(target))
+
+
+def _named(name: str, copy: int, shared: set[str], image: str, scaled: str) -> str:
+    if name == image:
+        return scaled
+    return name if not name or name in shared else f"twin{copy}_{name}"
+
+
+def _opset(model: Any) -> int:
+    return max(int(one.version) for one in model.opset_import if one.domain in ("", "ai.onnx"))
+
+
+def _scalar(value: float) -> Any:
+    import numpy as np
+
+    return np.array(value, np.float32)
+
+
+def _axes() -> Any:
+    import numpy as np
+
+    return np.array([1, 2, 3], np.int64)
+
+
+def _images(repository: Path) -> Any:
+    import numpy as np
+
+    path = repository / MODEL / "samples" / "judging.npz"
+    if not path.exists():
+        raise HoneError(f"{path} is not there: --break works on a running demo (make run, or hone demo), with the same --state")
+    with np.load(path) as samples:
+        return samples["image"]
+
+
+def _newest(client: Client) -> int:
+    events = client.timeline(model=MODEL, limit=1)["events"]
+    return int(events[-1]["seq"]) if events else 0
+
+
+def _put_back(repository: Path, config: str) -> None:
+    (repository / MODEL / "model.yaml").write_text(config)
+    shutil.rmtree(repository / MODEL / "2", ignore_errors=True)

@@ -1,0 +1,168 @@
+"""Live requests asked again: a few answered requests are put to golden (and to a candidate) too, and the answers compared and dropped.
+
+It is how quality is watched without labels. It runs only while nobody waits, within the background budget, and never delays an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final, Protocol
+
+from app.catalog.tensors import to_array
+from app.domain import OWN, InferenceRequest, InferenceResult, Tensor
+from app.errors import HoneError
+
+log = logging.getLogger("hone.serving")
+WAITING: Final = 32
+MOST_BYTES: Final = 8 << 20
+"""Requests larger than this are not asked again: copies of them would cost memory."""
+EVERY_S: Final = 0.02
+DRIFT_SAMPLES: Final = 400
+LEAST_DRIFT: Final = 100
+CALL_S: Final = 10.0
+
+
+class Answering(Protocol):
+    """An engine, as far as it is asked here."""
+
+    @property
+    def queued(self) -> int: ...
+    async def infer(self, request: InferenceRequest) -> InferenceResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A live request, who answered it and what."""
+
+    inputs: list[Tensor]
+    outputs: tuple[str, ...] | None
+    answer: list[Tensor]
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """How a version's answer to one live request compares with golden's. `cpu_s` is what the asked version took per row."""
+
+    version: str
+    agrees: bool
+    group: str
+    entropy_shift: float = 0.0
+    margin_shift: float = 0.0
+    cpu_s: float = 0.0
+    failed: str = ""
+
+
+@dataclass
+class Mirror:
+    """One model's. `offer` is called for every answered request and keeps few; `ask` puts one of them to another version."""
+
+    metric: str
+    floor: float
+    kept: deque[Seen] = field(default_factory=lambda: deque(maxlen=WAITING))
+    opens_at: float = 0.0
+    usual: dict[int, float] = field(default_factory=dict)
+    """Shares of golden's classes on the reference."""
+    classes: Counter[int] = field(default_factory=Counter)
+
+    def offer(self, request: InferenceRequest, result: InferenceResult) -> None:
+        """Perhaps keep one answered request; a clock reading where its time has not come."""
+        now = monotonic()
+        if now < self.opens_at or request.caller == OWN:
+            return
+        self.opens_at = now + EVERY_S
+        if sum(len(tensor.data) for tensor in request.inputs) > MOST_BYTES:
+            return
+        outputs = [Tensor(t.name, t.datatype, t.shape, bytes(t.data)) for t in result.outputs]
+        self.kept.append(Seen(list(request.inputs), request.outputs, outputs, result.version))
+
+    def note(self, seen: Seen) -> None:
+        """Count the class that a live request was given; old ones fade."""
+        if not self.usual:
+            return
+        scores = to_array(seen.answer[0])
+        if scores.dtype.kind == "f" and scores.ndim and scores.shape[-1] > 1:
+            self.classes.update(int(best) for best in scores.reshape(-1, scores.shape[-1]).argmax(-1))
+        if self.classes.total() > 2 * DRIFT_SAMPLES:
+            self.classes = Counter({group: count // 2 for group, count in self.classes.items()})
+
+    @property
+    def drift(self) -> float | None:
+        """Population stability index of the predicted classes against the reference's; None with too few. Above 0.25 it is another traffic."""
+        total = self.classes.total()
+        if not self.usual or total < LEAST_DRIFT:
+            return None
+        groups = self.usual.keys() | self.classes.keys()
+        even = 0.5 / len(groups)
+        shares = [((self.classes[g] + even) / (total + 0.5), max(even / total, self.usual.get(g, 0.0))) for g in groups]
+        return sum((now - before) * math.log(now / before) for now, before in shares)
+
+    async def ask(self, seen: Seen, engine: Answering, version: str, golden: list[Tensor] | None = None) -> tuple[Compared, list[Tensor]]:
+        """Put `seen` to `engine`. Without `golden`, the engine is golden and the live answer is judged by it; else the engine's answer is."""
+        try:
+            request = InferenceRequest(
+                list(seen.inputs), "mirror", seen.outputs, deadline=monotonic() + CALL_S, caller=OWN, priority=1 << 30
+            )
+            result = await engine.infer(request)
+        except HoneError as error:
+            return Compared(version, False, "", failed=str(error)), []
+        first, other = (result.outputs, seen.answer) if golden is None else (golden, result.outputs)
+        compared = await asyncio.to_thread(self.compare, version, first, other)
+        rows = max(1, result.batch_rows)
+        return Compared(**{**_fields(compared), "cpu_s": result.cpu_s / rows}), result.outputs
+
+    def compare(self, version: str, golden: Sequence[Tensor], other: Sequence[Tensor]) -> Compared:
+        """Top class for classifiers; cosine or SQNR against the floor for everything else. Texts must be the same."""
+        import numpy as np
+
+        if len(golden) != len(other):
+            return Compared(version, False, "", failed="another number of outputs")
+        first, second = to_array(golden[0]), to_array(other[0])
+        if first.shape != second.shape:
+            return Compared(version, False, "", failed=f"shape {list(second.shape)} instead of {list(first.shape)}")
+        if first.dtype.kind not in "fiub":
+            return Compared(version, bool(np.array_equal(first, second)), "")
+        a, b = np.atleast_2d(first.astype(np.float64)), np.atleast_2d(second.astype(np.float64))
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        if np.isfinite(a).all() and not np.isfinite(b).all():
+            return Compared(version, False, "", failed="NaN or infinity where golden has none")
+        if self.metric in ("agreement", "accuracy") and a.shape[-1] > 1:
+            group = str(int(a[0].argmax()))
+            entropies, margins = zip(*(_confidence(row) for row in (a[0], b[0])), strict=True)
+            return Compared(
+                version, bool((a.argmax(-1) == b.argmax(-1)).all()), group, entropies[1] - entropies[0], margins[1] - margins[0]
+            )
+        return Compared(version, _close(a, b, self.metric) >= self.floor, "")
+
+
+def _confidence(row: Any) -> tuple[float, float]:
+    """Entropy (nats) and margin between the two likeliest classes of one row of scores."""
+    import numpy as np
+
+    if row.min() >= 0 and abs(row.sum() - 1) < 1e-3:
+        p = row
+    else:
+        p = np.exp(row - row.max())
+        p = p / p.sum()
+    top = np.sort(p)[-2:]
+    return float(-(p * np.log(np.maximum(p, 1e-12))).sum()), float(top[1] - top[0])
+
+
+def _close(a: Any, b: Any, metric: str) -> float:
+    import numpy as np
+
+    if metric == "sqnr_db":
+        noise = float(((a - b) ** 2).sum())
+        return float(10 * np.log10(max(1e-30, float((a**2).sum())) / max(1e-30, noise)))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float((a * b).sum()) / norms if norms > 0 else float(np.array_equal(a, b))
+
+
+def _fields(compared: Compared) -> dict[str, Any]:
+    return {name: getattr(compared, name) for name in Compared.__slots__}

@@ -1,0 +1,260 @@
+"""What the loop sees of the data plane, and the little that it may do to it: probe a runner, renew it, ask golden about a live answer.
+
+Which version ought to serve is said in the journal, never here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+from app.catalog.model_config import ModelConfig
+from app.catalog.tensors import to_tensor
+from app.domain import OWN, InferenceRequest, ModelView, Tensor
+from app.errors import HoneError, NotReady
+from app.serving.engine import Engine
+from app.serving.loader import Loader
+from app.serving.mirror import Compared
+from app.serving.service import InferenceService
+from app.serving.slot import Loaded, Slot
+from app.telemetry.window import Window
+
+log = logging.getLogger("hone.serving")
+PROBES: Final = 8
+"""Different inputs that a probe goes through."""
+SLICE_S: Final = 0.015
+LEAST_ROUNDS: Final = 8
+MOST_ROUNDS: Final = 30
+DEATHS_S: Final = 300.0
+MIRROR_SHARE: Final = 0.05
+"""Most of the cores' time that comparing live answers with golden's may use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A live runner beside a fresh one, same version, settings and inputs, in turns: (estimate, low, high) of the ratios live / fresh."""
+
+    cpu: tuple[float, float, float]
+    wall: tuple[float, float, float]
+    waiting_live: float
+    waiting_fresh: float
+    rounds: int
+    fresh_cpu_s: float
+
+
+@dataclass
+class Spent:
+    """CPU seconds of comparisons, to stay within their share."""
+
+    cpu_s: float = 0.0
+    since: float = field(default_factory=monotonic)
+
+    def allows(self, cores: int) -> bool:
+        elapsed = monotonic() - self.since
+        if elapsed > 60:
+            self.cpu_s, self.since = self.cpu_s * 30 / elapsed, monotonic() - 30
+        return self.cpu_s <= MIRROR_SHARE * cores * max(1.0, monotonic() - self.since)
+
+
+class Vitals:
+    """One per server."""
+
+    def __init__(self, service: InferenceService, loader: Loader, window: Window, cores: int) -> None:
+        self._service, self._loader, self._cores = service, loader, cores
+        self.window = window
+        self._since: dict[str, tuple[tuple[str, int], float]] = {}
+        self._spent = Spent()
+
+    # ---- seeing
+    def models(self) -> list[ModelView]:
+        return [view for slot in self._service.slots.values() if (view := self._view(slot)) is not None]
+
+    def model(self, name: str) -> ModelView | None:
+        slot = self._service.slots.get(name)
+        return self._view(slot) if slot is not None else None
+
+    def config(self, name: str) -> ModelConfig:
+        return self._service.slot(name).config
+
+    def drift(self, name: str) -> float | None:
+        slot = self._service.slots.get(name)
+        return slot.mirror.drift if slot is not None and slot.mirror is not None else None
+
+    def own_cpu_s(self) -> float:
+        """CPU seconds of this process and of all its runners so far. Blocks for microseconds a runner."""
+        import resource
+
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        runners = sum(engine.cpu_seconds() for _, _, _, engine in self._service.engines())
+        return usage.ru_utime + usage.ru_stime + runners
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for a runner."""
+        return all(engine.queued == 0 for _, _, _, engine in self._service.engines())
+
+    # ---- doing
+    async def renew(self, name: str) -> str:
+        """A fresh runner takes over the active version's work. Returns the version. Raises NotReady or why none starts."""
+        loaded = self._active(name)
+        await loaded.engine.renew()
+        return loaded.version
+
+    async def against_fresh(self, name: str, seconds: float) -> Probe | None:
+        """Hold the live runner against a fresh one, in ABBA turns of single calls; None where there is nothing to ask it or no room for a second.
+
+        Both meet the same host in the same moments, so what differs is the process: its memory, its cores, its priority, its age.
+        """
+        loaded = self._active(name)
+        inputs = _reference_rows(loaded)
+        if not inputs:
+            return None
+        try:
+            fresh = await self._loader.fresh(loaded, self.config(name))
+        except HoneError as error:
+            log.warning("model %s: no second runner to hold the live one against: %s", name, error)
+            return None
+        try:
+            with self.window.background("probe"):
+                turns = await _take_turns((loaded.engine, fresh), inputs, seconds)
+        finally:
+            await fresh.stop()
+        return await asyncio.to_thread(_probe_of, turns) if len(turns) >= LEAST_ROUNDS else None
+
+    async def compare_some(self, most: int = 4) -> list[tuple[str, Compared]]:
+        """Put kept live requests to golden and to a version on trial, while nobody waits and the budget lasts; (model, outcome) of each."""
+        found: list[tuple[str, Compared]] = []
+        for slot in list(self._service.slots.values()):
+            for _ in range(most):
+                if slot.mirror is None or not slot.mirror.kept or not self.idle or not self._spent.allows(self._cores):
+                    break
+                found += [(slot.name, compared) async for compared in self._compare(slot)]
+        for name, compared in found:
+            self.window.compared(name, compared.version, compared.agrees)
+        return found
+
+    async def _compare(self, slot: Slot) -> AsyncIterator[Compared]:
+        assert slot.mirror is not None
+        seen = slot.mirror.kept.popleft()
+        slot.mirror.note(seen)
+        golden = slot.versions.get(slot.golden)
+        if golden is None or not golden.engine.alive:
+            return
+        if seen.version == golden.version:
+            answer = seen.answer
+        else:
+            compared, answer = await slot.mirror.ask(seen, golden.engine, seen.version)
+            self._spent.cpu_s += compared.cpu_s
+            if not answer:
+                return
+            yield compared
+        shared = slot.split
+        if shared is not None and shared.loaded.version not in (seen.version, golden.version) and shared.loaded.engine.alive:
+            compared, _ = await slot.mirror.ask(seen, shared.loaded.engine, shared.loaded.version, answer)
+            self._spent.cpu_s += compared.cpu_s
+            yield compared
+
+    def _active(self, name: str) -> Loaded:
+        loaded = self._service.slot(name).active
+        if loaded is None:
+            raise NotReady(f"model {name!r} has no active version")
+        return loaded
+
+    def _view(self, slot: Slot) -> ModelView | None:
+        active = slot.active
+        if active is None:
+            return None
+        identity = (active.version, active.generation)
+        known = self._since.get(slot.name)
+        if known is None or known[0] != identity:
+            known = self._since[slot.name] = (identity, monotonic())
+        recent = sum(death.at > monotonic() - DEATHS_S for death in active.engine.deaths)
+        return ModelView(
+            slot.name, active.version, slot.golden, active.generation, active.settings, slot.ready, active.engine.queued, active.engine.inflight,
+            active.memory_bytes, recent, tuple(slot.versions), known[1], rung=slot.rung.version if slot.rung is not None else "",
+            shared=slot.split.loaded.version if slot.split is not None else "", failed=tuple(slot.failed.items()),
+            fixed_inputs=all(-1 not in spec.shape[1:] for spec in active.admitted.signature.inputs),
+        )  # fmt: skip
+
+
+Turn = tuple[float, float, float]
+"""Mean CPU, wall and waiting seconds of the calls of one turn."""
+
+
+async def _take_turns(
+    engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]], seconds: float
+) -> list[tuple[list[Turn], list[Turn]]]:
+    """ABBA, BAAB, … rounds of [live turns, fresh turns] until the time is over."""
+    calls = await _calls_in_a_slice(engines, inputs)
+    until = monotonic() + seconds
+    rounds: list[tuple[list[Turn], list[Turn]]] = []
+    while len(rounds) < MOST_ROUNDS and (monotonic() < until or len(rounds) < LEAST_ROUNDS):
+        turns: tuple[list[Turn], list[Turn]] = ([], [])
+        for which in (0, 1, 1, 0) if len(rounds) % 2 else (1, 0, 0, 1):
+            turns[which].append(await _turn(engines[which], inputs, calls))
+        rounds.append(turns)
+        if monotonic() > until + seconds:
+            break
+    return rounds
+
+
+async def _calls_in_a_slice(engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]]) -> int:
+    walls = [(await _turn(engine, inputs, 5))[1] for engine in engines]
+    return max(2, min(64, round(SLICE_S / max(1e-5, min(walls)))))
+
+
+async def _turn(engine: Engine, inputs: Sequence[list[Tensor]], calls: int) -> Turn:
+    results = []
+    for number in range(calls + 1):
+        request = InferenceRequest(list(inputs[number % len(inputs)]), "probe", deadline=monotonic() + 10.0, caller=OWN)
+        results.append(await engine.infer(request))
+    counted = results[1:]  # the first fetches the weights back into the cache that the other used
+    return (
+        sum(r.cpu_s for r in counted) / len(counted), sum(r.compute_s for r in counted) / len(counted), sum(r.wait_s for r in counted) / len(counted),
+    )  # fmt: skip
+
+
+def _probe_of(rounds: list[tuple[list[Turn], list[Turn]]]) -> Probe:
+    import math
+
+    from optimizers.stats import hodges_lehmann, trimmed_mean
+
+    def ratio(which: int) -> tuple[float, float, float]:
+        logs = [
+            sum(math.log(max(1e-6, turn[which])) for turn in live) / len(live)
+            - sum(math.log(max(1e-6, turn[which])) for turn in fresh) / len(fresh)
+            for live, fresh in rounds
+        ]
+        found = hodges_lehmann(logs, 0.98).exp()
+        return found.estimate, found.low, found.high
+
+    def waiting(side: int) -> float:
+        cpu = sum(turn[0] for pair in rounds for turn in pair[side])
+        wait = sum(turn[2] for pair in rounds for turn in pair[side])
+        return wait / (cpu + wait) if cpu + wait > 0 else 0.0
+
+    fresh_cpu_s = trimmed_mean([turn[0] for _, fresh in rounds for turn in fresh])
+    return Probe(ratio(0), ratio(1), waiting(0), waiting(1), len(rounds), fresh_cpu_s)
+
+
+def _reference_rows(loaded: Loaded) -> list[list[Tensor]]:
+    """Some frozen samples as requests of one row each; none where no reference is frozen."""
+    reference = loaded.admitted.reference
+    if reference is None:
+        return []
+    specs = {spec.name: spec for spec in loaded.admitted.signature.inputs}
+    stacked, inputs = reference.samples.stacked, reference.samples.inputs
+    return list(_rows(inputs, specs, stacked, min(PROBES, len(reference.samples))))
+
+
+def _rows(inputs: Mapping[str, Any], specs: Mapping[str, Any], stacked: bool, count: int) -> Iterator[list[Tensor]]:
+    for row in range(count):
+        yield [
+            to_tensor(name, specs[name].datatype, values[row : row + 1] if stacked else values[row])
+            for name, values in inputs.items()
+            if name in specs
+        ]
