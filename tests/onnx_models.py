@@ -141,3 +141,24 @@ def encoder(width: int = 16, heads: int = 2, vocabulary: int = 50, seed: int = 0
     ]
     n += [node("ReduceMean", ["x2"], ["pool"], axes=[1], keepdims=0), node("MatMul", ["pool", "head"], ["y"], "classify")]
     return model(n, [value("ids", I64, ["N", "L"])], [value("y", F, ["N", 3])], consts)
+
+
+def depthwise(channels: int = 16, size: int = 8, classes: int = 4, seed: int = 0) -> ModelProto:
+    """A strided convolution, a depthwise and a pointwise one (MobileNet's block), pooling, a linear head: [N, 3, size, size] to [N, classes]."""
+    wide = 2 * channels
+    tensors = weights(
+        **{
+            "stem.w": normal(seed, channels, 3, 3, 3, scale=27**-0.5), "stem.b": normal(seed + 1, channels, scale=0.1),
+            "dw.w": normal(seed + 2, channels, 1, 3, 3, scale=1 / 3), "dw.b": normal(seed + 3, channels, scale=0.1),
+            "pw.w": normal(seed + 4, wide, channels, 1, 1, scale=channels**-0.5), "pw.b": normal(seed + 5, wide, scale=0.1),
+            "fc.w": normal(seed + 6, wide, classes), "fc.b": normal(seed + 7, classes),
+        }
+    )  # fmt: skip
+    nodes = [
+        node("Conv", ["image", "stem.w", "stem.b"], ["c0"], "stem", pads=[1] * 4, strides=[2, 2]), node("Clip", ["c0", "", "six"], ["r0"], "relu6a"),
+        node("Conv", ["r0", "dw.w", "dw.b"], ["c1"], "dw", pads=[1] * 4, group=channels), node("Relu", ["c1"], ["r1"], "relu1"),
+        node("Conv", ["r1", "pw.w", "pw.b"], ["c2"], "pw"), node("Relu", ["c2"], ["r2"], "relu2"),
+        node("GlobalAveragePool", ["r2"], ["p"], "pool"), node("Flatten", ["p"], ["f"], "flat"), node("Gemm", ["f", "fc.w", "fc.b"], ["logits"], "fc"),
+    ]  # fmt: skip
+    tensors += weights(six=np.float32(6))
+    return model(nodes, [value("image", F, ["N", 3, size, size])], [value("logits", F, ["N", classes])], tensors)

@@ -1,0 +1,85 @@
+"""Variants of one model tried on the same few rows: their outputs, and how far those are from the model's own. A first look, not the judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from onnx import ModelProto
+
+from optimizers.base import NotApplicable
+from optimizers.difference import root_mean_square
+from optimizers.onnx_graph import initializers, save
+from optimizers.running import ORT_ERRORS, brief, raise_if_memory, runner
+from optimizers.samples import Samples
+from optimizers.session import Feeds, Settings, open_session
+
+LOOKED_AT: Final = 32
+HOPELESS: Final = 0.5
+"""Relative root-mean-square error of the outputs beyond which a result is no candidate."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The rows, and what the model itself answers to them (not optimized by the runtime)."""
+
+    feeds: Feeds
+    reference: list[Any]
+    folder: Path
+    threads: int
+
+    @classmethod
+    def of(cls, model: ModelProto, samples: Samples, folder: Path, threads: int) -> Trial:
+        """Over the first LOOKED_AT samples."""
+        return cls.many(model, [rows_of(samples, 0)], folder, threads)[0]
+
+    @classmethod
+    def many(cls, model: ModelProto, feeds: Sequence[Feeds], folder: Path, threads: int) -> list[Trial]:
+        """A trial for each of `feeds`."""
+        answers = outputs(model, feeds, folder, threads, "basic")
+        return [cls(each, answer, folder, threads) for each, answer in zip(feeds, answers, strict=True)]
+
+    def error(self, model: ModelProto) -> float:
+        """Relative root-mean-square error of the outputs."""
+        return root_mean_square(self.reference, outputs(model, [self.feeds], self.folder, self.threads)[0])
+
+    def checked_error(self, model: ModelProto, remedy: str) -> float:
+        """The error of the result. Raises NotApplicable where it is hopeless."""
+        error = self.error(model)
+        if error > HOPELESS:
+            raise NotApplicable(f"the outputs change by {error:.0%} (root mean square): {remedy}")
+        return error
+
+
+def rows_of(samples: Samples, start: int) -> Feeds:
+    """One call with LOOKED_AT samples from `start` on; with one, where samples are whole calls."""
+    return {name: values[start : start + LOOKED_AT] if samples.stacked else values[start] for name, values in samples.inputs.items()}
+
+
+def outputs(model: ModelProto, feeds: Sequence[Feeds], folder: Path, threads: int, level: str = "all") -> list[list[Any]]:
+    """What `model` answers to each of `feeds`. Raises NotApplicable where it does not load or run."""
+    path = save(model, folder / "variant.onnx")
+    try:
+        run = runner(open_session(path, Settings(intra_op_threads=threads, graph_level=level)))
+        return [run(each) for each in feeds]
+    except ORT_ERRORS as error:
+        raise_if_memory(error)
+        raise NotApplicable(f"the rewritten model does not work: {brief(error)}") from None
+
+
+def matching(samples: Samples, model: ModelProto, count: int, method: str) -> Samples:
+    """`count` of the samples, evenly spread, with the inputs that the model takes. Raises NotApplicable where there are none."""
+    if not len(samples):
+        raise NotApplicable(
+            f"{method} needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones"
+        )
+    weights = initializers(model.graph)
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    missing = [name for name in names if name not in samples.inputs]
+    if missing:
+        raise NotApplicable(f"the calibration samples lack the input {missing[0]!r}; they have {', '.join(samples.inputs)}")
+    taken = samples.rows(sorted({int(i) for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))}))
+    return Samples({name: taken.inputs[name] for name in names}, taken.labels, taken.origin, taken.stacked)
