@@ -35,6 +35,8 @@ LOOKS: Final = (12, 24, 48)
 LOOK_CONFIDENCE: Final = 1 - 0.05 / len(LOOKS)
 LEAST_ROUNDS: Final = 8
 """Below this the signed-rank interval does not exist at the confidence of a look."""
+SLOW_S: Final = 0.05
+"""A call that takes this long is a turn by itself: what it fetches back into the cache is little beside it."""
 LOUD: Final = 0.9
 """Share of time spent waiting for a core above which even CPU time is not believed."""
 QUIET: Final = 0.25
@@ -227,9 +229,10 @@ def narrow(ratio: Interval) -> bool:
 def compare(
     first: Arm,
     other: Arm,
-    feeds: Feeds,
+    feeds: Feeds | Sequence[Feeds],
     batch: int = 1,
     *,
+    other_feeds: Feeds | Sequence[Feeds] | None = None,
     seconds: float = 20.0,
     decided: Callable[[Interval], bool] = narrow,
     tick: Callable[[], None] = lambda: None,
@@ -237,19 +240,21 @@ def compare(
     """Time both arms on the same inputs in ABBA, BAAB, … order, both on one core, until `decided` by the CPU ratio or out of time.
 
     Each round gives one log ratio, from which a linear drift has cancelled; the ratio is their Hodges–Lehmann estimate.
-    The first call of each turn is not counted: it fetches the weights back into the cache that the other arm has used.
+    The first call of each turn is not counted (unless calls are slow): it fetches the weights back into the cache that the other arm has used.
+    Of several inputs each round takes the next. With `other_feeds` the sides differ in their inputs, and both may be the same arm.
     """
     core = [quietest_core()]
-    arms, keys, series = (first, other), (first.keep(feeds), other.keep(feeds)), (Series(), Series())
+    arms, series = (first, other), (Series(), Series())
+    keys = [_kept(first, feeds), _kept(other, feeds if other_feeds is None else other_feeds)]
     for arm in arms:
         arm.pin(core)
-    counts = [_calls_for(arm.time(key, 3, 2), SLICE_S) for arm, key in zip(arms, keys, strict=True)]
+    counts = [_calls_for(arm.time(kept[0], 3, 2), SLICE_S) for arm, kept in zip(arms, keys, strict=True)]
     began, stolen = time.monotonic(), stolen_s()
     logs: list[tuple[float, float]] = []
     for rounds in range(1, LOOKS[-1] + 1):
         turns: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
         for which in (0, 1, 1, 0) if rounds % 2 else (1, 0, 0, 1):
-            piece = arms[which].time(keys[which], counts[which])
+            piece = arms[which].time(keys[which][rounds % len(keys[which])], counts[which], 1 if counts[which] > 1 else 0)
             series[which].add(piece)
             turns[which].append((trimmed_mean(piece.cpu_s), trimmed_mean(piece.wall_s)))
         logs.append(_log_ratios(turns))
@@ -260,6 +265,10 @@ def compare(
     elapsed = time.monotonic() - began
     quiet = quietness(series[0].ran_s + series[1].ran_s, series[0].waited_s + series[1].waited_s, stolen_s() - stolen, elapsed)
     return Comparison(batch, _ratio(logs, 0), _ratio(logs, 1), len(logs), series[0], series[1], quiet)
+
+
+def _kept(arm: Arm, feeds: Feeds | Sequence[Feeds]) -> list[int]:
+    return [arm.keep(each) for each in ([feeds] if isinstance(feeds, dict) else feeds)]
 
 
 def quietness(ran_s: float, waited_s: float, stolen: float, elapsed_s: float) -> Quietness:
@@ -283,7 +292,8 @@ def quietest_core(look_s: float = 0.05) -> int:
 
 
 def _calls_for(piece: Slice, seconds: float) -> int:
-    return max(2, min(1000, round(seconds / max(1e-6, min(piece.cpu_s)))))
+    call_s = min(piece.cpu_s)
+    return 1 if call_s > SLOW_S else max(2, min(1000, round(seconds / max(1e-6, call_s))))
 
 
 def _log_ratios(turns: tuple[list[tuple[float, float]], list[tuple[float, float]]]) -> tuple[float, float]:

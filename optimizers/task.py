@@ -29,6 +29,7 @@ KINDS: Final[dict[str, str]] = {
     "quick_check": "optimizers.golden:quick_check",
     "tune": "optimizers.tune:run",
     "verify": "optimizers.judge:run",
+    "blame": "optimizers.blame:run",
 }
 """Kind of task -> 'module:function'. The function takes (request: dict, budget: Budget) and returns a JSON-able dict or dataclass."""
 

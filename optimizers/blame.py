@@ -1,0 +1,313 @@
+"""What a version's cost comes from: its file in fresh processes, in turns with another file, and on recent inputs in turns with frozen ones.
+
+The task `blame`: a paired replay in CPU time of one quiet thread, on one core, in at most 30 s. A host that is busy moves both sides alike.
+It says whether the file or its inputs cost more than they should; the live process and the proof are its caller's to hold against it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, Self
+
+import numpy as np
+
+from optimizers.answers import feeds_of
+from optimizers.base import Budget, Rejected
+from optimizers.measure import LEAST_ROUNDS, LOUD, SLOW_S, Arm, ArmFailed, Comparison, Quietness, Series, compare, interval_json
+from optimizers.samples import Samples
+from optimizers.session import Feeds, Settings
+from optimizers.stats import Interval, trimmed_mean
+from optimizers.verdict import SampleSet
+
+INPUTS: Final = 8
+"""So many different inputs take turns on each side."""
+SPARE_S: Final = 2.0
+"""Kept back for ending what was started."""
+_METHOD: Final = "blame"
+
+
+class Finding(StrEnum):
+    """What the replay shows. More than one may hold."""
+
+    VERSION_SLOWER = "version_slower"
+    INPUT_COSTLIER = "input_costlier"
+    AS_PROVEN = "as_proven"
+    INCONCLUSIVE = "inconclusive"
+
+
+class Outcome(StrEnum):
+    """Where a ratio's interval lies to its limit."""
+
+    ABOVE = "above"
+    WITHIN = "within"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What the proof says: CPU time of live over other, and CPU seconds per row of each where they were recorded (0: not)."""
+
+    rows_ratio: Interval = Interval(1.0, 1.0, 1.0)
+    live_cpu_s: float = 0.0
+    other_cpu_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> Self:
+        given = data or {}
+        ratio = given.get("rows_ratio")
+        known = ratio if isinstance(ratio, Mapping) else {} if ratio is None else {"estimate": ratio}
+        estimate = float(known.get("estimate") or 1.0)
+        bounds = (float(known.get(name) or estimate) for name in ("low", "high"))
+        return cls(Interval(estimate, *bounds), *(float(given.get(name) or 0.0) for name in ("live_cpu_s", "other_cpu_s")))
+
+
+@dataclass(frozen=True)
+class BlameRequest:
+    """`live` and `other` ('': none) are ONNX files, run with `settings` on one thread that does not spin. `recent` may be of other shapes."""
+
+    live: str
+    reference: SampleSet
+    other: str = ""
+    recent: SampleSet | None = None
+    settings: Settings = Settings()
+    proof: Proven = Proven()
+    batch: int = 1
+    seconds: float = 25.0
+    tolerance: float = 0.05
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises Rejected, naming the key."""
+        known = {name: value for name, value in data.items() if value is not None}
+        if unknown := sorted(set(known) - set(cls.__dataclass_fields__)):
+            raise Rejected(f"blame: unknown key {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)}")
+        if missing := [name for name in ("live", "reference") if not known.get(name)]:
+            raise Rejected(f"blame: {missing[0]!r} is missing; name the live version's file and frozen samples to run it on")
+        try:
+            known |= {name: SampleSet(**known[name]) for name in ("reference", "recent") if known.get(name)}
+            known["settings"] = Settings.from_json(known.get("settings")).one_quiet_thread()
+            known["proof"] = Proven.from_json(known.get("proof"))
+            return cls(**known)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise Rejected(f"blame: {error}") from None
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """One comparison: a ratio of CPU times per row, what was expected of it, and the limit above which it is blamed."""
+
+    ratio: Interval
+    limit: float
+    rounds: int
+    quiet: Quietness
+    expected: float = 1.0
+
+    @property
+    def outcome(self) -> Outcome:
+        if not self.quiet.cpu_counts:
+            return Outcome.UNKNOWN
+        return Outcome.ABOVE if self.ratio.low > self.limit else Outcome.WITHIN if self.ratio.high <= self.limit else Outcome.UNKNOWN
+
+    @property
+    def over_expected(self) -> Interval:
+        return Interval(*(value / self.expected for value in (self.ratio.estimate, self.ratio.low, self.ratio.high)))
+
+    def __str__(self) -> str:
+        if not (math.isfinite(self.ratio.low) and math.isfinite(self.ratio.high)):
+            return f"{self.rounds} rounds in the time given, too few for an interval"
+        return f"× {self.ratio.estimate:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}], limit {self.limit:.2f}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ratio": interval_json(self.ratio), "expected": self.expected, "limit": self.limit, "outcome": self.outcome.value, "rounds": self.rounds,
+            "quiet": self.quiet.to_json(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """CPU seconds per row of a fresh session of the live file on the frozen samples."""
+
+    cpu_s_per_row: float
+    p10_s: float
+    p90_s: float
+    calls: int
+
+    @classmethod
+    def of(cls, series: Series, rows: int) -> Self:
+        p10, p90 = (float(v) / rows for v in np.quantile(series.cpu_s, [0.1, 0.9]))
+        return cls(trimmed_mean(series.cpu_s) / rows, p10, p90, len(series.cpu_s))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"cpu_s_per_row": self.cpu_s_per_row, "p10_s": self.p10_s, "p90_s": self.p90_s, "calls": self.calls}
+
+
+@dataclass(frozen=True)
+class BlameReport:
+    """`version`: live file over other file, once and, where it was above its limit, again with fresh processes; `input`: recent over frozen."""
+
+    version: tuple[Weighed, ...] = ()
+    input: Weighed | None = None
+    fresh: Fresh | None = None
+    proof: Proven = Proven()
+    notes: tuple[str, ...] = field(default=())
+    seconds: float = 0.0
+
+    @property
+    def weighed(self) -> tuple[Weighed, ...]:
+        return self.version if self.input is None else (*self.version, self.input)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The file is blamed only where two pairs of fresh processes agree: where a process's memory happens to lie moves its cost, too."""
+        found = []
+        if len(self.version) > 1 and all(one.outcome is Outcome.ABOVE for one in self.version):
+            found.append(Finding.VERSION_SLOWER)
+        if self.input is not None and self.input.outcome is Outcome.ABOVE:
+            found.append(Finding.INPUT_COSTLIER)
+        if found:
+            return tuple(found)
+        within = self.weighed and not self.notes and all(one.outcome is Outcome.WITHIN for one in self.weighed)
+        return (Finding.AS_PROVEN if within else Finding.INCONCLUSIVE,)
+
+    @property
+    def quiet(self) -> Quietness:
+        """The loudest that it was."""
+        found = [one.quiet for one in self.weighed]
+        return Quietness(max((q.waiting_ratio for q in found), default=0.0), max((q.steal_ratio for q in found), default=0.0))
+
+    @property
+    def text(self) -> str:
+        said = [f"its file against the other's, CPU time per row {one}" for one in self.version]
+        said += [f"recent inputs against frozen ones, CPU time per row {self.input}"] if self.input else []
+        if not self.quiet.cpu_counts:
+            said.append(
+                f"the host was too busy to measure: threads waited for a core {self.quiet.waiting_ratio:.0%} of the time (bound {LOUD:.0%})"
+            )
+        return f"{', '.join(self.findings)}: {'; '.join((*said, *self.notes))}"
+
+    def to_json(self) -> dict[str, Any]:
+        mildest = min(self.version, key=lambda one: one.ratio.estimate, default=None)
+        over = self.fresh.cpu_s_per_row / self.proof.live_cpu_s if self.fresh and self.proof.live_cpu_s else None
+        return {
+            "findings": [finding.value for finding in self.findings], "text": self.text,
+            "version_over_proof": interval_json(mildest.over_expected) if mildest else None,
+            "input_ratio": interval_json(self.input.ratio) if self.input else None, "version": [one.to_json() for one in self.version], "input": self.input and self.input.to_json(),
+            "fresh": self.fresh and self.fresh.to_json(), "fresh_over_proof": over,
+            "quiet": self.quiet.to_json(), "cpu_counts": self.quiet.cpu_counts, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def run(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
+    """The task: a BlameRequest as JSON in, a BlameReport as JSON out."""
+    return blame(BlameRequest.from_json(request), budget).to_json()
+
+
+def blame(request: BlameRequest, budget: Budget) -> BlameReport:
+    """Replay and weigh. Raises Rejected where a file or samples are missing, or the model refuses them."""
+    for path in (request.live, request.other or request.live):
+        if not Path(path).is_file():
+            raise Rejected(f"blame: {path} is no file; it was removed, or belongs to another host")
+    replay = _Replay(request, budget)
+    try:
+        return replay.report()
+    except _TooSlow as slow:
+        return replay.unfinished(str(slow))
+    except ArmFailed as failed:
+        if failed.how != "hung":
+            raise Rejected(f"blame: {failed}") from None
+        return replay.unfinished(str(failed))
+
+
+class _TooSlow(Exception):
+    """The least number of rounds would not fit into the time that is left."""
+
+
+class _Replay:
+    """One run of the task: what was measured so far, and the time that is left."""
+
+    def __init__(self, request: BlameRequest, budget: Budget) -> None:
+        self._request, self._budget = request, budget
+        self._started = time.monotonic()
+        self._until = self._started + max(1.0, min(request.seconds, budget.left_s) - SPARE_S)
+        self._reference = _inputs(request.reference, request.batch, "frozen")
+        self._recent = _inputs(request.recent, request.batch, "recent") if request.recent else []
+        self._rows = request.batch if request.reference.stacked else 1
+        self._version: list[Weighed] = []
+        self._input: Weighed | None = None
+        self._fresh: Fresh | None = None
+
+    def report(self) -> BlameReport:
+        with ExitStack() as stack:
+            live = stack.enter_context(self._arm(self._request.live))
+            if self._request.other:
+                self._weigh_version(stack.enter_context(self._arm(self._request.other)), live, 0.4 if self._recent else 0.5)
+            if self._recent:
+                self._weigh_input(live, 0.5)
+            if not self._fresh:
+                self._fresh = Fresh.of(self._compare(live, live, self._reference, None, 0.3, lambda ratio: True).first, self._rows)
+        if self._version and self._version[0].outcome is Outcome.ABOVE:
+            with self._arm(self._request.live) as live, self._arm(self._request.other) as other:
+                self._weigh_version(other, live, 1.0)
+        nothing = "" if self._version or self._input else "nothing to compare with: name another version's file, or recent inputs"
+        return self.unfinished(nothing)
+
+    def unfinished(self, note: str = "") -> BlameReport:
+        seconds = time.monotonic() - self._started
+        return BlameReport(tuple(self._version), self._input, self._fresh, self._request.proof, (note,) if note else (), seconds)
+
+    def _weigh_version(self, other: Arm, live: Arm, share: float) -> None:
+        expected, tolerance = self._request.proof.rows_ratio, self._request.tolerance
+        limit = max(expected.estimate * (1 + tolerance), expected.high)
+        found = self._compare(other, live, self._reference, None, share, _told_from(limit))
+        self._fresh = self._fresh or Fresh.of(found.other, self._rows)
+        limit *= self._host_factor(found.first)
+        self._version.append(Weighed(found.cpu, limit, found.rounds, found.quiet, expected.estimate))
+
+    def _host_factor(self, other: Series) -> float:
+        """How much more than proven the other file costs now. Two files do not feel a changed host alike, so the limit grows with it."""
+        proven = self._request.proof.other_cpu_s
+        return max(1.0, trimmed_mean(other.cpu_s) / self._rows / proven) if proven else 1.0
+
+    def _weigh_input(self, live: Arm, share: float) -> None:
+        limit = 1 + self._request.tolerance
+        found = self._compare(live, live, self._reference, self._recent, share, _told_from(limit))
+        self._fresh = self._fresh or Fresh.of(found.first, self._rows)
+        self._input = Weighed(found.cpu, limit, found.rounds, found.quiet)
+
+    def _compare(
+        self, first: Arm, other: Arm, feeds: list[Feeds], others: list[Feeds] | None, share: float, decided: Callable[[Interval], bool]
+    ) -> Comparison:
+        """Within `share` of what time is left."""
+        left = max(0.5, self._until - time.monotonic())
+        first.longest_s = other.longest_s = left
+        call_s = [arm.time(arm.keep(each[0]), 1).wall_s[0] for arm, each in ((first, feeds), (other, others or feeds))]
+        if sum(2 * (1 if each > SLOW_S else 3) * each for each in call_s) * LEAST_ROUNDS > left:
+            raise _TooSlow(f"a call takes {max(call_s):.1f} s now, too long for {LEAST_ROUNDS} rounds in the {left:.0f} s that are left")
+        tick = lambda: self._budget.tick(_METHOD, "replay", min(1.0, (time.monotonic() - self._started) / self._request.seconds))
+        return compare(first, other, feeds, self._rows, other_feeds=others, seconds=left * share, decided=decided, tick=tick)
+
+    def _arm(self, path: str) -> Arm:
+        return Arm(path, self._request.settings, longest_s=max(1.0, self._until - time.monotonic()))
+
+
+def _inputs(samples: SampleSet, batch: int, name: str) -> list[Feeds]:
+    """A few calls of `batch` rows each, from all over the samples."""
+    loaded: Samples = samples.load(frozenset())[0]
+    if not len(loaded):
+        raise Rejected(f"blame: no {name} samples in {samples.path}: nothing to run the model on")
+    order = np.random.default_rng(0).permutation(len(loaded))
+    rows = batch if loaded.stacked else 1
+    calls = min(INPUTS, math.ceil(len(order) / rows))
+    return [feeds_of(loaded, order[np.arange(i * rows, (i + 1) * rows) % len(order)]) for i in range(calls)]
+
+
+def _told_from(limit: float) -> Callable[[Interval], bool]:
+    """Enough rounds: the ratio lies on one side of the limit."""
+    return lambda ratio: ratio.low > limit or ratio.high <= limit
