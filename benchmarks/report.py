@@ -5,7 +5,8 @@ It judges nothing but whether answers failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,12 +25,17 @@ def write(document: Path, results: dict[str, Any]) -> None:
     for part in PARTS:
         if part not in results:
             continue
-        begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
-        if begin not in text or end not in text:
-            raise ValueError(f"{document} has no marks {begin} and {end}; put them where the tables of {part} belong")
-        before, _, rest = text.partition(begin)
-        text = before + begin + "\n" + markdown({"machine": results["machine"], part: results[part]}) + "\n" + end + rest.partition(end)[2]
+        text = replaced(text, part, partial(markdown, {"machine": results["machine"], part: results[part]}))
     document.write_text(text)
+
+
+def replaced(text: str, part: str, tables: Callable[[], str]) -> str:
+    """`text` with what `tables` makes between the marks of `part`. Raises ValueError where a mark is missing."""
+    begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the document has no marks {begin} and {end}; put them where the tables of {part} belong")
+    before, _, rest = text.partition(begin)
+    return before + begin + "\n" + tables() + "\n" + end + rest.partition(end)[2]
 
 
 def sound(results: dict[str, Any]) -> bool:
