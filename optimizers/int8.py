@@ -86,6 +86,8 @@ class Form:
     target: str
     here: bool
     """False: built for another class, and so unproven there."""
+    wide_activations: bool = False
+    """16 bits instead of 8."""
 
 
 def form_for(target: str, reduce_range: str) -> Form:

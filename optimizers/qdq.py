@@ -24,13 +24,11 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.calibration import Calibration, Range, calibrate
 from optimizers.census import quantization_of
-from optimizers.difference import root_mean_square
 from optimizers.int8 import Form, Int8StaticConfig
 from optimizers.onnx_graph import initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
-from optimizers.running import ORT_ERRORS, brief, raise_if_memory, runner
 from optimizers.samples import Samples
-from optimizers.session import Feeds, Settings, open_session
+from optimizers.trial import HOPELESS, Trial, matching
 
 CONVOLUTIONAL: Final = (
     "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool",
@@ -40,14 +38,14 @@ CONVOLUTIONAL: Final = (
 LINEAR: Final = ("MatMul", "Gemm", "Gather")
 """In models without convolutions only products with constant weights and tables: normalizations and softmax stay float."""
 WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
-LOOKED_AT: Final = 32
-"""Calibration rows on which the result is compared with the float model: a first look, not the judgement."""
-HOPELESS: Final = 0.5
-"""Relative root-mean-square error of the outputs beyond which the result is no candidate."""
+_ACTIVATIONS: Final = {
+    (False, False): QuantType.QUInt8, (False, True): QuantType.QInt8, (True, False): QuantType.QUInt16, (True, True): QuantType.QInt16,
+}  # fmt: skip
+"""By whether activations have 16 bits, and whether they are signed."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One static quantization: the prepared float model, and what of it is to be quantized how."""
 
     model: ModelProto
@@ -71,44 +69,43 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
     source = load(artifact.path)
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): int8-static needs a float model")
-    if not len(samples):
-        raise NotApplicable(
-            "int8-static needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones"
-        )
+    taken = matching(samples, source, config.samples, config.method)
     ready = prepared(source, folder)
-    job = _planned(save_and_reload_model_with_shape_infer(ready.model), config, form, samples, budget, folder)
+    job = planned(save_and_reload_model_with_shape_infer(ready.model), config, form, taken, budget, folder)
     job.tick("calibration", 0.1)
-    ranges = _ranges(job)
-    reference = _outputs(save(job.model, folder / "float.onnx"), job, "basic")
-    sensitive = _sensitivity(job, ranges, reference) if config.keep_float else {}
+    ranges = activation_ranges(job)
+    trial = Trial.of(job.model, job.samples, folder, budget.threads)
+    sensitive = sensitivity(job, ranges, trial) if config.keep_float else {}
     kept = list(sensitive)[: config.keep_float]
     job.tick("quantizing", 0.9)
-    path = save(_quantized(job, ranges, keep=kept), folder / "model.onnx")
+    model = quantized(job, ranges, keep=kept)
+    error = _look(model, job, ranges, trial)
+    path = save(model, folder / "model.onnx")
     facts = {
         "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range,
         "per_channel": config.per_channel, "calibration": config.calibration, "calibration_samples": len(job.samples),
         "calibration_origin": samples.origin, "calibration_hashes": job.samples.hashes(), "quantized_layers": len(job.layers) - len(kept),
         "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive,
         "operators": sorted({node.op_type for node in job.model.graph.node} & set(job.types)), "prepared": ready.facts,
-        "output_error": _look(path, job, ranges, reference), "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
+        "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
         "seconds": time.monotonic() - started,
     }  # fmt: skip
     job.tick("done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
 
 
-def _planned(model: ModelProto, config: Int8StaticConfig, form: Form, samples: Samples, budget: Budget, folder: Path) -> _Job:
-    """Which nodes become int8. Raises NotApplicable where there is none, or where samples do not fit."""
+def planned(model: ModelProto, config: Int8StaticConfig, form: Form, samples: Samples, budget: Budget, folder: Path) -> Job:
+    """Which nodes become int8. Raises NotApplicable where there is none."""
     types = CONVOLUTIONAL if any(node.op_type in {"Conv", "ConvTranspose"} for node in model.graph.node) else LINEAR
     excluded = frozenset({*config.exclude, *_unquantizable(model, types)})
     candidates = [node for node in model.graph.node if node.op_type in WEIGHTED & set(types) and node.name not in excluded]
     layers = tuple(node.name for node in candidates if _weight_of(node, model))
     if not layers:
         raise NotApplicable("there is no convolution, matrix product or table with constant float weights to quantize")
-    return _Job(model, config, form, _checked_samples(samples, model, config.samples), budget, folder, types, excluded, layers)
+    return Job(model, config, form, samples, budget, folder, types, excluded, layers)
 
 
-def _left_alone(job: _Job) -> list[str]:
+def _left_alone(job: Job) -> list[str]:
     """Layers that stay float by exclusion or by nature."""
     return sorted(job.excluded & {node.name for node in job.model.graph.node if node.op_type in WEIGHTED})
 
@@ -138,7 +135,7 @@ def _unquantizable(model: ModelProto, types: Sequence[str]) -> set[str]:
     return found
 
 
-def _ranges(job: _Job) -> dict[str, Range]:
+def activation_ranges(job: Job) -> dict[str, Range]:
     """Calibrated ranges of every float activation that the quantizer may ask for."""
     floats = {
         v.name
@@ -159,12 +156,12 @@ def _ranges(job: _Job) -> dict[str, Range]:
     )
 
 
-def _quantized(job: _Job, ranges: dict[str, Range], keep: Sequence[str] = (), only: Sequence[str] = ()) -> ModelProto:
+def quantized(job: Job, ranges: dict[str, Range], keep: Sequence[str] = (), only: Sequence[str] = ()) -> ModelProto:
     """A quantized copy, but for the layers to `keep` in float; with `only`, just those nodes are."""
     copy = ModelProto()
     copy.CopyFrom(job.model)
     data = {name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32)) for name, (low, high) in ranges.items()}
-    activation = QuantType.QInt8 if job.form.signed_activations else QuantType.QUInt8
+    activation = _ACTIVATIONS[job.form.wide_activations, job.form.signed_activations]
     options: dict[str, Any] = {"ActivationSymmetric": job.config.symmetric, "MatMulConstBOnly": job.types == LINEAR}
     if job.types == LINEAR:
         options["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
@@ -191,47 +188,21 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _outputs(path: Path, job: _Job, level: str) -> list[Any]:
-    """Outputs on the first calibration rows. Raises NotApplicable where the file does not load or run."""
-    try:
-        run = runner(open_session(path, Settings(intra_op_threads=job.budget.threads, graph_level=level)))
-        return run(_first_rows(job.samples))
-    except ORT_ERRORS as error:
-        raise_if_memory(error)
-        raise NotApplicable(f"the quantized model does not work: {brief(error)}") from None
-
-
-def _first_rows(samples: Samples) -> Feeds:
-    return {name: values[:LOOKED_AT] if samples.stacked else values[0] for name, values in samples.inputs.items()}
-
-
-def _sensitivity(job: _Job, ranges: dict[str, Range], reference: list[Any]) -> dict[str, float]:
+def sensitivity(job: Job, ranges: dict[str, Range], trial: Trial) -> dict[str, float]:
     """Layer to the error of the outputs when it alone is quantized, worst first."""
     errors: dict[str, float] = {}
     for index, layer in enumerate(job.layers):
         job.tick("sensitivity", 0.7 + 0.2 * index / len(job.layers))
-        alone = save(_quantized(job, ranges, only=[layer]), job.folder / "alone.onnx")
-        errors[layer] = root_mean_square(reference, _outputs(alone, job, "all"))
+        errors[layer] = trial.error(quantized(job, ranges, only=[layer]))
     return dict(sorted(errors.items(), key=lambda item: -item[1]))
 
 
-def _look(path: Path, job: _Job, ranges: dict[str, Range], reference: list[Any]) -> float:
+def _look(model: ModelProto, job: Job, ranges: dict[str, Range], trial: Trial) -> float:
     """The outputs' relative error on a few rows; a hopeless one is no candidate, and the worst layer is named."""
-    error = root_mean_square(reference, _outputs(path, job, "all"))
+    error = trial.error(model)
     if error > HOPELESS:
-        worst, alone = next(iter(_sensitivity(job, ranges, reference).items()))
+        worst, alone = next(iter(sensitivity(job, ranges, trial).items()))
         raise NotApplicable(
             f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float"
         )
     return error
-
-
-def _checked_samples(samples: Samples, model: ModelProto, count: int) -> Samples:
-    """`count` of the samples, evenly spread, with the inputs that the model takes."""
-    weights = initializers(model.graph)
-    names = [value.name for value in model.graph.input if value.name not in weights]
-    missing = [name for name in names if name not in samples.inputs]
-    if missing:
-        raise NotApplicable(f"the calibration samples lack the input {missing[0]!r}; they have {', '.join(samples.inputs)}")
-    taken = samples.rows(sorted({int(i) for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))}))
-    return Samples({name: taken.inputs[name] for name in names}, taken.labels, taken.origin, taken.stacked)
