@@ -141,12 +141,14 @@ class ModelView:
     inflight: int
     memory_bytes: int
     recent_deaths: int
+    """Unasked ends of its runner in five minutes; `recent_kills` of them by a signal from outside."""
     loaded: tuple[str, ...]
     active_since: float
     """When this version or its settings became active here, time.monotonic()."""
     previous: str = ""
     rung: str = ""
     shared: str = ""
+    recent_kills: int = 0
     failed: tuple[tuple[str, str], ...] = ()
     fixed_inputs: bool = True
     """Whether all inputs have one shape beside the batch, so that a row's cost should not depend on what it holds."""

@@ -32,7 +32,7 @@ WARM_S: Final = 25.0
 """Traffic before anything is broken: the loop learns what is normal from some blocks of it."""
 RATE: Final = 40.0
 TIME_LIMIT_S: Final = 420.0
-CALM_S: Final = 30.0
+CALM_S: Final = 75.0
 
 
 @dataclass
@@ -371,7 +371,7 @@ def not_a_number(source: Path, target: Path) -> None:
     for node in graph.node:
         node.output[:] = [f"{name}_before" if name == output else name for name in node.output]
         node.input[:] = [f"{name}_before" if name == output else name for name in node.input]
-    limit = onnx.numpy_helper.from_array(_scalar(0.5), "nan_limit")
+    limit = onnx.numpy_helper.from_array(_scalar(0.3), "nan_limit")
     axes = onnx.numpy_helper.from_array(_axes(), "nan_axes")
     graph.initializer.extend([limit, axes])
     graph.node.extend([

@@ -39,8 +39,10 @@ from app.domain import JSON, Event
 from app.errors import NotAllowed
 from app.operations import ServerOperations
 from app.serving.admission import Admission
+from app.serving.feedback import Feedback
 from app.serving.fleet import Fleet, Recorder
 from app.serving.forkserver import ForkServer
+from app.serving.ladder import Ladder
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
 from app.serving.service import InferenceService
@@ -69,6 +71,7 @@ class Parts:
     recorder: Recorder
     keeper: JobKeeper
     loop: Loop
+    ladder: Ladder
     poller: Poller
     offload: Offload
     metrics: Metrics
@@ -95,6 +98,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     service = InferenceService(settings.request_timeout_s, metrics, window)
     service.watch(metrics.observe)
     service.watch(window.observe)
+    service.feedback = Feedback(window) if settings.feedback_token else None
     repository = Repository(settings.repository, settings.allowed_roots, settings.factories)
     cards = Cards(state)
     recorder = Recorder(journal, metrics)
@@ -135,6 +139,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "repository": str(settings.repository),
         "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
     }  # fmt: skip
+    ladder = Ladder(service, window, metrics, lambda name: fleet.state.models.get(name), recorder)
     operations = ServerOperations(settings, service, fleet, admission, commands, journal, repository, state, cards, loop, facts)
     guard = Guard.from_settings(settings)
     offload = Offload(settings.max_body_bytes, settings.body_budget_bytes)
@@ -151,7 +156,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
     poller = Poller(service, metrics)
     return Parts(
-        settings, service, fleet, recorder, keeper, loop, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck
+        settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck
     )  # fmt: skip
 
 
@@ -166,6 +171,7 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
             asyncio.create_task(parts.keeper.run(), name="job-keeper"),
             asyncio.create_task(parts.poller.run(), name="poller"),
             asyncio.create_task(parts.loop.run(), name="loop"),
+            asyncio.create_task(parts.ladder.run(), name="ladder"),
         ]
         for task in tasks:
             task.add_done_callback(_report_death)

@@ -38,6 +38,7 @@ class Settings:
     admin_port: int = setting(0, "a port of its own for /admin and repository changes; 0: on HONE_PORT")
     admin_token: str = setting("", "bearer token that may change state; empty: made at first start in STATE/admin-token")
     viewer_token: str = setting("", "bearer token that may only read the admin side; empty: none")
+    feedback_token: str = setting("", "bearer token of POST /models/MODEL/feedback, which takes true labels; empty: no feedback")
     metrics: str = setting("open", "/metrics and statistics: open, admin (token needed) or off")
     show_internals: bool = setting(True, "send Server-Timing and version headers with every answer")
     max_body_bytes: int = setting(128 << 20, "largest request body, compressed or unpacked")

@@ -27,6 +27,7 @@ from app.api.docs import docs_routes
 from app.api.errors import error_response, response_of
 from app.api.exchange import Door, request_id
 from app.api.infer import Infer
+from app.api.labels import feedback_route
 from app.api.offload import Offload
 from app.api.oip import Protocol2
 from app.api.openapi import build_openapi
@@ -69,6 +70,7 @@ def build_app(
         doors = [(INFER_PATH, infer), (PREDICT_PATH, predict)]
         routes += protocol.routes(infer)
         routes += [Route(path, predict, methods=["POST"]) for path in PATHS]
+        routes.append(feedback_route(service, guard))
     else:
         routes += [Route("/v2/health/live", protocol.live), Route("/v2/health/ready", protocol.ready)]
     if surfaces.admin:

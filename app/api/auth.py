@@ -10,7 +10,7 @@ from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
-from app.errors import NotAllowed, Unauthorized
+from app.errors import NotAllowed, NotFound, Unauthorized
 from app.settings import Settings
 
 
@@ -20,19 +20,19 @@ class Role(StrEnum):
 
 
 class Guard:
-    """Knows the two tokens and which role a request has."""
+    """Knows the tokens and which role a request has."""
 
-    def __init__(self, admin_token: str, viewer_token: str = "") -> None:
+    def __init__(self, admin_token: str, viewer_token: str = "", feedback_token: str = "") -> None:
         self._admin = admin_token.encode()
         self._viewer = viewer_token.encode()
+        self._feedback = feedback_token.encode()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Guard:
-        return cls(settings.admin_token or token_file(settings.state), settings.viewer_token)
+        return cls(settings.admin_token or token_file(settings.state), settings.viewer_token, settings.feedback_token)
 
     def role(self, request: HTTPConnection) -> Role | None:
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = token.strip().encode() if scheme.lower() == "bearer" else b""
+        given = _bearer(request)
         is_admin = hmac.compare_digest(given, self._admin)
         is_viewer = bool(self._viewer) and hmac.compare_digest(given, self._viewer)
         return Role.ADMIN if is_admin else Role.VIEWER if is_viewer else None
@@ -45,12 +45,24 @@ class Guard:
             )
         return role
 
+    def may_label(self, request: HTTPConnection) -> None:
+        """Raises Unauthorized without the feedback token, NotFound where the operator set none."""
+        if not self._feedback:
+            raise NotFound("this server takes no labels: its operator has set no HONE_FEEDBACK_TOKEN")
+        if not hmac.compare_digest(_bearer(request), self._feedback):
+            raise Unauthorized("labels need the feedback token: Authorization: Bearer … (HONE_FEEDBACK_TOKEN)")
+
     def may_change(self, request: HTTPConnection) -> str:
         """The actor to record, or Unauthorized / NotAllowed."""
         if self.may_read(request) is not Role.ADMIN:
             raise NotAllowed("the viewer token only reads; changing state needs the admin token")
         name = request.headers.get("x-hone-actor", "")
         return f"admin:{name[:64]}" if name.isprintable() and name else "admin"
+
+
+def _bearer(request: HTTPConnection) -> bytes:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip().encode() if scheme.lower() == "bearer" else b""
 
 
 def token_file(state: Path) -> str:

@@ -72,6 +72,7 @@ def build_openapi(example: Example | None = None, server_url: str = "/", admin_u
             "securitySchemes": {
                 "admin": {"type": "http", "scheme": "bearer", "description": "HONE_ADMIN_TOKEN, or STATE/admin-token: reads and changes."},
                 "viewer": {"type": "http", "scheme": "bearer", "description": "HONE_VIEWER_TOKEN: only reads."},
+                "feedback": {"type": "http", "scheme": "bearer", "description": "HONE_FEEDBACK_TOKEN: sends true labels, and no more."},
             },
         },
     }  # fmt: skip

@@ -111,6 +111,11 @@ def operations(example: Example) -> list[Operation]:
             "Inference-Header-Content-Length says where the JSON ends, `binary_data_size` how long each tensor is. With the header 0 the body "
             "is the model's one input alone. Without it the body is JSON.",
         ),
+        Operation(
+            "POST", "/models/{model}/feedback", "predict", "True labels of answers given before", ((200, "What was taken.", "Nothing"),),
+            "400 401 404 413", _json("FeedbackBody", {"labels": [{"id": "one", "label": 7}]}), who=("feedback",),
+            details="By the X-Request-Id of each answer, once. Labels only ask the loop to look. Off unless HONE_FEEDBACK_TOKEN is set.",
+        ),
         Operation("GET", "/v2", "models", "The server and its extensions", ((200, "Metadata.", "ServerMetadata"),)),
         Operation(
             "GET", "/v2/models/{model}{either}", "models", "What a model takes and gives", ((200, "Metadata.", "ModelMetadata"),), "404 503",

@@ -7,6 +7,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from app.api.admin import ModeBody, OptimizeBody, PromoteBody, ReasonBody, SettingsBody
+from app.api.labels import FeedbackBody, TrueLabel
 from app.domain import BYTES, DATATYPE_SIZES, JobState, Mode, VersionState
 
 Schema = dict[str, Any]
@@ -213,7 +214,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "additionalProperties": text("Files of external data.", contentMediaType="application/octet-stream"),
     },
 }
-BODIES: Final[tuple[type[BaseModel], ...]] = (OptimizeBody, PromoteBody, ReasonBody, SettingsBody, ModeBody)
+BODIES: Final[tuple[type[BaseModel], ...]] = (OptimizeBody, PromoteBody, ReasonBody, SettingsBody, ModeBody, FeedbackBody, TrueLabel)
 
 
 def all_schemas() -> dict[str, Schema]:

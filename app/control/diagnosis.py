@@ -94,20 +94,35 @@ class Findings:
 
 
 def needs_replay(found: Findings) -> bool:
-    """Whether only an experiment can tell: where cost rose or an event may have changed it, and where time went to the calls themselves."""
+    """Whether only an experiment can tell: where cost rose, or is not known to be what it was, and where time went to the calls themselves."""
     kinds = {one.kind for one in found.suspicions}
     if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE}:
         return False
     if kinds & {Kind.COST, Kind.EVENT}:
         return True
-    if Kind.FIDELITY in kinds or Kind.MEMORY in kinds:
+    if kinds & {Kind.FIDELITY, Kind.MEMORY, Kind.LABELS}:
         return False
+    ratio = cost_ratio(found.block, found.normal)
+    if found.event == "swap" or (ratio is not None and ratio > FLAT):
+        return True  # a busy host or a full queue may hide a version that costs more
     return not _is_load(found) and not _is_host(found)
 
 
 def diagnose(found: Findings) -> Diagnosis:
     """The first rule that fits, the surest evidence first."""
-    for rule in (_by_faults, _by_fidelity, _by_memory, _by_many, _by_fresh_runner, _by_replay, _by_host, _by_load, _by_settings, _as_ever):
+    for rule in (
+        _by_faults,
+        _by_fidelity,
+        _by_labels,
+        _by_memory,
+        _by_many,
+        _by_fresh_runner,
+        _by_replay,
+        _by_host,
+        _by_load,
+        _by_settings,
+        _as_ever,
+    ):
         diagnosis = rule(found)
         if diagnosis is not None:
             return _with_neighbours(diagnosis, found)
@@ -124,6 +139,10 @@ def _by_faults(found: Findings) -> Diagnosis | None:
     text = "; ".join(one.text for one in faults)
     if found.host.memory_pressure is not None and found.host.memory_pressure > PRESSED:
         return Diagnosis(Cause.HOST, 0.6, f"{text}, while the host is short of memory", _numbers(found))
+    if all(one.kind is Kind.DEATHS and one.numbers["from_outside"] >= one.numbers["deaths"] for one in faults):
+        return Diagnosis(
+            Cause.HOST, 0.8, f"{text}: by a person, a limit or the kernel", _numbers(found), ("version: it did not end by itself",)
+        )
     if found.began_with_version:
         return Diagnosis(Cause.VERSION, 0.95, f"{text}: began with this version", _numbers(found), ("load: faults are not slowness",))
     return Diagnosis(Cause.VERSION, 0.6, f"{text}: this version's runner or answers, whatever began it", _numbers(found))
@@ -140,6 +159,16 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     if found.began_with_version:
         return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first hour on", _numbers(found))
     return Diagnosis(Cause.INPUT, 0.7, f"{fidelity.text}, though it passed on reference samples: the inputs changed", _numbers(found))
+
+
+def _by_labels(found: Findings) -> Diagnosis | None:
+    """Labels come from outside: they ask for a look, and blame only what the server sees by itself as well."""
+    labels = next((one for one in found.suspicions if one.kind is Kind.LABELS), None)
+    if labels is None:
+        return None
+    if found.drift is not None and found.drift > DRIFTED:
+        return Diagnosis(Cause.INPUT, 0.6, f"{labels.text}, and the traffic is another one (PSI {found.drift:.2f})", _numbers(found))
+    return Diagnosis(Cause.UNKNOWN, 0.4, f"{labels.text}; neither the inputs nor the agreement with golden changed", _numbers(found))
 
 
 def _by_memory(found: Findings) -> Diagnosis | None:

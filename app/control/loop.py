@@ -22,9 +22,10 @@ from app.control.objectives import burn, promise_of
 from app.control.planner import Action, Plan, Situation, plan, wait_after
 from app.control.replay import replay
 from app.control.rollout import compared
+from app.control.rungs import cheaper_versions
 from app.control.steps import parse_tries
-from app.control.suspicion import Kind, Normal, Seen, Suspicion, cost_ratio, learned, suspicions, with_new_buckets
-from app.domain import JSON, Event, JobState, ModelState, ModelView, State, Verdict
+from app.control.suspicion import Kind, Normal, Seen, Suspicion, cost_ratio, learned, suspicions, with_news
+from app.domain import JSON, Event, JobState, Mode, ModelState, ModelView, State, Verdict
 from app.errors import HoneError
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -107,6 +108,7 @@ class Patient:
     watch_since: float = 0.0
     ticks: int = 0
     ready_ticks: int = 0
+    ladder_for: tuple[int, str] = (0, "")
 
     @property
     def condition(self) -> Condition:
@@ -210,7 +212,7 @@ class Loop:
         before, patient.identity = patient.identity, identity
         patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
         patient.event_at, patient.normal, patient.seen_until = monotonic(), Normal(), 0.0
-        patient.due = patient.event == "swap"
+        patient.due = patient.event == "swap" and patient.incident is None
         if patient.incident is not None and not patient.incident.acted_at:
             patient.incident.acted_at = monotonic()  # somebody else acted
 
@@ -271,6 +273,7 @@ class Loop:
                 await self._watch(view, patient, want, config)
             return
         patient.watch_since = 0.0
+        await self._set_ladder(view, patient, want, config)
         blocks = self._window.closed(view.name, view.active, SETTLE_BLOCKS)
         blocks = [block for block in blocks if block.began >= view.active_since]
         found = self._suspicions(view, blocks, patient, config)
@@ -279,7 +282,7 @@ class Loop:
             patient.seen_until = max(patient.seen_until, blocks[-1].ended)
         if not found:
             if fresh and not view.rung:
-                patient.normal = with_new_buckets(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
+                patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
             await self._calm(view, patient, fresh)
             return
         patient.calm = 0
@@ -292,6 +295,22 @@ class Loop:
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
             self._busy.add_done_callback(_report)
 
+    async def _set_ladder(self, view: ModelView, patient: Patient, want: ModelState, config: ModelConfig) -> None:
+        """Which versions the data plane may step down to: proven here, clearly cheaper than the desired one, and free to serve alone."""
+        if self._state.frozen or not config.ladder or (want.mode or config.mode) is not Mode.AUTO:
+            rungs: tuple[str, ...] = ()
+        elif patient.ladder_for == (want.last_event, want.desired):
+            return
+        else:
+            rungs = await asyncio.to_thread(cheaper_versions, self._bench.cards, want, config, self._host_class)
+        patient.ladder_for = (want.last_event, want.desired)
+        if rungs != want.rungs:
+            data = {
+                "rungs": list(rungs),
+                "summary": f"under load, {' then '.join(rungs)} may answer" if rungs else "no version to step down to",
+            }
+            await asyncio.to_thread(self._journal.append, Event("ladder.set", view.name, view.active, data=data))
+
     def _suspicions(self, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
         """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at."""
         now = self._window.now()
@@ -299,7 +318,7 @@ class Loop:
         opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s))
         promise = promise_of(config)
         burning = burn(promise.share, lambda seconds: self._window.good_and_bad(view.name, seconds)) if promise is not None else None
-        seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths)
+        seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
         found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
         urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), Normal(), config, None, None)
         kinds = {one.kind for one in found}

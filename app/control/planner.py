@@ -108,9 +108,10 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
         case Cause.SETTINGS:
             return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
         case Cause.INPUT:
-            return [*_recalibrate(now, config), *_go_golden(diagnosis, now), *_tune(now)]
+            fidelity = "fidelity" in diagnosis.evidence.get("suspicions", ())
+            return [*_recalibrate(now, config), *_go_golden(now)] if fidelity else _tune(now)
         case Cause.VERSION:
-            return [*_leave(now), *_tune(now, unless_faults=True), *_build(now, config)]
+            return [*_leave(now), *([] if now.faults else [*_build(now, config), *_tune(now)])]
     return [Plan(Action.NOTHING, "no cause, no remedy", advice=_advice(diagnosis))]
 
 
@@ -134,15 +135,15 @@ def _leave(now: Situation) -> list[Plan]:
     return found
 
 
-def _go_golden(diagnosis: Diagnosis, now: Situation) -> list[Plan]:
+def _go_golden(now: Situation) -> list[Plan]:
     """Where quality fell, golden is right by definition."""
-    if "fidelity" not in diagnosis.evidence.get("suspicions", ()) or now.active == now.golden:
+    if now.active == now.golden:
         return []
     return [Plan(Action.SWITCH, f"golden {now.golden} answers until a version fits the new inputs", now.golden)]
 
 
-def _tune(now: Situation, unless_faults: bool = False) -> list[Plan]:
-    if (unless_faults and now.faults) or ("tune",) in now.tried:
+def _tune(now: Situation) -> list[Plan]:
+    if ("tune",) in now.tried:
         return []
     return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
 

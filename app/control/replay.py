@@ -42,8 +42,10 @@ def _question(
     bench: Bench, piece: Workpiece, want: ModelState, version: str, settings: RuntimeSettings, folder: Path
 ) -> tuple[JSON | None, str]:
     paths = piece.samples.save(folder)
-    if "reference" not in paths or piece.samples.reference is None:
+    base = next((name for name in ("reference", "labelled", "calibration") if name in paths), "")
+    if not base:
         return None, ""
+    frozen = getattr(piece.samples, base)
     live, (held_to, other) = _path(bench, piece, version), _held_to(bench, piece, want, version)
     if live is None:
         return None, ""
@@ -51,7 +53,7 @@ def _question(
     request: JSON = {
         "live": str(live),
         "other": str(other) if other is not None else "",
-        "reference": {"path": paths["reference"], "origin": piece.samples.reference.origin, "stacked": piece.samples.reference.stacked},
+        "reference": {"path": paths[base], "origin": frozen.origin, "stacked": frozen.stacked},
         "settings": {key: value for key, value in asdict(settings).items() if key in ("graph_level", "session_options")},
         "seconds": REPLAY_S,
     }

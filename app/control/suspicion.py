@@ -7,7 +7,7 @@ suspicion costs is one paired replay of some seconds, so the limits are set for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -30,6 +30,9 @@ LEAST_ERRORS: Final = 3
 DEATHS: Final = 3
 MEMORY_LIMIT: Final = 1.5
 MEMORY_SLACK: Final = 64 << 20
+LABELS_MARGIN: Final = 0.02
+BASE_LABELS: Final = 100
+"""Labels that make up what share is right when all is well."""
 
 
 class Kind(StrEnum):
@@ -42,6 +45,7 @@ class Kind(StrEnum):
     NON_FINITE = "non_finite"
     MEMORY = "memory"
     FIDELITY = "fidelity"
+    LABELS = "labels"
     AVAILABILITY = "availability"
 
 
@@ -65,6 +69,8 @@ class Normal:
     row_bytes: float = 0.0
     mean_batch: float = 0.0
     blocks: int = 0
+    labelled: int = 0
+    right: int = 0
 
     @property
     def known(self) -> bool:
@@ -79,6 +85,7 @@ class Seen:
     lately: Block
     memory_bytes: int
     recent_deaths: int
+    recent_kills: int = 0
 
 
 def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
@@ -98,14 +105,17 @@ def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
     def mean(before: float, now: float) -> float:
         return (before * count + now) / (count + 1)
 
-    return Normal(
-        costs, mean(normal.p95_s, p95), max(normal.memory_bytes, memory_bytes), mean(normal.row_bytes, size),
-        mean(normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0), count + 1,
+    return replace(
+        normal, costs=costs, p95_s=mean(normal.p95_s, p95), memory_bytes=max(normal.memory_bytes, memory_bytes),
+        row_bytes=mean(normal.row_bytes, size), mean_batch=mean(normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0),
+        blocks=count + 1,
     )  # fmt: skip
 
 
-def with_new_buckets(normal: Normal, block: Block) -> Normal:
-    """Buckets never met before become normal when first met: what they ought to cost is not known."""
+def with_news(normal: Normal, block: Block) -> Normal:
+    """Buckets never met before become normal when first met, since what they ought to cost is not known; and so do the first labels."""
+    if normal.labelled < BASE_LABELS:
+        normal = replace(normal, labelled=normal.labelled + block.labelled, right=normal.right + block.right)
     new = {
         bucket: median
         for bucket, cost in block.costs.items()
@@ -113,7 +123,7 @@ def with_new_buckets(normal: Normal, block: Block) -> Normal:
     }
     if not new or not normal.known:
         return normal
-    return Normal({**normal.costs, **new}, normal.p95_s, normal.memory_bytes, normal.row_bytes, normal.mean_batch, normal.blocks)
+    return replace(normal, costs={**normal.costs, **new})
 
 
 def cost_ratio(block: Block, normal: Normal) -> float | None:
@@ -139,6 +149,7 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise
         *_cost(quiet, normal),
         *_memory(seen, normal, config),
         *_fidelity(seen.lately, config),
+        *_labels(seen.lately, normal),
     ]
     return [one for one in found if one is not None]
 
@@ -147,7 +158,10 @@ def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
     found: list[Suspicion | None] = []
     last = seen.blocks[-1:] and seen.blocks[-1]
     if seen.recent_deaths >= DEATHS:
-        found.append(Suspicion(Kind.DEATHS, f"its runner ended {seen.recent_deaths} times in five minutes", {"deaths": seen.recent_deaths}))
+        outside = seen.recent_kills >= seen.recent_deaths
+        how = "was killed from outside" if outside else "ended"
+        numbers: JSON = {"deaths": seen.recent_deaths, "from_outside": seen.recent_kills}
+        found.append(Suspicion(Kind.DEATHS, f"its runner {how} {seen.recent_deaths} times in five minutes", numbers))
     if not last:
         return found
     answered = last.requests + last.failures
@@ -217,6 +231,17 @@ def _fidelity(lately: Block, config: ModelConfig) -> list[Suspicion | None]:
     share = lately.agreed / lately.compared
     text = f"agrees with golden on {share:.1%} of {lately.compared} live requests (floor {least:.1%})"
     return [Suspicion(Kind.FIDELITY, text, {"agreed": lately.agreed, "compared": lately.compared, "floor": least})]
+
+
+def _labels(lately: Block, normal: Normal) -> list[Suspicion | None]:
+    """Labels that came back are right less often than they were: a suspicion, and no more, since anybody with the token may send them."""
+    if lately.labelled < LEAST_CALLS or normal.labelled < BASE_LABELS:
+        return []
+    usual, (_, high) = normal.right / normal.labelled, wilson(lately.right, lately.labelled)
+    if high >= usual - LABELS_MARGIN:
+        return []
+    text = f"right on {lately.right} of {lately.labelled} labelled answers, on {usual:.1%} when all was well"
+    return [Suspicion(Kind.LABELS, text, {"right": lately.right, "labelled": lately.labelled, "usual": round(usual, 4)})]
 
 
 def _ms(seconds: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
@@ -68,6 +68,7 @@ class Queue:
         self._order: list[int] = []
         self.length = 0
         self.rows = 0
+        self.callers: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return self.length
@@ -83,6 +84,7 @@ class Queue:
         work.queued = True
         self.length += 1
         self.rows += work.rows
+        self.callers[work.request.caller] += 1
         level.push(work, front)
 
     def drop(self, work: Work) -> None:
@@ -91,6 +93,7 @@ class Queue:
             work.queued = False
             self.length -= 1
             self.rows -= work.rows
+            self._less(work.request.caller)
             if not self.length:
                 self._clear()
             else:
@@ -119,6 +122,13 @@ class Queue:
             self._clear()
         return batch
 
+    def _less(self, caller: str) -> None:
+        left = self.callers[caller] - 1
+        if left > 0:
+            self.callers[caller] = left
+        else:
+            del self.callers[caller]
+
     def rows_before(self, priority: int) -> int:
         """Rows that will be served before a new request of this priority."""
         if not self._order or self._order[-1] <= priority:
@@ -127,6 +137,7 @@ class Queue:
 
     def _taken(self, work: Work, batch: list[Work]) -> None:
         work.queued = False
+        self._less(work.request.caller)
         self.length -= 1
         self.rows -= work.rows
         batch.append(work)

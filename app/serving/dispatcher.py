@@ -88,9 +88,11 @@ class Dispatcher:
         """Queue a request. Raises QueueFull, DeadlineExceeded, CannotMeetDeadline or InvalidRequest (a size that does not add up)."""
         now = monotonic()
         self.refuse_if_full()
-        key, rows, alone = key_of(request.inputs, self.batchable)
+        if 2 * self.queue.length >= self.settings.queue_limit:
+            self._refuse_flood(request.caller)
+        key, rows, alone = key_of(request.inputs, self.batchable and request.caller is not OWN)  # a probe measures itself alone
         self._sizes.check(request.inputs, key, rows)
-        work = Work(request, key, rows, alone or request.caller is OWN, self._loop.create_future(), now)
+        work = Work(request, key, rows, alone, self._loop.create_future(), now)
         if work.deadline is not None:
             deadlines.check(work, self.queue, self.rates, self.settings, now)
             self._deadlines.watch(work.deadline)
@@ -123,6 +125,15 @@ class Dispatcher:
         """Raise QueueFull where one more request would be refused, whatever it asks."""
         if self.queue.length >= self.settings.queue_limit:
             raise self._full()
+
+    def _refuse_flood(self, caller: str) -> None:
+        """From a queue that is half full on, who has most of it already waits outside: others are to be served as ever."""
+        held, length = self.queue.callers.get(caller, 0), self.queue.length
+        if len(self.queue.callers) > 1 and 2 * held > length:
+            raise QueueFull(
+                f"this caller has {held} of the {length} requests that wait for {self._spec.name}; retry later: others share its queue",
+                retry_after_s=min(60.0, max(0.05, self.rates.drain_s(held, self.settings.batch_limit, self.settings.instances))),
+            )
 
     def _full(self) -> QueueFull:
         limit = self.settings.queue_limit

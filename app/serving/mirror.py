@@ -82,15 +82,20 @@ class Mirror:
         outputs = [Tensor(t.name, t.datatype, t.shape, bytes(t.data)) for t in result.outputs]
         self.kept.append(Seen(list(request.inputs), request.outputs, outputs, result.version))
 
-    def note(self, seen: Seen) -> None:
-        """Count the class that a live request was given; old ones fade."""
-        if not self.usual:
-            return
-        scores = to_array(seen.answer[0])
+    def note(self, seen: Seen) -> bool:
+        """Count the class that a live request was given (old ones fade); False where the answer holds NaN or infinity."""
+        import numpy as np
+
+        arrays = [to_array(tensor) for tensor in seen.answer]
+        well = all(bool(np.isfinite(array).all()) for array in arrays if array.dtype.kind == "f")
+        if not self.usual or not well:
+            return well
+        scores = arrays[0]
         if scores.dtype.kind == "f" and scores.ndim and scores.shape[-1] > 1:
             self.classes.update(int(best) for best in scores.reshape(-1, scores.shape[-1]).argmax(-1))
         if self.classes.total() > 2 * DRIFT_SAMPLES:
             self.classes = Counter({group: count // 2 for group, count in self.classes.items()})
+        return well
 
     @property
     def drift(self) -> float | None:

@@ -21,6 +21,7 @@ from app.errors import (
     QueueFull,
 )
 from app.serving.engine import Engine
+from app.serving.feedback import Feedback
 from app.serving.slot import Loaded, Slot
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
@@ -44,6 +45,7 @@ class InferenceService:
         self._metrics = metrics
         self.window = window
         self.slots: dict[str, Slot] = {}
+        self.feedback: Feedback | None = None
         self._default_timeout_s = default_timeout_s
         self._observers: tuple[Observer, ...] = ()
 
@@ -73,6 +75,8 @@ class InferenceService:
             slot.reservoir.offer(request.inputs, result.outputs, request.caller)
             if slot.mirror is not None:
                 slot.mirror.offer(request, result)
+            if self.feedback is not None:
+                self.feedback.remember(slot.name, request.request_id, result)
         return result
 
     def _instead(self, slot: Slot | None, loaded: Loaded, error: HoneError) -> Loaded | None:

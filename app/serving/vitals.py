@@ -140,7 +140,8 @@ class Vitals:
     async def _compare(self, slot: Slot) -> AsyncIterator[Compared]:
         assert slot.mirror is not None
         seen = slot.mirror.kept.popleft()
-        slot.mirror.note(seen)
+        if not slot.mirror.note(seen):
+            self._service.saw_non_finite(slot.name, seen.version)
         golden = slot.versions.get(slot.golden)
         if golden is None or not golden.engine.alive:
             return
@@ -172,11 +173,11 @@ class Vitals:
         known = self._since.get(slot.name)
         if known is None or known[0] != identity:
             known = self._since[slot.name] = (identity, monotonic())
-        recent = sum(death.at > monotonic() - DEATHS_S for death in active.engine.deaths)
+        recent = [death for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
         return ModelView(
             slot.name, active.version, slot.golden, active.generation, active.settings, slot.ready, active.engine.queued, active.engine.inflight,
-            active.memory_bytes, recent, tuple(slot.versions), known[1], rung=slot.rung.version if slot.rung is not None else "",
-            shared=slot.split.loaded.version if slot.split is not None else "", failed=tuple(slot.failed.items()),
+            active.memory_bytes, len(recent), tuple(slot.versions), known[1], rung=slot.rung.version if slot.rung is not None else "",
+            shared=slot.split.loaded.version if slot.split is not None else "", recent_kills=sum("from outside" in death.reason for death in recent), failed=tuple(slot.failed.items()),
             fixed_inputs=all(-1 not in spec.shape[1:] for spec in active.admitted.signature.inputs),
         )  # fmt: skip
 

@@ -26,6 +26,7 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_suspicions": ("Times that something looked wrong with a model.", ["model", "kind"]),
     "hone_diagnoses": ("Times that something was blamed on a cause.", ["model", "cause"]),
     "hone_verdicts": ("Judgements of candidates.", ["stage", "verdict"]),
+    "hone_ladder_steps": ("Steps of the brown-out ladder, by direction.", ["model", "direction"]),
     "hone_rollbacks": ("Times that the loop went back to a version before.", ["model", "reason"]),
     "hone_events": ("Events this process wrote to the journal.", ["kind"]),
 }
@@ -43,6 +44,7 @@ GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_event_loop_lag_seconds": ("How late the event loop ran its last timer.", []),
     "hone_model_state": ("1 for what the loop is about with the model.", ["model", "state"]),
     "hone_fidelity_ratio": ("Share of compared live answers that agree with golden, over five minutes.", VERSION),
+    "hone_ladder_rung": ("1 while a faster version answers because of load.", ["model"]),
     "hone_drift_score": ("How far the predicted classes are from the reference's (population stability index).", ["model"]),
     "hone_slo_attainment_ratio": ("Share of answers within the model's latency objective, over five minutes.", ["model"]),
     "hone_burn_rate": ("How many times faster than allowed the model misses its objective, by window in seconds.", ["model", "window"]),

@@ -70,6 +70,8 @@ class Block:
     deaths: int = 0
     compared: int = 0
     agreed: int = 0
+    labelled: int = 0
+    right: int = 0
     disturbed: bool = False
     total: LogSketch = field(default_factory=LogSketch)
     queue: LogSketch = field(default_factory=LogSketch)
@@ -106,7 +108,7 @@ class Block:
 
 _SUMS: Final = (
     "requests", "failures", "refused", "within", "rows", "calls", "called_rows", "compute_s", "cpu_s", "wait_s", "queue_s", "edge_s",
-    "total_s", "non_finite", "deaths", "compared", "agreed",
+    "total_s", "non_finite", "deaths", "compared", "agreed", "labelled", "right",
 )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ class Track:
         """All blocks that began at or after `began`, merged, the open one with them."""
         merged = Block(began, now)
         for block in (*self.blocks, self.at(now)):
-            if block.began >= began and block.offered + block.calls + block.compared + block.deaths:
+            if block.began >= began and block.offered + block.calls + block.compared + block.deaths + block.labelled:
                 merged.merge(block)
         merged.began, merged.ended = began, now
         return merged
@@ -216,6 +218,12 @@ class Window:
         block = self._block(model, version, self._clock())
         block.compared += 1
         block.agreed += agrees
+
+    def labelled(self, model: str, version: str, right: bool) -> None:
+        """A true label came for one of its answers."""
+        block = self._block(model, version, self._clock())
+        block.labelled += 1
+        block.right += right
 
     @contextmanager
     def background(self, kind: str) -> Iterator[None]:

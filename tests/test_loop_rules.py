@@ -1,0 +1,224 @@
+"""The loop's pure middle: when it looks, whom it blames, what it plans. Tables of facts in, decisions out; no clock, no process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from app.catalog.model_config import ModelConfig
+from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_replay
+from app.control.objectives import burn, promise_of
+from app.control.planner import Action, Situation, plan, wait_after
+from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
+from app.domain import Mode
+from app.telemetry.hostfacts import HostFacts
+from app.telemetry.window import Block, Cost
+
+QUIET = HostFacts(busy_ratio=0.4, others_ratio=0.02, steal_ratio=0.0, throttled_ratio=0.0, memory_pressure=0.0)
+BUCKET = (0, 13)
+
+
+def block(cpu_s: float = 0.001, requests: int = 200, total_s: float = 0.004, **more: Any) -> Block:
+    """Ten seconds of `requests` answers that took `total_s` and cost `cpu_s` a row."""
+    found = Block(0.0, 10.0, requests=requests, rows=requests, calls=requests, called_rows=requests, total_s=requests * total_s)
+    found.cpu_s, found.within = requests * cpu_s, requests
+    cost = found.costs[BUCKET] = Cost(requests, requests, requests * cpu_s)
+    for number in range(requests):
+        cost.cpu.add(cpu_s * (1 + 0.02 * (number % 3 - 1)))
+        found.total.add(total_s * (1 + 0.1 * (number % 10) / 10))
+    for name, value in more.items():
+        setattr(found, name, value)
+    return found
+
+
+def normal(**more: Any) -> Normal:
+    found = Normal()
+    for _ in range(3):
+        found = learned(found, block(), 30 << 20)
+    assert found.known
+    return replace(found, **more)
+
+
+def look(blocks: list[Block], config: ModelConfig | None = None, lately: Block | None = None, memory: int = 30 << 20) -> list[Kind]:
+    config = config or ModelConfig()
+    seen = Seen(blocks, lately or Block(0.0, 300.0), memory, 0)
+    return [one.kind for one in suspicions(seen, normal(), config, promise_of(config), None)]
+
+
+# When to look
+
+
+def test_nothing_is_suspected_while_all_is_as_ever_or_neighbours_move_cost_a_little() -> None:
+    assert look([block(), block()]) == []
+    assert look([block(0.00108), block(0.00108)]) == []
+
+
+def test_cost_is_suspected_only_when_two_undisturbed_blocks_agree() -> None:
+    assert look([block(0.0012), block(0.0012)]) == [Kind.COST]
+    assert look([block(0.0012), block()]) == []
+    assert look([block(), block(0.0012)]) == []
+    assert look([block(0.0012), block(0.0012, disturbed=True)]) == []
+
+
+def test_wall_time_is_held_to_the_promise_and_without_one_to_twice_its_normal() -> None:
+    promised = ModelConfig.model_validate({"objective": {"p95_ms": 3}})
+    assert look([block(within=150), block(within=150)], promised) == [Kind.LATENCY]
+    assert look([block(within=195), block(within=150)], promised) == []
+    assert look([block(total_s=0.012), block(total_s=0.012)]) == [Kind.LATENCY]
+    assert look([block(total_s=0.006), block(total_s=0.006)]) == []
+    assert look([block(requests=5, total_s=0.1), block(requests=5, total_s=0.1)]) == []
+
+
+def test_faults_refusals_memory_and_fidelity_are_seen_at_once() -> None:
+    assert look([block(failures=10)]) == [Kind.ERRORS]
+    assert look([block(failures=2)]) == []
+    assert look([block(non_finite=1)]) == [Kind.NON_FINITE]
+    assert look([block(refused=20)]) == [Kind.REFUSALS]
+    assert look([block()], memory=500 << 20) == [Kind.MEMORY]
+    classifier = ModelConfig.model_validate({"task": "classification"})
+    assert look([block()], classifier, Block(0.0, 300.0, compared=300, agreed=280)) == [Kind.FIDELITY]
+    assert look([block()], classifier, Block(0.0, 300.0, compared=300, agreed=299)) == []
+    assert look([block()], classifier, Block(0.0, 300.0, compared=10, agreed=5)) == []
+
+
+def test_what_is_normal_is_learned_from_quiet_blocks_alone() -> None:
+    for odd in (block(disturbed=True), block(requests=5), block(failures=1), block(refused=1)):
+        assert learned(Normal(), odd, 1) == Normal()
+    assert not learned(Normal(), block(), 1).known
+
+
+def test_two_windows_must_burn_and_few_answers_are_no_data() -> None:
+    assert burn(0.95, lambda seconds: (5, 5)).rates[300.0] is None
+    fast = burn(0.99, lambda seconds: (700, 300))
+    assert fast.fires and fast.rates[300.0] == pytest.approx(30.0)
+    short_only = burn(0.99, lambda seconds: (70, 30) if seconds <= 300 else (100_000, 30))
+    assert not short_only.fires
+
+
+# Whom to blame
+
+
+def findings(kinds: list[Kind], seen: Block | None = None, **more: Any) -> Findings:
+    said = {"threshold_s": 0.003} if Kind.LATENCY in kinds else {}
+    numbers: dict[Kind, dict[str, Any]] = {Kind.LATENCY: said, Kind.DEATHS: {"deaths": 3, "from_outside": 0}}
+    found = [Suspicion(kind, kind.value, numbers.get(kind, {})) for kind in kinds]
+    given = {"host": QUIET, "cores": 2, "instances": 2, "threads": 1, "normal": normal(), **more}
+    return Findings(found, seen or block(), **given)
+
+
+def cause(kinds: list[Kind], seen: Block | None = None, **more: Any) -> Cause:
+    return diagnose(findings(kinds, seen, **more)).cause
+
+
+SLOWER = Replay((1.5, 1.4, 1.6), None, ("version_slower",), "1")
+COSTLIER = Replay((1.0, 0.99, 1.01), (1.4, 1.3, 1.5), ("input_costlier",), "1")
+AS_PROVEN = Replay((1.0, 0.98, 1.02), (1.0, 0.99, 1.01), ("as_proven",), "1")
+FULL = {"queue_s": 200 * 0.003, "refused": 30}
+
+
+@pytest.mark.parametrize(
+    ("expected", "kinds", "seen", "more"),
+    [
+        (Cause.LOAD, [Kind.REFUSALS], block(**FULL), {"host": replace(QUIET, busy_ratio=0.99)}),
+        (Cause.LOAD, [Kind.LATENCY], block(**FULL), {"host": replace(QUIET, busy_ratio=0.99)}),
+        (Cause.HOST, [Kind.LATENCY], block(wait_s=0.3), {"host": replace(QUIET, others_ratio=0.6)}),
+        (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, throttled_ratio=0.4)}),
+        (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, steal_ratio=0.3)}),
+        (Cause.HOST, [Kind.COST], None, {"others": 2, "models": 3}),
+        (Cause.HOST, [Kind.DEATHS], None, {"host": replace(QUIET, memory_pressure=0.5)}),
+        (Cause.PROCESS, [Kind.COST], None, {"fresh": FreshRunner((1.5, 1.4, 1.6), (1.5, 1.4, 1.6))}),
+        (Cause.PROCESS, [Kind.LATENCY], block(wait_s=0.3), {"fresh": FreshRunner((1.0, 0.9, 1.1), (2.2, 1.9, 2.5))}),
+        (Cause.PROCESS, [Kind.MEMORY], None, {}),
+        (Cause.VERSION, [Kind.COST], None, {"replay": SLOWER}),
+        (Cause.VERSION, [Kind.LATENCY], block(wait_s=0.3), {"replay": SLOWER, "host": replace(QUIET, others_ratio=0.6)}),
+        (Cause.VERSION, [Kind.NON_FINITE], None, {"began_with_version": True}),
+        (Cause.VERSION, [Kind.DEATHS], None, {}),
+        (Cause.VERSION, [Kind.LATENCY], None, {"replay": AS_PROVEN}),
+        (Cause.INPUT, [Kind.COST], None, {"replay": COSTLIER}),
+        (Cause.INPUT, [Kind.FIDELITY], None, {"drift": 0.8}),
+        (Cause.VERSION, [Kind.FIDELITY], None, {"began_with_version": True}),
+        (Cause.SETTINGS, [Kind.LATENCY], block(queue_s=200 * 0.003), {"instances": 1}),
+        (Cause.UNKNOWN, [Kind.COST], None, {"replay": AS_PROVEN}),
+    ],
+)
+def test_causes(expected: Cause, kinds: list[Kind], seen: Block | None, more: dict[str, Any]) -> None:
+    assert cause(kinds, seen, **more) is expected
+
+
+def test_an_experiment_is_made_where_numbers_alone_cannot_tell() -> None:
+    assert needs_replay(findings([Kind.COST]))
+    assert needs_replay(findings([Kind.LATENCY]))
+    assert not needs_replay(findings([Kind.ERRORS]))
+    assert not needs_replay(findings([Kind.LATENCY], host=replace(QUIET, throttled_ratio=0.5)))
+    assert needs_replay(findings([Kind.LATENCY], host=replace(QUIET, throttled_ratio=0.5), event="swap"))
+
+
+def test_evidence_that_blames_nobody_is_told_beside() -> None:
+    found = diagnose(findings([Kind.LATENCY], block(edge_s=0.5), replay=AS_PROVEN, host=replace(QUIET, loop_lag_s=0.3)))
+    assert any("binary protocol" in text for text in found.beside) and any("event loop" in text for text in found.beside)
+
+
+# What to do
+
+
+def decide(of: Cause, now: Situation, evidence: dict[str, Any] | None = None) -> Action:
+    return plan(Diagnosis(of, 0.9, "because", evidence or {}), now, ModelConfig()).action
+
+
+HERE = Situation("1.1", "1", "1", ("1.2",))
+GOLDEN = Situation("1", "1")
+
+
+def test_the_cheapest_remedy_that_fits_comes_first() -> None:
+    assert decide(Cause.HOST, HERE) is Action.NOTHING
+    assert decide(Cause.LOAD, HERE) is Action.NOTHING
+    assert decide(Cause.LOAD, replace(HERE, rungs=("1.2",))) is Action.STEP_DOWN
+    assert decide(Cause.PROCESS, HERE) is Action.RESTART
+    assert decide(Cause.SETTINGS, HERE) is Action.TUNE
+    assert decide(Cause.VERSION, HERE) is Action.ROLL_BACK
+    assert decide(Cause.VERSION, replace(HERE, tried_actions=frozenset({Action.ROLL_BACK}))) is Action.SWITCH
+    assert decide(Cause.VERSION, GOLDEN) is Action.OPTIMIZE
+    assert decide(Cause.INPUT, HERE) is Action.TUNE
+    assert decide(Cause.INPUT, HERE, {"suspicions": ["fidelity"]}) is Action.RECALIBRATE
+    assert decide(Cause.UNKNOWN, HERE) is Action.NOTHING
+
+
+def test_never_a_build_for_the_hosts_fault_or_for_load_or_for_faults() -> None:
+    for of in (Cause.HOST, Cause.LOAD, Cause.PROCESS, Cause.UNKNOWN):
+        assert decide(of, GOLDEN) not in (Action.OPTIMIZE, Action.RECALIBRATE)
+    assert decide(Cause.VERSION, replace(GOLDEN, faults=True)) is Action.NOTHING
+
+
+def test_a_slower_version_that_the_user_deployed_is_not_taken_back_but_a_broken_one_is() -> None:
+    deployed = Situation("2", "2", "1")
+    assert decide(Cause.VERSION, deployed) is Action.OPTIMIZE
+    assert decide(Cause.VERSION, replace(deployed, faults=True)) is Action.ROLL_BACK
+
+
+def test_modes_budgets_and_a_freeze_hold_it_back_but_never_a_way_out_of_faults() -> None:
+    for held in (
+        {"mode": Mode.OBSERVE}, {"frozen": True}, {"builds_left": 0}, {"cpu_s_left": 0.0}, {"jobs_open": 1}, {"wait_s": 60.0},
+    ):  # fmt: skip
+        assert decide(Cause.VERSION, replace(GOLDEN, **held)) is Action.NOTHING, held
+    broken = replace(HERE, faults=True, swaps_left=0, wait_s=60.0, mode=Mode.APPROVE)
+    assert decide(Cause.VERSION, broken) is Action.ROLL_BACK
+
+
+def test_what_was_tried_is_not_tried_again() -> None:
+    tried = frozenset({("int8-static",), ("int8-dynamic",), ("graph",)})
+    assert decide(Cause.VERSION, replace(GOLDEN, tried=tried)) is Action.TUNE
+    assert decide(Cause.VERSION, replace(GOLDEN, tried=tried | {("tune",)})) is Action.NOTHING
+    found = plan(Diagnosis(Cause.VERSION, 0.9, ""), replace(GOLDEN, tried=frozenset({("int8-static",)})), ModelConfig())
+    assert ("int8-static",) not in found.tries
+
+
+def test_only_what_the_owner_allows_is_built() -> None:
+    config = ModelConfig.model_validate({"allow": ["graph"]})
+    assert plan(Diagnosis(Cause.VERSION, 0.9, ""), GOLDEN, config).tries == (("graph",),)
+
+
+def test_the_same_cause_without_a_gain_waits_exponentially_longer() -> None:
+    assert [wait_after(count) for count in range(5)] == [0.0, 0.0, 60.0, 120.0, 240.0]
+    assert wait_after(50) == 6 * 3600.0
