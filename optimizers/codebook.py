@@ -20,7 +20,7 @@ ALLOTMENTS: Final = ("equal", "greedy", "exact")
 
 @dataclass(frozen=True)
 class CodebookConfig(Config):
-    """ŵ = c[k]: at most 2ᵇ levels c per layer. kmeans: min Σ (w − ŵ)². entropy: min D + λR. perceptual: min Σ E[x²] (w − ŵ)².
+    """ŵ = c[k]: at most 2ᵇ levels c per layer. kmeans: min Σ (w − ŵ)². entropy: min D + λR. perceptual: min E(Wx − Ŵx)².
 
     `sparsity`: this share of the smallest weights of each layer is zero and stays so. `rate`: λ of entropy, 1 the slope of the rate curve.
     `allot`: perceptual only; bits per layer by measured sensitivity, `bits` on average, or equal. `layer_bits`: ((node, bits), …).

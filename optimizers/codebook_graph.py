@@ -21,7 +21,8 @@ from optimizers.base import Budget, NotApplicable
 from optimizers.census import quantization_of
 from optimizers.clustering import entropy_bits, entropy_constrained, kmeans, kmeans_errors
 from optimizers.codebook import CodebookConfig
-from optimizers.layers import Layer, second_moments, weighted_layers
+from optimizers.feedback import as_matrix, assign, from_matrix, gram, suits
+from optimizers.layers import Layer, input_statistics, weighted_layers
 from optimizers.onnx_graph import initializers, load, save, set_constant, upgrade_opset
 from optimizers.packed import pack
 from optimizers.prepare import prepared
@@ -63,13 +64,15 @@ def build(artifact: Artifact, config: CodebookConfig, samples: Samples, budget: 
     if not layers:
         raise NotApplicable("there is no convolution, matrix product or table with a constant float weight larger than its codebook")
     weights = {layer.name: numpy_helper.to_array(initializers(model.graph)[layer.tensor]) for layer in layers}
-    trial = Trial.of(model, matching(samples, model, config.samples, config.method), folder, budget.threads) if len(samples) else None
-    importance = _importance(model, layers, config, samples, budget, folder) if config.levels == "perceptual" else {}
+    taken = matching(samples, model, config.samples, "perceptual codebook") if len(samples) or config.levels == "perceptual" else samples
+    trial = Trial.of(model, taken, folder, budget.threads) if len(taken) else None
+    importance = _importance(model, layers, taken, budget, folder) if config.levels == "perceptual" else {}
     bits, sensitivity = _bits(model, layers, weights, importance, config, trial, budget)
     coded = []
     for at, layer in enumerate(layers):
         budget.tick(config.method, f"clustering {layer.name}", 0.5 + 0.4 * at / len(layers))
-        coded.append(code(layer, weights[layer.name], importance.get(layer.name), bits[layer.name], config))
+        moments = gram(model, layer, taken, folder, budget.threads) if importance and suits(model, layer) else None
+        coded.append(code(layer, weights[layer.name], importance.get(layer.name), bits[layer.name], config, moments))
     model = _rewritten(model, coded)
     error = trial.checked_error(model, "take more bits, or exclude the most sensitive layers") if trial else None
     path = save(model, folder / "model.onnx")
@@ -84,8 +87,15 @@ def build(artifact: Artifact, config: CodebookConfig, samples: Samples, budget: 
     return artifact.derived(path, config.to_json(), facts)
 
 
-def code(layer: Layer, weight: NDArray[np.float32], importance: NDArray[Any] | None, bits: int, config: CodebookConfig) -> Coded:
-    """Levels of one weight, and the index of each element."""
+def code(
+    layer: Layer,
+    weight: NDArray[np.float32],
+    importance: NDArray[Any] | None,
+    bits: int,
+    config: CodebookConfig,
+    moments: NDArray[Any] | None = None,
+) -> Coded:
+    """Levels of one weight, and the index of each element: the nearest, or with the inputs' `moments` E[xxᵀ] by feedback of errors."""
     flat = weight.ravel()
     zero = np.zeros(flat.size, bool)
     zero[np.argsort(np.abs(flat), kind="stable")[: int(config.sparsity * flat.size)]] = True
@@ -94,23 +104,25 @@ def code(layer: Layer, weight: NDArray[np.float32], importance: NDArray[Any] | N
         levels = entropy_constrained(rest, count, config.rate)
     else:
         levels = kmeans(rest, count, None if importance is None else importance.ravel()[~zero])
-    index = np.zeros(flat.size, np.uint8)
-    index[~zero] = levels.codes(rest) + bool(zero.any())
     kept = np.concatenate([np.zeros(int(zero.any())), levels.centres]).astype(np.float32)
+    if moments is None:
+        codes = levels.codes(flat)
+    else:
+        mask = as_matrix(layer, zero.reshape(weight.shape))
+        found = assign(as_matrix(layer, weight), moments, levels.codes, lambda codes: levels.centres[codes], mask)
+        codes = from_matrix(layer, found).ravel()
+    index = np.where(zero, 0, codes + bool(zero.any())).astype(np.uint8)
     return Coded(layer, bits, kept, index.reshape(weight.shape))
 
 
-def _importance(
-    model: ModelProto, layers: Sequence[Layer], config: CodebookConfig, samples: Samples, budget: Budget, folder: Path
-) -> Weights:
+def _importance(model: ModelProto, layers: Sequence[Layer], samples: Samples, budget: Budget, folder: Path) -> Weights:
     """E[x²] of what each weight multiplies, relative to the layer's mean."""
-    taken = matching(samples, model, config.samples, "perceptual codebook")
-    moments = second_moments(
-        model, layers, taken, folder, lambda share: budget.tick(config.method, "input moments", 0.1 + 0.2 * share), budget.threads
+    inputs = input_statistics(
+        model, layers, samples, folder, lambda share: budget.tick("codebook", "input moments", 0.1 + 0.2 * share), budget.threads
     )
     found = {}
     for layer in layers:
-        moment = moments.get(layer.name, np.ones(1))
+        moment = inputs[layer.name].second if layer.name in inputs else np.ones(1)
         mean = float(moment.mean()) or 1.0
         found[layer.name] = layer.spread((moment / mean + FLOOR_OF_IMPORTANCE).astype(np.float32))
     return found

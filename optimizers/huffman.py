@@ -31,13 +31,12 @@ def encode(symbols: Bytes) -> bytes:
     """Lengths of the codes, bits of each lane, the bits."""
     counts = np.bincount(symbols, minlength=1)
     lengths = code_lengths(counts)
-    bits_of, code_of = lengths.astype(np.int64), _canonical(lengths)
-    ends = np.cumsum(bits_of[symbols])
+    taken, code = lengths[symbols], _canonical(lengths).astype(np.uint16)[symbols]
+    ends = np.cumsum(taken, dtype=np.int64)
     bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
     for place in range(int(lengths.max(initial=0))):
-        longer = np.flatnonzero(bits_of[symbols] > place)
-        each = symbols[longer]
-        bits[ends[longer] - bits_of[each] + place] = (code_of[each] >> (bits_of[each] - 1 - place)) & 1
+        longer = np.flatnonzero(taken > place)
+        bits[ends[longer] - taken[longer] + place] = code[longer] >> (taken[longer] - 1 - place) & 1
     lanes = np.diff(ends[[*range(LANE - 1, len(ends) - 1, LANE), len(ends) - 1]] if len(ends) else ends, prepend=0)
     halves = np.append(lengths, np.zeros(len(lengths) % 2, np.uint8))
     table = bytes([len(lengths) - 1]) + (halves[::2] << 4 | halves[1::2]).tobytes()

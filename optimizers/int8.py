@@ -29,6 +29,8 @@ class Int8StaticConfig(Config):
 
     `reduce_range` auto: 7-bit weights where the host (or the budget's target) has no VNNI, whose kernels otherwise clip in silence.
     `keep_float`: so many layers stay in float, those whose quantization alone changes the outputs most. `exclude`: nodes by name.
+    `equalize`: ranges of layers in a row are evened out first; `bias_correction`: biases take back the mean error of rounded weights;
+    `smooth`: above 0, the share α of the activations' range that goes to the weights of linear layers (SmoothQuant).
     """
 
     method: ClassVar[str] = "int8-static"
@@ -37,6 +39,7 @@ class Int8StaticConfig(Config):
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "calibration": CALIBRATIONS, "per_channel": (True, False), "reduce_range": ("on", "off"), "keep_float": (0, 1, 2, 4),
+        "equalize": (False, True), "bias_correction": (False, True), "smooth": (0.0, 0.5, 0.75),
     }  # fmt: skip
 
     calibration: str = "minmax"
@@ -48,6 +51,9 @@ class Int8StaticConfig(Config):
     symmetric: bool = False
     exclude: tuple[str, ...] = ()
     keep_float: int = 0
+    equalize: bool = False
+    bias_correction: bool = False
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("calibration", self.calibration, CALIBRATIONS)
@@ -58,6 +64,8 @@ class Int8StaticConfig(Config):
             raise ValueError(f"averaging must be above 0 and at most 1, not {self.averaging}")
         if self.samples < 1 or self.keep_float < 0:
             raise ValueError(f"samples must be at least 1 and keep_float at least 0, not {self.samples} and {self.keep_float}")
+        if not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth must be from 0 to 1, not {self.smooth}")
 
 
 @dataclass(frozen=True)

@@ -85,19 +85,39 @@ def _layer(node: NodeProto, tensor: TensorProto) -> Layer:
     return Layer(node.name, node.op_type, tensor.name, tuple(tensor.dims), source, given.get("group", 1), bool(given.get("transB", 0)))
 
 
-def second_moments(
+@dataclass
+class Inputs:
+    """What a layer's input channels were over the samples: mean, second moment and largest magnitude of each."""
+
+    mean: NDArray[np.float64]
+    second: NDArray[np.float64]
+    peak: NDArray[np.float64]
+    count: int = 0
+
+    @classmethod
+    def none_yet(cls, channels: int) -> Inputs:
+        return cls(np.zeros(channels), np.zeros(channels), np.zeros(channels))
+
+    def extend(self, channels: NDArray[np.float64]) -> None:
+        """`channels` [channels, values]."""
+        self.count += channels.shape[1]
+        share = channels.shape[1] / self.count
+        self.mean += share * (channels.mean(axis=1) - self.mean)
+        self.second += share * ((channels**2).mean(axis=1) - self.second)
+        self.peak = np.maximum(self.peak, np.abs(channels).max(axis=1))
+
+
+def input_statistics(
     model: ModelProto, layers: Sequence[Layer], samples: Samples, folder: Path, tick: Callable[[float], None], threads: int = 1
-) -> dict[str, NDArray[np.float64]]:
-    """E[x²] of each input channel, by layer; tables have none. Raises NotApplicable where activations are not finite."""
+) -> dict[str, Inputs]:
+    """By layer; tables have none. Raises NotApplicable where activations are not finite."""
     axes = {layer.source: layer.input_axis for layer in layers if layer.kind != "Gather"}
-    totals: dict[str, NDArray[np.float64]] = {}
-    counts = dict.fromkeys(axes, 0)
+    kept: dict[str, Inputs] = {}
     for share, name, rows in Activations(model, list(axes), samples, folder, threads):
         tick(share)
         channels = np.moveaxis(rows.astype(np.float64), axes[name], 0)
         if not np.isfinite(channels).all():
             raise NotApplicable(f"the activations of {name!r} are not finite on the calibration samples")
         flat = channels.reshape(len(channels), -1)
-        totals[name] = totals.get(name, 0.0) + (flat**2).sum(axis=1)
-        counts[name] += flat.shape[1]
-    return {layer.name: totals[layer.source] / counts[layer.source] for layer in layers if layer.source in totals}
+        kept.setdefault(name, Inputs.none_yet(len(flat))).extend(flat)
+    return {layer.name: kept[layer.source] for layer in layers if layer.source in kept}

@@ -31,6 +31,10 @@ _ENTRY: Final = struct.Struct("<QBQQ")
 _SPARSE: Final = struct.Struct("<QQQ")
 LEAST: Final = 64
 """Tensors below so many bytes stay with the rest."""
+SLOW: Final = 1 << 16
+"""Indices of so many bytes and more are not tried with LZMA, which takes long and gains nothing over a code of single indices."""
+SPARSE_BELOW: Final = 0.6
+"""Share of non-zeros from which on gaps between them cannot be worth their own code."""
 ZEROS: Final = 255
 """In a sparse tensor's gaps: so many zeros and no value after them (Han et al. 2016, section 2)."""
 _DECODER_BYTES: Final = 64 << 20
@@ -137,14 +141,14 @@ def _placed(model: ModelProto, data: bytes) -> Iterator[tuple[int, TensorProto]]
 
 
 def _candidates(tensor: TensorProto) -> list[tuple[Coding, Callable[[bytes], bytes]]]:
-    found: list[tuple[Coding, Callable[[bytes], bytes]]] = [(Coding.STORED, bytes), (Coding.LZMA, _compress)]
-    if tensor.data_type in _OCTETS:
-        found += [(Coding.HUFFMAN, lambda raw: huffman.encode(_octets(raw))), (Coding.SPARSE, lambda raw: _sparse(_octets(raw)))]
-    elif tensor.data_type in _NIBBLES:
-        found += [
-            (Coding.HUFFMAN_NIBBLES, lambda raw: huffman.encode(_nibbles(raw))),
-            (Coding.SPARSE_NIBBLES, lambda raw: _sparse(_nibbles(raw))),
-        ]
+    found: list[tuple[Coding, Callable[[bytes], bytes]]] = [(Coding.STORED, bytes)]
+    if tensor.data_type not in _OCTETS | _NIBBLES or len(tensor.raw_data) < SLOW:
+        found.append((Coding.LZMA, _compress))
+    if tensor.data_type in _OCTETS | _NIBBLES:
+        split, nibbles = (_nibbles, 1) if tensor.data_type in _NIBBLES else (_octets, 0)
+        found.append((Coding(Coding.HUFFMAN + nibbles), lambda raw: huffman.encode(split(raw))))
+        if np.count_nonzero(split(tensor.raw_data)) < SPARSE_BELOW * len(split(tensor.raw_data)):
+            found.append((Coding(Coding.SPARSE + nibbles), lambda raw: _sparse(split(raw))))
     elif len(tensor.raw_data) % 4 == 0:
         found.append((Coding.PLANES, lambda raw: _compress(_octets(raw).reshape(-1, 4).T.tobytes())))
     return found

@@ -24,7 +24,10 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.calibration import Calibration, Range, calibrate
 from optimizers.census import quantization_of
+from optimizers.equalize import correct_biases, cross_layer, smooth
 from optimizers.int8 import Form, Int8StaticConfig
+from optimizers.layers import LINEAR as LINEAR_LAYERS
+from optimizers.layers import Inputs, Layer, input_statistics, weighted_layers
 from optimizers.onnx_graph import initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
@@ -71,6 +74,7 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
         raise NotApplicable(f"already quantized ({how}): int8-static needs a float model")
     taken = matching(samples, source, config.samples, config.method)
     ready = prepared(source, folder)
+    rescue = _evened(ready.model, config, taken, budget, folder)
     job = planned(save_and_reload_model_with_shape_infer(ready.model), config, form, taken, budget, folder)
     job.tick("calibration", 0.1)
     ranges = activation_ranges(job)
@@ -79,19 +83,42 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
     kept = list(sensitive)[: config.keep_float]
     job.tick("quantizing", 0.9)
     model = quantized(job, ranges, keep=kept)
+    if config.bias_correction:
+        rescue["biases_corrected"] = _correct_biases(job, model, kept)
+        model = quantized(job, ranges, keep=kept)
     error = _look(model, job, ranges, trial)
     path = save(model, folder / "model.onnx")
     facts = {
         "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range,
         "per_channel": config.per_channel, "calibration": config.calibration, "calibration_samples": len(job.samples),
         "calibration_origin": samples.origin, "calibration_hashes": job.samples.hashes(), "quantized_layers": len(job.layers) - len(kept),
-        "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive,
+        "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive, "rescue": rescue,
         "operators": sorted({node.op_type for node in job.model.graph.node} & set(job.types)), "prepared": ready.facts,
         "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
         "seconds": time.monotonic() - started,
     }  # fmt: skip
     job.tick("done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
+
+
+def _evened(model: ModelProto, config: Int8StaticConfig, samples: Samples, budget: Budget, folder: Path) -> dict[str, Any]:
+    """Even out ranges in the float model, as far as asked for; what was done."""
+    done: dict[str, Any] = {}
+    if config.equalize:
+        done["equalized"] = cross_layer(model)
+    if config.smooth:
+        layers = weighted_layers(model, LINEAR_LAYERS, config.exclude)
+        done["smoothed"] = smooth(model, _inputs(model, layers, samples, budget, folder), config.smooth)
+    return done
+
+
+def _inputs(model: ModelProto, layers: Sequence[Layer], samples: Samples, budget: Budget, folder: Path) -> dict[str, Inputs]:
+    return input_statistics(model, layers, samples, folder, lambda share: budget.tick("int8-static", "inputs", 0.1 * share), budget.threads)
+
+
+def _correct_biases(job: Job, model: ModelProto, kept: Sequence[str]) -> list[str]:
+    layers = [layer for layer in weighted_layers(job.model) if layer.name in job.layers and layer.name not in kept]
+    return correct_biases(job.model, model, layers, _inputs(job.model, layers, job.samples, job.budget, job.folder))
 
 
 def planned(model: ModelProto, config: Int8StaticConfig, form: Form, samples: Samples, budget: Budget, folder: Path) -> Job:

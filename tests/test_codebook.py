@@ -16,7 +16,7 @@ from optimizers.codebook import CodebookConfig
 from optimizers.int8 import Int8DynamicConfig
 from optimizers.onnx_graph import set_constant
 from optimizers.packed import pack, unpack
-from tests.families import FAMILIES, built, error_of, keeps_the_contract
+from tests.families import FAMILIES, built, error_of, keeps_the_contract, samples_of
 from tests.onnx_models import F, mlp, model, node, normal, value
 
 
@@ -108,6 +108,16 @@ def test_perceptual_levels_have_less_error_at_the_outputs(tmp_path: Path) -> Non
         for levels in ("kmeans", "perceptual")
     }
     assert errors["perceptual"] < 0.7 * errors["kmeans"]
+
+
+@pytest.mark.parametrize(("family", "most"), [("resnet", 0.5), ("mlp", 0.85)])
+def test_perceptual_levels_are_better_at_equal_bits(family: str, most: float, tmp_path: Path) -> None:
+    source, errors = FAMILIES[family], {}
+    samples = samples_of(source, 32 if family == "resnet" else 512)
+    for levels in ("kmeans", "perceptual"):
+        artifact = built(source, CodebookConfig(levels=levels, bits=3, allot="equal", samples=512), tmp_path / levels, samples)
+        errors[levels] = error_of(source, artifact)
+    assert errors["perceptual"] < most * errors["kmeans"]
 
 
 def test_bits_go_to_the_layers_that_need_them(tmp_path: Path) -> None:
