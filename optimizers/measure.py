@@ -144,6 +144,10 @@ class Arm:
     def calls(self, batches: Sequence[Feeds]) -> list[list[Any]]:
         return list(self.ask("call", list(batches)))
 
+    def reopen(self) -> None:
+        """A new session of the same file in the same process; its memory lies elsewhere."""
+        self.opened = self.ask("open", str(self.path), self.settings)
+
     def keep(self, feeds: Feeds) -> int:
         """Send inputs for timing once; the key stands for them from then on."""
         for key, kept in self._keys.items():
