@@ -290,6 +290,8 @@ class ModelState:
     split: Split | None = None
     rungs: tuple[str, ...] = ()
     """Proven versions that the data plane may step down to by itself when load threatens the objective, the best first."""
+    left: tuple[str, ...] = ()
+    """Versions that were left for faults since golden was deployed: the loop does not go back to them by itself."""
     last_event: int = 0
     stamp: tuple[int, int] = (0, 0)
 

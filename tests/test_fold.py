@@ -513,3 +513,48 @@ def test_a_memory_never_loses_to_a_store_that_lost_its_tail(story: list[Event], 
     }
     assert joined.jobs == known.jobs
     assert not merge.behind(joined, known)
+
+
+# Traffic, ladder and what was left
+
+
+def split(version: str, share: float, stage: str = "canary", **data: object) -> Event:
+    return Event("traffic.split", "m", version, data={"version": version, "share": share, "stage": stage, **data}, at=5.0)
+
+
+def test_a_candidate_on_trial_gets_its_share_and_loses_it_with_any_change_of_the_desired_version() -> None:
+    story = [deployed(), published("1.1")]
+    on_trial = model_of(told(*story, split("1.1", 0.05)))
+    assert on_trial.split is not None and (on_trial.split.version, on_trial.split.share, on_trial.split.stage) == ("1.1", 0.05, "canary")
+    assert model_of(told(*story, split("1.1", 0.0, "shadow"))).split is not None
+    for end in (split("", 0.0), desired("1.1"), Event("version.removed", "m", "1.1", data={"version": "1.1"})):
+        assert model_of(told(*story, split("1.1", 0.05), end)).split is None, end.kind
+    assert model_of(told(*story, split("1", 0.05))).split is None, "the desired version needs no share"
+    assert model_of(told(*story, split("1.1", 0.05), deployed("m", "2", OTHER_SHA))).split is None
+
+
+def test_after_a_promotion_that_is_watched_the_previous_version_keeps_its_share() -> None:
+    watched = desired("1.1", watch_share=0.05)
+    model = model_of(told(deployed(), published("1.1"), watched))
+    assert model.split is not None and (model.split.version, model.split.share, model.split.stage) == ("1", 0.05, "watch")
+
+
+def test_rungs_are_other_versions_that_may_serve_and_go_with_them() -> None:
+    ladder = Event("ladder.set", "m", data={"rungs": ["1", "1.1", "1.2"]})
+    story = [deployed(), published("1.1"), published("1.2"), ladder]
+    assert model_of(told(*story)).rungs == ("1.1", "1.2")
+    assert model_of(told(*story, Event("version.removed", "m", "1.1", data={"version": "1.1"}))).rungs == ("1.2",)
+    assert model_of(told(*story, deployed("m", "2", OTHER_SHA))).rungs == ()
+
+
+def test_what_was_left_for_faults_is_remembered_until_somebody_wants_it_again() -> None:
+    back = desired("1", fault=True)
+    left = model_of(told(deployed(), published("1.1"), desired("1.1"), back))
+    assert (left.desired, left.previous, left.left) == ("1", "1.1", ("1.1",))
+    assert model_of(told(deployed(), published("1.1"), desired("1.1"), back, desired("1.1"))).left == ()
+
+
+def test_the_new_parts_of_a_state_survive_being_written_down() -> None:
+    ladder = Event("ladder.set", "m", data={"rungs": ["1.1"]})
+    state = told(deployed(), published("1.1"), split("1.1", 0.25), ladder)
+    assert state_from_json(loads(dumps(state))) == state

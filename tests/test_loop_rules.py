@@ -115,7 +115,7 @@ def cause(kinds: list[Kind], seen: Block | None = None, **more: Any) -> Cause:
 SLOWER = Replay((1.5, 1.4, 1.6), None, ("version_slower",), "1")
 COSTLIER = Replay((1.0, 0.99, 1.01), (1.4, 1.3, 1.5), ("input_costlier",), "1")
 AS_PROVEN = Replay((1.0, 0.98, 1.02), (1.0, 0.99, 1.01), ("as_proven",), "1")
-FULL = {"queue_s": 200 * 0.003, "refused": 30}
+FULL: dict[str, Any] = {"queue_s": 200 * 0.003, "refused": 30}
 
 
 @pytest.mark.parametrize(

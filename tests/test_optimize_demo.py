@@ -8,13 +8,20 @@ from pathlib import Path
 
 import httpx
 
-from tests.running_server import DEMO, server
+from tests.running_server import DEMO, Running, server
 
 PICTURE = (DEMO / "digit.png").read_bytes()
 
 
+def kinds(running: Running) -> list[str]:
+    """Kinds of the model's events, in order."""
+    return [event["kind"] for event in running.admin("GET", "/admin/timeline?model=digits&limit=500")["events"]]
+
+
 def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
     with server(tmp_path, demo=True) as running:
+        config = tmp_path / "models" / "digits" / "model.yaml"
+        config.write_text(config.read_text() + "rollout: {canary: [0.4], min_samples: 15, watch_share: 0.4, watch_s: 8}\n")
         running.ready("digits").worker()
         statuses: Counter[int] = Counter()
         labels: set[str] = set()
@@ -32,6 +39,8 @@ def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
         try:
             job = running.admin("POST", "/admin/models/digits/optimize", 202, json={"recipe": ["int8-static"]})
             done = running.job_done(job["id"], 400)
+            if done["outcome"] == "promoted":
+                running.until(lambda: "version.confirmed" in kinds(running), 60)
         finally:
             stop.set()
             caller.join()
@@ -44,6 +53,10 @@ def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
         assert lineage["1.1"]["bytes"] < lineage["1"]["bytes"] / 2
         assert lineage["1.1"]["proof"]["host_class"] in lineage["1.1"]["proven_on"]
         if done["outcome"] == "promoted":
-            assert running.admin("GET", "/admin/models/digits")["active"] == "1.1"
+            seen = kinds(running)
+            order = ["version.verified", "traffic.split", "canary.ended", "desired.changed", "version.confirmed"]
+            assert [seen.index(kind) for kind in order] == sorted(seen.index(kind) for kind in order)
+            explained = running.admin("GET", "/admin/models/digits/explain")
+            assert explained["active"] == "1.1" and [one["version"] for one in explained["lineage"]] == ["1.1", "1"]
             back = running.admin("POST", "/admin/models/digits/rollback", 200)
             assert back["active"] == "1"

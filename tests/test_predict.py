@@ -7,7 +7,7 @@ import base64
 import io
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,9 @@ class LocalService:
     def admit(self, model: str, version: str | None) -> Signature:
         return self._find(model)[1]
 
-    async def infer(self, model: str, version: str | None, request: InferenceRequest) -> InferenceResult:
+    async def infer(
+        self, model: str, version: str | None, request: InferenceRequest, headers: Mapping[bytes, bytes] | None = None
+    ) -> InferenceResult:
         session, signature, _ = self._find(model)
         self.requests.append(request)
         names = list(request.outputs or [spec.name for spec in signature.outputs])

@@ -5,7 +5,7 @@ It translates and calls: bodies are app.api.friendly's, what a model takes its P
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic, perf_counter
 from typing import Final, ParamSpec, Protocol, TypeVar
 
@@ -28,7 +28,9 @@ ReadBody = Callable[[Exchange], Awaitable[Body]]
 class Service(Protocol):
     """What the door needs of the data plane (app.serving.service)."""
 
-    async def infer(self, model: str, version: str | None, request: InferenceRequest) -> InferenceResult: ...
+    async def infer(
+        self, model: str, version: str | None, request: InferenceRequest, headers: Mapping[bytes, bytes] | None = None
+    ) -> InferenceResult: ...
     def processor(self, model: str) -> Processor: ...
     def admit(self, model: str, version: str | None) -> Signature: ...
 
@@ -55,7 +57,7 @@ class Predict:
         exchange.rows = validate(request, signature)
         exchange.decoded = perf_counter()
         request.decode_s = exchange.decoded - exchange.started
-        exchange.result = result = await until_done_or_gone(exchange, service.infer(model, version, request))
+        exchange.result = result = await until_done_or_gone(exchange, service.infer(model, version, request, exchange.headers))
         if sum(len(tensor.data) for tensor in result.outputs) <= INLINE_OUTPUT_BYTES:
             return write_answer(processor, result, encoded.single)
         return await self._threads.run_in_thread(write_answer, processor, result, encoded.single)

@@ -80,7 +80,7 @@ class Commands:
 
     def promote(
         self, name: str, version: str, actor: str, reason: str, force: bool = False, settings: RuntimeSettings | None = None,
-        watch_share: float = 0.0,
+        watch_share: float = 0.0, fault: bool = False,
     ) -> Event:  # fmt: skip
         """Make `version` the desired one; the one before keeps `watch_share` of the requests until the loop confirms. Built versions need a proof on this class of host, or `force`; those that the user deployed do not."""
         model = self.model(name)
@@ -96,17 +96,20 @@ class Commands:
                 )
         if version == model.desired and settings is None:
             raise Conflict(f"version {version} of {name!r} is the desired one already")
-        return self._desire(model, version, actor, reason, settings, watch_share)
+        return self._desire(model, version, actor, reason, settings, watch_share, fault)
 
-    def rollback(self, name: str, actor: str, reason: str) -> Event:
-        """Back to what was before the last change, at once: the previous settings if only those changed, else the previous version."""
+    def rollback(self, name: str, actor: str, reason: str, fault: bool = False) -> Event:
+        """Back to what was before the last change, at once: the previous settings if only those changed, else the previous version.
+
+        With `fault` the version that is left is not gone back to by the loop.
+        """
         model = self.model(name)
         before = dict(model.previous_settings)
         if model.desired in before and before[model.desired] != model.settings_of(model.desired) and model.previous in ("", model.desired):
             return self.change_settings(name, before[model.desired], actor, reason)
         if not model.previous or model.previous == model.desired:
             raise Conflict(f"model {name!r} has nothing to go back to: version {model.desired} was never preceded by another")
-        return self._desire(model, model.previous, actor, reason, None)
+        return self._desire(model, model.previous, actor, reason, None, fault=fault)
 
     def change_settings(self, name: str, settings: RuntimeSettings, actor: str, reason: str, stood: RuntimeSettings | None = None) -> Event:
         """New run-time settings for the desired version: a new generation, not a new version. `stood` are those it ran with, to go back to."""
@@ -142,11 +145,14 @@ class Commands:
         return self._journal.append(Event("model.removed", name, actor=actor))
 
     def _desire(
-        self, model: ModelState, version: str, actor: str, reason: str, settings: RuntimeSettings | None, watch_share: float = 0.0
-    ) -> Event:
+        self, model: ModelState, version: str, actor: str, reason: str, settings: RuntimeSettings | None, watch_share: float = 0.0,
+        fault: bool = False,
+    ) -> Event:  # fmt: skip
         data: dict[str, Any] = {"version": version, "from": model.desired, "reason": reason}
         if settings is not None:
             data["settings"] = asdict(settings)
         if watch_share:
             data["watch_share"] = watch_share
+        if fault:
+            data["fault"] = True
         return self._journal.append(Event("desired.changed", model.name, version, "", actor, data), expect=model.generation)

@@ -88,6 +88,7 @@ class Incident:
     tried: set[Action] = field(default_factory=set)
     acted_at: float = 0.0
     looks: int = 0
+    looking: bool = False
     look_after: float = 0.0
 
 
@@ -289,7 +290,8 @@ class Loop:
         if view.rung and all(one.kind in (Kind.LATENCY, Kind.REFUSALS, Kind.COST) for one in found):
             return  # stepped down for load: no blame until it is back
         incident = patient.incident
-        if incident is not None and (monotonic() < incident.look_after or (incident.acted_at and self._acting(view, incident))):
+        known = incident is not None and not _news(found, incident)
+        if incident is not None and known and (monotonic() < incident.look_after or (incident.acted_at and self._acting(view, incident))):
             return
         if self._busy is None or self._busy.done():
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
@@ -338,7 +340,7 @@ class Loop:
         """Nothing is suspected; after some blocks in a row an incident is over."""
         incident = patient.incident
         patient.calm += fresh
-        if incident is None or patient.calm < SETTLE_BLOCKS or (incident.acted_at and self._acting(view, incident)):
+        if incident is None or incident.looking or patient.calm < SETTLE_BLOCKS or (incident.acted_at and self._acting(view, incident)):
             return
         patient.incident = None
         cause = incident.diagnosis.cause if incident.diagnosis is not None else None
@@ -359,6 +361,7 @@ class Loop:
         self, view: ModelView, patient: Patient, want: ModelState, found: list[Suspicion], views: list[ModelView]
     ) -> None:  # fmt: skip
         incident = patient.incident
+        news = incident is None or _news(found, incident)
         if incident is None:
             incident = patient.incident = Incident(monotonic(), found)
         elif incident.acted_at and incident.diagnosis is not None:
@@ -368,11 +371,15 @@ class Loop:
         only_event = all(one.kind is Kind.EVENT for one in found)
         for one in found:
             self._metrics.count("hone_suspicions", view.name, one.kind.value)
-        if incident.looks == 1 and not only_event:
+        if news and not only_event:
             text = "; ".join(one.text for one in found)
             data = {"kinds": [one.kind.value for one in found], "summary": text, "numbers": [one.numbers for one in found]}
             await self._say("suspicion.raised", view, data)
-        diagnosis = await self._blame(view, patient, want, found, views)
+        incident.looking = True
+        try:
+            diagnosis = await self._blame(view, patient, want, found, views)
+        finally:
+            incident.looking = False
         if only_event and diagnosis.cause in (Cause.UNKNOWN, Cause.HOST, Cause.LOAD):
             patient.incident = None  # as it should be
             return
@@ -399,7 +406,7 @@ class Loop:
             return
         incident.tried.add(decided.action)
         incident.look_after = 0.0
-        await self._act(view, decided, diagnosis)
+        await self._act(view, decided, diagnosis, faulty(incident.suspicions))
         incident.acted_at = monotonic()
 
     async def _blame(
@@ -446,32 +453,34 @@ class Loop:
         proven = [
             built.version for built in reversed(want.built)
             if not built.removed and built.golden_sha256 == want.golden_sha256 and built.version != view.active
-            and dict(built.verdicts).get(self._host_class) is Verdict.PASSED
+            and dict(built.verdicts).get(self._host_class) is Verdict.PASSED and built.version not in want.left
         ]  # fmt: skip
-        faults = any(one.kind in (Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY) for one in incident.suspicions)
+        faults = faulty(incident.suspicions)
         spent = sum(max(0.0, job.finished_at - job.requested_at) for job in own if job.state is JobState.FINISHED)
         failures = patient.failures.get(diagnosis.cause, 0)
         situation = Situation(
-            view.active, want.golden, want.previous, proven, want.rungs, frozenset(tried), frozenset(incident.tried),
+            view.active, want.golden, want.previous if want.previous not in want.left else "", proven, want.rungs, frozenset(tried), frozenset(incident.tried),
             want.mode or config.mode, state.frozen,
             sum(1 for job in state.jobs.values() if job.model == view.name and job.state is not JobState.FINISHED),
-            config.budget.builds - sum(len(job.candidates) for job in own), config.budget.swaps - sum(job.outcome == "promoted" for job in own),
+            0 if want.golden in want.left else config.budget.builds - sum(len(job.candidates) for job in own), config.budget.swaps - sum(job.outcome == "promoted" for job in own),
             config.budget.job_cpu_s - spent, config.source is not None and config.samples.train is not None,
             max(0.0, incident.acted_at + wait_after(failures) - monotonic()) if incident.acted_at else 0.0, faults,
         )  # fmt: skip
         return plan(diagnosis, situation, config)
 
-    async def _act(self, view: ModelView, decided: Plan, diagnosis: Diagnosis) -> None:
+    async def _act(self, view: ModelView, decided: Plan, diagnosis: Diagnosis, fault: bool) -> None:
         reason = f"{diagnosis.cause.value}: {diagnosis.text}"
         match decided.action:
             case Action.RESTART:
                 await self._plane.renew(view.name)
                 await self._say("runner.restarted", view, {"summary": f"a fresh runner took over: {diagnosis.text}"})
             case Action.ROLL_BACK:
-                await asyncio.to_thread(self._commands.rollback, view.name, "hone", reason)
+                await asyncio.to_thread(self._commands.rollback, view.name, "hone", reason, fault)
                 self._metrics.count("hone_rollbacks", view.name, diagnosis.cause.value)
             case Action.SWITCH if not decided.waits:
-                await asyncio.to_thread(self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit())
+                await asyncio.to_thread(
+                    self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault
+                )  # fmt: skip
             case Action.TUNE | Action.OPTIMIZE | Action.RECALIBRATE:
                 config = self._plane.config(view.name)
                 recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
@@ -490,7 +499,7 @@ class Loop:
         if judgement.verdict is Verdict.FAILED:
             self._metrics.count("hone_verdicts", "watch", "failed")
             self._metrics.count("hone_rollbacks", view.name, "watch")
-            await asyncio.to_thread(self._commands.rollback, view.name, "hone", f"watch: {judgement.text}")
+            await asyncio.to_thread(self._commands.rollback, view.name, "hone", f"watch: {judgement.text}", True)
         elif judgement.verdict is Verdict.PASSED or age > config.rollout.watch_s:
             passed = judgement.verdict is Verdict.PASSED
             self._metrics.count("hone_verdicts", "watch", "passed" if passed else "inconclusive")
@@ -501,6 +510,16 @@ class Loop:
 
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))
+
+
+def faulty(found: Sequence[Suspicion]) -> bool:
+    """Wrong or missing answers, not slow ones: leaving such a version needs neither budget nor agreement, and it is not gone back to."""
+    return any(one.kind in (Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY) for one in found)
+
+
+def _news(found: Sequence[Suspicion], incident: Incident) -> bool:
+    """Whether something is wrong now that was not when it was last looked into: what is known of the incident does not explain it."""
+    return bool({one.kind for one in found} - {one.kind for one in incident.suspicions} - {Kind.EVENT})
 
 
 def _report(task: asyncio.Task[None]) -> None:

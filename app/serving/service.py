@@ -53,9 +53,11 @@ class InferenceService:
         """Hand every finished request's Observation to `observer` too."""
         self._observers = (*self._observers, observer)
 
-    async def infer(self, model: str, version: str | None, request: InferenceRequest) -> InferenceResult:
+    async def infer(
+        self, model: str, version: str | None, request: InferenceRequest, headers: Mapping[bytes, bytes] | None = None
+    ) -> InferenceResult:
         """Answer one validated request. Raises the errors of app.errors; cancelling the caller's task drops queued work."""
-        return await self.run(self.loaded(model, version), request)
+        return await self.run(self.loaded(model, version, headers), request)
 
     async def run(self, loaded: Loaded, request: InferenceRequest) -> InferenceResult:
         """The same for a version that was leased before the request was parsed."""

@@ -145,6 +145,9 @@ class Vitals:
         golden = slot.versions.get(slot.golden)
         if golden is None or not golden.engine.alive:
             return
+        answered = slot.versions.get(seen.version)
+        if answered is None or answered.admitted.golden_sha256 != golden.admitted.golden_sha256:
+            return  # an earlier golden, or a version of one, is not held to this golden
         if seen.version == golden.version:
             answer = seen.answer
         else:

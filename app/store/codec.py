@@ -110,6 +110,7 @@ def model_from_json(value: Any) -> ModelState:
     given["mode"] = enum_or_none(Mode, given.get("mode"))
     given["stamp"] = _stamp(given.get("stamp", (0, 0)))
     given["split"] = _split(given.get("split"))
+    given["left"] = tuple(str(version) for version in given.get("left", ()))
     given["rungs"] = tuple(str(version) for version in given.get("rungs", ()))
     return ModelState(**given)
 

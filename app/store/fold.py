@@ -99,6 +99,7 @@ def _model_deployed(state: State, event: Event) -> State:
         unloaded=False,
         split=None,
         rungs=(),
+        left=(),
     )
     why = f"golden changed from {model.golden} ({model.golden_sha256[:12]}) to {golden} ({sha256[:12]})"
     return fold_jobs.cancel_of_model(_changed(state, event, renewed), event, sha256, why)
@@ -170,8 +171,14 @@ def _desired_changed(state: State, event: Event) -> State:
     if settings != model.settings_of(version):
         model = _with_settings(model, version, settings, None)
     if version != model.desired:
-        model = replace(model, desired=version, previous=model.desired, split=_watched(model, event))
+        model = replace(model, desired=version, previous=model.desired, split=_watched(model, event), left=_left(model, event))
     return state if model is before else _changed(state, event, replace(model, generation=_next(model, state)))
+
+
+def _left(model: ModelState, event: Event) -> tuple[str, ...]:
+    """A version that was left for faults is remembered; one that somebody desires again is forgiven."""
+    left = tuple(version for version in model.left if version != version_of(event))
+    return (*left, model.desired) if event.data.get("fault") else left
 
 
 def _watched(model: ModelState, event: Event) -> Split | None:
