@@ -31,6 +31,8 @@ PLACEMENTS: Final = 4
 Where the weights happen to lie moves the cost of a session for as long as it lives: by 1 % where they fit the cache, by up to 25 % where they
 do not (48 MB beside 32 MB of L3; the same bytes on both sides). The session opened first tends to be the slower one, so sides take turns.
 """
+PROOF_SPREAD: Final = 0.05
+"""How well a ratio of two different files is known from another time: beside other neighbours the same two gave 0.94 to 1.10 of it."""
 INPUTS: Final = 8
 """So many different inputs take turns on each side."""
 SPARE_S: Final = 2.0
@@ -69,8 +71,10 @@ class Proven:
         ratio = given.get("rows_ratio")
         known = ratio if isinstance(ratio, Mapping) else {} if ratio is None else {"estimate": ratio}
         estimate = float(known.get("estimate") or 1.0)
-        bounds = (float(known.get(name) or estimate) for name in ("low", "high"))
-        return cls(Interval(estimate, *bounds), *(float(given.get(name) or 0.0) for name in ("live_cpu_s", "other_cpu_s")))
+        spread = PROOF_SPREAD if known else 0.0
+        low, high = (float(known.get(name) or estimate) for name in ("low", "high"))
+        found = Interval(estimate, min(low, estimate * (1 - spread)), max(high, estimate * (1 + spread)))
+        return cls(found, *(float(given.get(name) or 0.0) for name in ("live_cpu_s", "other_cpu_s")))
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ class _Replay:
 
     def _weigh_version(self, other: Arm, live: Arm, share: float) -> None:
         expected, tolerance = self._request.proof.rows_ratio, self._request.tolerance
-        limit = max(expected.estimate * (1 + tolerance), expected.high)
+        limit = expected.high * (1 + tolerance)
         found = self._compare(other, live, self._reference, None, share, _told_from(limit))
         self._fresh = self._fresh or Fresh.of(found.other, self._rows)
         limit *= self._host_factor(found.first)

@@ -140,7 +140,7 @@ def test_a_loud_host_blames_nobody_and_acquits_nobody() -> None:
 
 def test_the_proof_is_read_in_its_forms() -> None:
     assert Proven.from_json(None) == Proven(Interval(1.0, 1.0, 1.0))
-    assert Proven.from_json({"rows_ratio": 0.5}).rows_ratio == Interval(0.5, 0.5, 0.5)
-    assert Proven.from_json({"rows_ratio": {"estimate": 0.5, "low": 0.45, "high": None}}).rows_ratio == Interval(0.5, 0.45, 0.5)
+    assert Proven.from_json({"rows_ratio": 0.5}).rows_ratio == Interval(0.5, 0.475, 0.525)
+    assert Proven.from_json({"rows_ratio": {"estimate": 0.5, "low": 0.45, "high": None}}).rows_ratio == Interval(0.5, 0.45, 0.525)
     given = BlameRequest.from_json({"live": "a", "reference": {"path": "b"}, "settings": {"intra_op_threads": 4, "queue_limit": 9}})
     assert given.settings.intra_op_threads == 1 and given.reference == SampleSet("b") and given.recent is None
