@@ -20,7 +20,7 @@ from optimizers.measure import Arm
 from optimizers.session import Feeds, Settings
 
 Floats = NDArray[np.float64]
-BESIDE: Final = (NONE, "cpu1", "cpu2", "cpu4", "mem1", "mem2", "burst2")
+BESIDE: Final = (NONE, "cpu2", "cpu4", "mem2", "burst2")
 UNCHANGED_SHARES: Final = 3
 """Of a neighbour's time in a recording, in units of one planted phase: false suspicions need more hours than delays do."""
 PERIOD_S: Final = 0.05
