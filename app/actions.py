@@ -90,6 +90,11 @@ def mode(arguments: argparse.Namespace) -> int:
         return _show(arguments, client.set_mode(arguments.model, arguments.mode), tables.fields_of)
 
 
+def ladder(arguments: argparse.Namespace) -> int:
+    with _client(arguments) as client:
+        return _show(arguments, client.set_ladder(arguments.model, arguments.rungs), tables.fields_of)
+
+
 def capture(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         return _show(arguments, client.clear_capture(arguments.model), tables.fields_of)

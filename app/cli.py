@@ -181,6 +181,12 @@ def _add_models(commands: Parsers) -> None:
     mode = _asking(commands, "mode", "how far the loop may go by itself", "mode", "hone mode digits approve")
     mode.add_argument("model", metavar="MODEL")
     mode.add_argument("mode", choices=("auto", "approve", "observe"))
+    ladder = _asking(
+        commands, "ladder", "versions that may answer in a model's place under load, the best first; none: nobody", "ladder", "hone ladder digits 1.2",
+        "hone ladder digits",
+    )  # fmt: skip
+    ladder.add_argument("model", metavar="MODEL")
+    ladder.add_argument("rungs", nargs="*", metavar="VERSION")
     capture = _asking(commands, "capture", "delete a model's captured inputs", "capture", "hone capture digits --clear")
     capture.add_argument("model", metavar="MODEL")
     capture.add_argument("--clear", action="store_true", required=True, help="delete them")

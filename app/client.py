@@ -166,6 +166,9 @@ class Client:
     def set_mode(self, model: str, mode: str) -> JSON:
         return self._admin("PUT", f"/models/{_part(model)}/mode", json={"mode": mode})
 
+    def set_ladder(self, model: str, rungs: list[str]) -> JSON:
+        return self._admin("PUT", f"/models/{_part(model)}/ladder", json={"rungs": rungs})
+
     def clear_capture(self, model: str) -> JSON:
         return self._admin("DELETE", f"/models/{_part(model)}/capture")
 

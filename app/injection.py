@@ -211,9 +211,14 @@ def settings(scene: Scene) -> Iterator[None]:
     scene.traffic.raise_to(rate=450.0, rows=1, callers=16)
     scene.say("450 requests a second from now on")
     time.sleep(12.0)
-    scene.client.change_settings(MODEL, {"intra_op_threads": 1, "instances": 1, "batch_limit": 1, "lone_threads": 0})
+    names = ("intra_op_threads", "instances", "batch_limit", "lone_threads")
+    before = {name: scene.model()["settings"][name] for name in names}
+    scene.client.change_settings(MODEL, dict(zip(names, (1, 1, 1, 0), strict=True)))
     scene.say("one core, one call at a time, one row a call")
-    yield
+    try:
+        yield
+    finally:
+        scene.client.change_settings(MODEL, before)
 
 
 @contextmanager

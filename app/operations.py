@@ -171,6 +171,14 @@ class ServerOperations:
         await self._do(self._commands.set_mode, name, mode, actor)
         return {"model": name, "mode": mode.value}
 
+    async def set_ladder(self, name: str, rungs: Sequence[str], actor: str) -> JSON:
+        slot = self._service.slot(name)
+        for version in rungs:
+            if version not in slot.known:
+                raise NotFound(f"model {name!r} has no version {version!r}; it has {', '.join(slot.known) or 'none'}")
+        await self._do(self._commands.set_ladder, name, rungs, actor)
+        return {"model": name, "rungs": list(rungs)}
+
     async def freeze(self, frozen: bool, actor: str) -> JSON:
         await self._do(self._commands.freeze, frozen, actor)
         return {"frozen": frozen}

@@ -128,6 +128,24 @@ def heavy(path: Path, width: int = 1024, layers: int = 4) -> Path:
     return save(path, nodes, [value("x", "FP32", ["N", width])], [value("y", "FP32", ["N", width])], weights)
 
 
+def slow(path: Path, width: int = 4, inner: int = 1200, layers: int = 6) -> Path:
+    """`scaled` by 3, after some milliseconds of products that change nothing: same inputs, outputs and names."""
+    rng = np.random.default_rng(0)
+    names = [f"w{layer}" for layer in range(layers)]
+    weights = {
+        "up": np.ones((width, inner), np.float32),
+        **{name: rng.normal(0, 1e-3, (inner, inner)).astype(np.float32) for name in names},
+    }
+    weights |= {"down": np.zeros((inner, width), np.float32), "three": np.array(3.0, np.float32)}
+    nodes = [helper.make_node("MatMul", ["x", "up"], ["h0"])]
+    nodes += [helper.make_node("MatMul", [f"h{layer}", name], [f"h{layer + 1}"]) for layer, name in enumerate(names)]
+    nodes += [
+        helper.make_node("MatMul", [f"h{layers}", "down"], ["nothing"]), helper.make_node("Mul", ["x", "three"], ["tripled"]),
+        helper.make_node("Add", ["tripled", "nothing"], ["y"]),
+    ]  # fmt: skip
+    return save(path, nodes, [value("x", "FP32", ["N", width])], [value("y", "FP32", ["N", width])], weights)
+
+
 def scalars(path: Path) -> Path:
     """y [N] = x [N] · s [], z [] = sum of y: rank 0 in and out."""
     nodes = [helper.make_node("Mul", ["x", "s"], ["y"]), helper.make_node("ReduceSum", ["y"], ["z"], keepdims=0)]

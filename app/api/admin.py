@@ -58,6 +58,10 @@ class SettingsBody(Asked):
     reason: str = Field("asked for", max_length=1000)
 
 
+class LadderBody(Asked):
+    rungs: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)]
+
+
 class ModeBody(Asked):
     mode: Mode
 
@@ -78,6 +82,7 @@ class Operations(Protocol):
     async def verify(self, name: str, version: str | None, reason: str, actor: str) -> JSON: ...
     async def settings(self, name: str, changes: dict[str, int], reason: str, actor: str) -> JSON: ...
     async def set_mode(self, name: str, mode: Mode, actor: str) -> JSON: ...
+    async def set_ladder(self, name: str, rungs: list[str], actor: str) -> JSON: ...
     async def clear_capture(self, name: str, actor: str) -> JSON: ...
     async def freeze(self, frozen: bool, actor: str) -> JSON: ...
     async def explain(self, name: str) -> JSON: ...
@@ -114,6 +119,7 @@ class Admin:
             ("POST", "/models/{name}/optimize", self.optimize), ("POST", "/models/{name}/promote", self.promote),
             ("POST", "/models/{name}/rollback", self.rollback), ("POST", "/models/{name}/verify", self.verify),
             ("PATCH", "/models/{name}/settings", self.settings), ("PUT", "/models/{name}/mode", self.mode),
+            ("PUT", "/models/{name}/ladder", self.ladder),
             ("DELETE", "/models/{name}/capture", self.clear_capture), ("POST", "/freeze", self.freeze), ("POST", "/unfreeze", self.unfreeze),
             ("GET", "/jobs", self.jobs), ("GET", "/jobs/{identity}", self.job), ("DELETE", "/jobs/{identity}", self.cancel),
             ("GET", "/timeline", self.timeline),
@@ -186,6 +192,9 @@ class Admin:
 
     async def mode(self, request: Request, name: str, body: ModeBody) -> Response:
         return answer(await self._do.set_mode(name, body.mode, self._guard.may_change(request)))
+
+    async def ladder(self, request: Request, name: str, body: LadderBody) -> Response:
+        return answer(await self._do.set_ladder(name, body.rungs, self._guard.may_change(request)))
 
     async def clear_capture(self, request: Request, name: str) -> Response:
         return answer(await self._do.clear_capture(name, self._guard.may_change(request)))

@@ -197,6 +197,7 @@ def _admin(example: Example) -> list[Operation]:
         change("POST", f"{model}/rollback", "Back to what was before, at once", errors="404 409", body=_json("ReasonBody", reason), body_needed=False, schema="Model"),
         change("PATCH", f"{model}/settings", "Change run-time settings on the live server", errors="404 409", body=_json("SettingsBody", {"batch_limit": 8}), schema="Model"),
         change("PUT", f"{model}/mode", "How far the loop goes by itself", body=_json("ModeBody", {"mode": "approve"})),
+        change("PUT", f"{model}/ladder", "Which versions may answer in its place under load", body=_json("LadderBody", {"rungs": []})),
         change("DELETE", f"{model}/capture", "Delete the captured live inputs"),
         read(
             "/admin/jobs", "Jobs", "JobList", "400 401",

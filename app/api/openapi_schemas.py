@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from app.api.admin import ModeBody, OptimizeBody, PromoteBody, ReasonBody, SettingsBody
+from app.api.admin import LadderBody, ModeBody, OptimizeBody, PromoteBody, ReasonBody, SettingsBody
 from app.api.labels import FeedbackBody, TrueLabel
 from app.domain import BYTES, DATATYPE_SIZES, JobState, Mode, VersionState
 
@@ -214,7 +214,16 @@ SCHEMAS: Final[dict[str, Schema]] = {
         "additionalProperties": text("Files of external data.", contentMediaType="application/octet-stream"),
     },
 }
-BODIES: Final[tuple[type[BaseModel], ...]] = (OptimizeBody, PromoteBody, ReasonBody, SettingsBody, ModeBody, FeedbackBody, TrueLabel)
+BODIES: Final[tuple[type[BaseModel], ...]] = (
+    OptimizeBody,
+    PromoteBody,
+    ReasonBody,
+    SettingsBody,
+    ModeBody,
+    LadderBody,
+    FeedbackBody,
+    TrueLabel,
+)
 
 
 def all_schemas() -> dict[str, Schema]:

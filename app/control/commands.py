@@ -130,6 +130,15 @@ class Commands:
     def freeze(self, frozen: bool, actor: str) -> Event:
         return self._journal.append(Event("loop.frozen" if frozen else "loop.unfrozen", actor=actor))
 
+    def set_ladder(self, name: str, rungs: Sequence[str], actor: str) -> Event:
+        """Which versions the data plane may step down to under load, the best first. Raises what `built` raises for one that cannot serve."""
+        model = self.model(name)
+        for version in rungs:
+            if not version.isdigit():
+                self.built(model, version)
+        summary = f"under load, {' then '.join(rungs)} may answer" if rungs else "no version may answer in another's place"
+        return self._journal.append(Event("ladder.set", name, actor=actor, data={"rungs": list(rungs), "summary": summary}))
+
     def forget_version(self, name: str, version: str, actor: str) -> Event:
         """Say that a built version's weights may go. Never golden, never the desired or previous one."""
         model = self.model(name)

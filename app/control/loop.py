@@ -299,12 +299,10 @@ class Loop:
 
     async def _set_ladder(self, view: ModelView, patient: Patient, want: ModelState, config: ModelConfig) -> None:
         """Which versions the data plane may step down to: proven here, clearly cheaper than the desired one, and free to serve alone."""
-        if self._state.frozen or not config.ladder or (want.mode or config.mode) is not Mode.AUTO:
-            rungs: tuple[str, ...] = ()
-        elif patient.ladder_for == (want.last_event, want.desired):
-            return
-        else:
-            rungs = await asyncio.to_thread(cheaper_versions, self._bench.cards, want, config, self._host_class)
+        by_person = (want.mode or config.mode) is not Mode.AUTO
+        if self._state.frozen or not config.ladder or by_person or patient.ladder_for == (want.last_event, want.desired):
+            return  # outside auto mode the envelope is a person's to set
+        rungs = await asyncio.to_thread(cheaper_versions, self._bench.cards, want, config, self._host_class)
         patient.ladder_for = (want.last_event, want.desired)
         if rungs != want.rungs:
             data = {
