@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.base import Budget, Config, Gain, method
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 
@@ -42,28 +42,41 @@ class LowRankConfig(Config):
 
 
 @dataclass(frozen=True)
-class TuckerConfig(TrainingConfig):
-    """A k×k convolution as 1×1, k×k, 1×1: W ≈ G ×₁ U_out ×₂ U_in (Kim et al. 2016), ranks by `energy` of each unfolding, then fine-tuned.
+class SplitConfig(TrainingConfig):
+    """What all methods share that split convolutions. How ranks are chosen (`rank`), layer by layer:
 
+    energy: the least that keep this share of the kernel's energy; vbmf: what stands above the noise (Nakajima et al. 2013); sensitivity:
+    each layer is split alone at several ranks and judged on `rows` rows held out, and `ratio` of all multiply-adds goes where that costs least.
     `least_saved`: a layer is split only where this share of its multiply-adds goes. `exclude`: modules left alone, by name.
     """
 
-    method: ClassVar[str] = "tucker"
-    summary: ClassVar[str] = "Convolutions as three smaller ones by Tucker-2 decomposition, then fine-tuned"
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.SOURCE, Need.TRAINING})
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS})
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"energy": (0.7, 0.8, 0.9)}
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"energy": (0.7, 0.8, 0.9), "rank": ("energy", "vbmf", "sensitivity")}
 
     energy: float = 0.8
+    rank: Literal["energy", "vbmf", "sensitivity"] = "energy"
+    ratio: float = 0.4
+    rows: int = 128
     least_saved: float = 0.2
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.energy < 1 or not 0 <= self.least_saved < 1:
+        if not 0 < self.energy < 1 or not 0 < self.ratio < 1 or not 0 <= self.least_saved < 1:
             raise ValueError(
-                f"energy must be above 0 and below 1, least_saved at least 0 and below 1, not {self.energy} and {self.least_saved}"
+                "energy and ratio must be above 0 and below 1, least_saved at least 0 and below 1, "
+                f"not {self.energy}, {self.ratio} and {self.least_saved}"
             )
+        if self.rank not in {"energy", "vbmf", "sensitivity"} or self.rows < 2:
+            raise ValueError(f"rank must be energy, vbmf or sensitivity, rows at least 2, not {self.rank!r} and {self.rows}")
+
+
+@dataclass(frozen=True)
+class TuckerConfig(SplitConfig):
+    """A k×k convolution as 1×1, k×k, 1×1: W ≈ G ×₁ U_out ×₂ U_in (Kim et al. 2016), ranks by the unfoldings along both; then fine-tuned."""
+
+    method: ClassVar[str] = "tucker"
+    summary: ClassVar[str] = "Convolutions as three smaller ones by Tucker-2 decomposition, then fine-tuned"
 
 
 @method(LowRankConfig)
@@ -77,6 +90,7 @@ def low_rank(artifact: Artifact, config: LowRankConfig, samples: Samples, budget
 @method(TuckerConfig)
 def tucker(artifact: Artifact, config: TuckerConfig, samples: Samples, budget: Budget) -> Artifact:
     """The model with convolutions split. Raises NotApplicable: no source, or no convolution that is better off split."""
-    from optimizers.tucker import build
+    from optimizers.splitting import build
+    from optimizers.tucker import Tucker
 
-    return build(artifact, config, samples, budget)
+    return build(artifact, config, Tucker(), samples, budget)

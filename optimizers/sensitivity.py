@@ -57,7 +57,7 @@ def build(artifact: Artifact, config: SensitivityPruningConfig, samples: Samples
 
 
 def _curves(work: Workshop, module: nn.Module, lesson: Lesson, example: Outputs, whole: int) -> list[Cut]:
-    config, judge = _config(work), _few(lesson, _config(work).rows)
+    config, judge = _config(work), quick_judge(lesson, _config(work).rows)
     layers = groups_of(work.opened, module, config.keep)
     taylor = {name: _taylor(module.get_submodule(name)) for name in layers}
     cuts: list[Cut] = []
@@ -120,21 +120,28 @@ def allot(cuts: list[Cut], wanted: float) -> dict[str, float]:
 
 def multiply_adds(module: nn.Module, example: Outputs) -> int:
     """Of convolutions and linear layers, for one row."""
-    total = 0
+    return sum(layer_multiply_adds(module, example).values())
 
-    def count(layer: nn.Module, _: Any, out: Tensor) -> None:
-        nonlocal total
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        total += out.numel() * weight[0].numel()
 
-    handles = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, LAYERS)]
+def layer_multiply_adds(module: nn.Module, example: Outputs) -> dict[str, int]:
+    """Layer to its multiply-adds on `example`, which has one row."""
+    found: dict[str, int] = {}
+
+    def counting(name: str) -> Any:
+        def count(layer: nn.Module, _: Any, out: Tensor) -> None:
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            found[name] = found.get(name, 0) + out.numel() * weight[0].numel()
+
+        return count
+
+    handles = [layer.register_forward_hook(counting(name)) for name, layer in module.named_modules() if isinstance(layer, LAYERS)]
     try:
         with torch.no_grad():
             module.eval()(*example)
     finally:
         for handle in handles:
             handle.remove()
-    return total
+    return found
 
 
 def _taylor(layer: nn.Module) -> Tensor:
@@ -144,7 +151,7 @@ def _taylor(layer: nn.Module) -> Tensor:
     return (weight * weight.grad).detach().flatten(1).sum(1).abs()
 
 
-def _few(lesson: Lesson, rows: int) -> Any:
+def quick_judge(lesson: Lesson, rows: int) -> Any:
     """The lesson's score on the first `rows` rows held out."""
 
     def judge(module: nn.Module) -> tuple[float, float]:

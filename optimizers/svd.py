@@ -132,12 +132,12 @@ def _ratio(weight: NDArray[Any], pair: tuple[NDArray[Any], NDArray[Any]], rows: 
     x = {"x": np.random.default_rng(0).standard_normal((rows, weight.shape[0])).astype(np.float32)}
     ratios = []
     for _ in range(ROUNDS):
-        whole, split = (_timed(session, x, TIMED_S / ROUNDS) for session in sessions)
+        whole, split = (timed(session, x, TIMED_S / ROUNDS) for session in sessions)
         ratios.append(split / whole)
     return float(np.median(ratios))
 
 
-def _timed(session: Any, feeds: dict[str, Any], seconds: float) -> float:
+def timed(session: Any, feeds: dict[str, Any], seconds: float) -> float:
     """CPU seconds of one call."""
     session.run(None, feeds)
     started, calls = time.process_time(), 0

@@ -1,4 +1,4 @@
-"""How a module differs from what its factory makes: sizes of layers that lost channels or heads, layers that were split in two.
+"""How a module differs from what its factory makes: sizes of layers that lost channels or heads, layers replaced by cheaper ones.
 
 The difference is kept as JSON inside the weights file (safetensors metadata), so that file and factory together are the whole model and
 steps compose. It is data, never code: sizes are set, and layers are replaced by the few kinds that REPLACED_BY names.
@@ -13,7 +13,7 @@ from typing import Any, Final
 from torch import nn
 
 from optimizers.base import NotApplicable
-from optimizers.torch_layers import REPLACED_BY, LowRankConv
+from optimizers.torch_layers import REPLACED_BY, StandIn
 
 KEY: Final = "hone.structure"
 """Name of the metadata entry of a .safetensors file."""
@@ -22,7 +22,7 @@ Size = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Structure:
-    """`sizes`: module to its changed integer attributes. `shapes`: parameter or buffer to its changed shape. `replaced`: module to kind and ranks."""
+    """`sizes`: module to its changed integer attributes. `shapes`: parameter or buffer to its changed shape. `replaced`: module to kind and sizes."""
 
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Structure:
 
 def structure_of(module: nn.Module, fresh: nn.Module) -> Structure:
     """What must be done to `fresh`, which the factory made, to give it the form of `module`; `fresh` is changed on the way."""
-    replaced = {name: layer.described() for name, layer in module.named_modules() if isinstance(layer, LowRankConv)}
+    replaced = {name: layer.described() for name, layer in module.named_modules() if isinstance(layer, StandIn)}
     for name, how in replaced.items():
         _replace(fresh, name, how)
     own, theirs = dict(module.named_modules()), dict(fresh.named_modules())

@@ -101,13 +101,12 @@ def test_convolutions_are_split_and_the_next_step_opens_them(tmp_path: Path) -> 
 def test_tucker_at_full_rank_is_the_layer_itself(tmp_path: Path) -> None:
     import torch
 
-    from optimizers.tucker import decomposed as split
-    from optimizers.tucker import rank_of, saved_share
+    from optimizers.tucker import Tucker, rank_of
 
     torch.manual_seed(0)
-    layer = torch.nn.Conv2d(6, 8, 3, stride=2, padding=1)
+    layer, form = torch.nn.Conv2d(6, 8, 3, stride=2, padding=1), Tucker()
     x = torch.randn(2, 6, 9, 9)
-    assert torch.allclose(split(layer, 8, 6)(x), layer(x), atol=1e-5)
-    assert not torch.allclose(split(layer, 2, 2)(x), layer(x), atol=1e-2)
+    assert torch.allclose(form.made(layer, (8, 6))(x), layer(x), atol=1e-5)
+    assert not torch.allclose(form.made(layer, (2, 2))(x), layer(x), atol=1e-2)
     assert rank_of(torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0])), 0.86) == 2
-    assert saved_share(layer, 2, 2) == pytest.approx(1 - (6 * 2 * 4 + 2 * 2 * 9 + 2 * 8) / (6 * 8 * 9))
+    assert form.saved(layer, (2, 2)) == pytest.approx(1 - (6 * 2 * 4 + 2 * 2 * 9 + 2 * 8) / (6 * 8 * 9))
