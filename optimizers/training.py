@@ -106,7 +106,7 @@ class _Run:
 
     def __init__(self, module: nn.Module, objective: Objective, plan: Plan, watch: Watch, trained: Trained) -> None:
         self.module, self.objective, self.plan, self.watch, self.trained = module, objective, plan, watch, trained
-        self.optimizer = _optimizer(module, plan)
+        self.optimizer = optimizer_of(module, plan)
         self.random = torch.Generator().manual_seed(watch.budget.seed)
         self.started = time.monotonic()
         self.best: dict[str, Tensor] = {}
@@ -228,7 +228,7 @@ class _Run:
         return True
 
 
-def _optimizer(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+def optimizer_of(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
     weights = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]  # biases and normalizations are not decayed
     groups = [{"params": weights, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -256,7 +256,7 @@ def choose_form(module: nn.Module, objective: Objective, plan: Plan, budget: Bud
 def _timed(module: nn.Module, objective: Objective, plan: Plan, form: str, budget: Budget) -> float:
     twin = copy.deepcopy(module).train()
     _lay_out(twin, form)
-    optimizer = _optimizer(twin, plan)
+    optimizer = optimizer_of(twin, plan)
     index = torch.arange(min(8, plan.batch, objective.rows))
     seconds = math.inf
     for _ in range(2):
