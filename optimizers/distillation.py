@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from optimizers import losses
 from optimizers.artifact import Artifact, Source
+from optimizers.attention_matrices import MatrixWatch, paired
 from optimizers.base import Budget, NotApplicable
 from optimizers.distill import DistillConfig
 from optimizers.samples import Samples
@@ -35,12 +36,13 @@ def build(artifact: Artifact, config: DistillConfig, samples: Samples, budget: B
         student = make(factory) if config.student else work.opened.module
         _require_outputs(student, work.opened)
         pupil = Pupil(student)
-        inside = _inside(pupil, artifact, config, work.opened) if config.features or config.attention else None
+        looks = config.features or config.attention or config.attention_matrices
+        inside = _inside(pupil, artifact, config, work.opened) if looks else None
         lesson = work.lesson(inside.term if inside else None)
         trained = work.fine_tune(pupil, lesson, "distilling")
         facts = {
             "student": config.student or "the parent's module", "features": config.features, "feature_form": config.feature_form if config.features else "",
-            "attention": config.attention, "pairs": list(inside.names) if inside else [], "adapters": len(pupil.adapters),
+            "attention": config.attention, "attention_matrices": config.attention_matrices, "matrices": inside.matrices if inside else 0, "pairs": list(inside.names) if inside else [], "adapters": len(pupil.adapters),
             "seconds": time.monotonic() - started,
         }  # fmt: skip
         return work.deliver(pupil.student, lesson, facts, trained, factory)
@@ -53,25 +55,41 @@ class Pupil(nn.Module):
         super().__init__()
         self.student = student
         self.adapters = nn.ModuleDict()
+        self.note: Callable[[list[Tensor]], None] | None = None
+        """Told of the attention matrices of each run, where somebody wants to know."""
 
     def forward(self, *inputs: Tensor) -> Any:
-        return self.student(*inputs)
+        if self.note is None:
+            return self.student(*inputs)
+        with MatrixWatch() as watch:
+            answers = self.student(*inputs)
+        self.note(watch.seen)
+        return answers
 
 
 class Inside:
-    """Paired layers of golden and student, listened to while both run. `names` are modules that both have."""
+    """Paired layers of golden and student, listened to while both run. `names` are modules that both have; `matrices` so many of attention."""
 
     def __init__(self, pupil: Pupil, golden: nn.Module, names: Sequence[str], config: DistillConfig) -> None:
         self.pupil, self.golden, self.names, self.config = pupil, golden.eval().requires_grad_(False), tuple(names), config
         self.seen: dict[str, Tensor] = {}
+        self.own_matrices: list[Tensor] = []
+        self.matrices = 0
+        if config.attention_matrices:
+            pupil.note = lambda seen: self.own_matrices.__setitem__(slice(None), seen)
         for name in names:
             pupil.student.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: self.seen.__setitem__(name, out))
 
     def term(self, inputs: Outputs) -> Tensor:
-        """features · Σ distance + attention · Σ ‖difference of maps‖²; the student ran on these inputs just before."""
-        with torch.no_grad(), listening(self.golden, self.names) as taught:
+        """features · Σ distance + attention · Σ ‖difference of maps‖² + attention_matrices · Σ KL; the student ran on these inputs just before."""
+        with torch.no_grad(), listening(self.golden, self.names) as taught, MatrixWatch() as watch:
             self.golden(*inputs)
         total = torch.zeros(())
+        if self.config.attention_matrices:
+            pairs = paired(self.own_matrices, watch.seen)
+            self.matrices = len(pairs)
+            distances = [losses.attention_matrices(own.float(), theirs, self.config.matrix_form) for own, theirs in pairs]
+            total = total + self.config.attention_matrices * torch.stack(distances).sum()
         for name in self.names:
             own, theirs = self.seen[name].float(), taught[name]
             if self.config.attention:
@@ -89,9 +107,11 @@ def _inside(pupil: Pupil, artifact: Artifact, config: DistillConfig, opened: Ope
     source = golden_source(artifact)
     if source is None:
         raise NotApplicable(
-            "features and attention look inside golden, whose PyTorch source is not known here; soft labels alone need no source"
+            "features, attention and attention_matrices look inside golden, whose PyTorch source is not known here; soft labels alone need no source"
         )
     golden = load_module(source)
+    if not config.features and not config.attention:
+        return Inside(pupil, golden, (), config)
     example = tensors_of(opened.rows.rows(slice(0, 2)), opened.signature)
     own, theirs = shapes_inside(pupil.student, example), shapes_inside(golden, example)
     names = list(config.layers) or chosen(own, theirs)

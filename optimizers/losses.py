@@ -53,6 +53,19 @@ def attention(student: Tensor, teacher: Tensor) -> Tensor:
     return (attention_map(student) - attention_map(teacher)).pow(2).sum(1).mean()
 
 
+def attention_matrices(student: Tensor, teacher: Tensor, form: str = "kl") -> Tensor:
+    """Distance of two attention matrices [N, H, L, S]: KL(teacher ‖ student) of each row, or 'mse' relative to the teacher's power.
+
+    Where the numbers of heads differ, their means over the heads are compared.
+    """
+    if student.shape[1] != teacher.shape[1]:
+        student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
+    if form == "mse":
+        return features(student, teacher)
+    least = torch.finfo(student.dtype).tiny
+    return (teacher * (teacher.clamp_min(least).log() - student.clamp_min(least).log())).sum(-1).mean()
+
+
 def as_logits(answers: Tensor) -> Tensor:
     """Class scores as logits: outputs that are probabilities already (a Softmax in the graph) become their logarithms."""
     sums = answers.sum(-1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optimizers import Budget, NotApplicable
+from optimizers import Artifact, Budget, NotApplicable
 from optimizers.distill import DistillConfig
 from tests import torch_models
 
@@ -122,6 +122,116 @@ def test_attention_weight_is_what_draws_the_maps_together(tmp_path: Path) -> Non
             return float(attention(inside.seen["block1"], maps[0]))
 
     assert distance(10.0) < 0.7 * distance(0.0)
+
+
+def test_alpha_weighs_golden_against_true_labels(tmp_path: Path) -> None:
+    """The loss is α · soft + (1 − α) · hard, and a student follows the one that weighs more where they contradict each other."""
+    import torch
+
+    from optimizers.losses import hard_labels, soft_labels
+    from optimizers.torch_source import make
+    from optimizers.training import Plan, Watch, train
+    from optimizers.workshop import Workshop
+
+    golden, data = torch_models.artifact(tmp_path, "cnn"), torch_models.rows("cnn", 64)
+    assert data.labels is not None
+    moved = replace(data, labels=(data.labels + 1) % 4)  # never what golden says
+
+    def follows_labels(alpha: float) -> float:
+        config = DistillConfig(alpha=alpha, augment=False, temperature=1.5)
+        work = Workshop.open(golden, config, moved, Budget(scratch=str(tmp_path / "s")))
+        torch.manual_seed(0)
+        lesson, student = work.lesson(), make(torch_models.factory(tmp_path, "small")).eval()
+        index, random = torch.arange(8), torch.Generator()
+        assert lesson.labels is not None
+        logits, taught, true = student(lesson.inputs[0][index]), lesson.known[0][index], lesson.labels[index]
+        expected = alpha * soft_labels(logits, taught, 1.5) + (1 - alpha) * hard_labels(logits, true)
+        assert lesson.loss(student, index, random).item() == pytest.approx(expected.item(), rel=1e-5)
+        last = Watch(Budget(), "distill", after_step=lambda module, rate: None)  # keeps the last weights, not those nearest to golden
+        train(student, lesson, Plan(8, 16, 1e-2, form="float32", patience=99), last)
+        with torch.no_grad():
+            return float((student(lesson.inputs[0]).argmax(-1) == lesson.labels).float().mean())
+
+    assert follows_labels(0.05) > 0.7 and follows_labels(0.95) < 0.3
+
+
+def test_attention_matrices_by_hand_and_whoever_computes_them(tmp_path: Path) -> None:
+    import torch
+
+    from optimizers.attention_matrices import MatrixWatch, dot_product_weights
+    from optimizers.losses import attention_matrices
+    from optimizers.torch_source import make
+
+    t, s = torch.tensor([[[[0.9, 0.1]]]]), torch.tensor([[[[0.5, 0.5]]]])
+    assert float(attention_matrices(s, t)) == pytest.approx(0.9 * np.log(1.8) + 0.1 * np.log(0.2))
+    assert float(attention_matrices(s, t, "mse")) == pytest.approx(0.16 / (0.5 * (0.81 + 0.01)))
+    two_heads = torch.cat([t, s], 1)
+    assert float(attention_matrices(t, two_heads)) == pytest.approx(0.7 * np.log(0.7 / 0.9) + 0.3 * np.log(0.3 / 0.1)), "means of heads"
+    assert float(attention_matrices(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[1.0, 0.0]]]]))) == 0.0, "masked places"
+    q, k, v = torch.randn(3, 2, 4, 6, 8).unbind(0)
+    mask = torch.rand(6, 6) < 0.7
+    mask[:, 0] = True
+    for how in ({}, {"is_causal": True}, {"attn_mask": mask}, {"scale": 0.3}, {"attn_mask": torch.randn(6, 6)}):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, **how)
+        assert torch.allclose(dot_product_weights(q, k, v, **how) @ v, expected, atol=1e-5)
+    for name, count in (("transformer", 2), ("unbind", 1), ("index", 1), ("sdpa", 1), ("cnn", 0)):
+        module, x = make(torch_models.factory(tmp_path, name)).eval(), torch.randn(3, *torch_models.SHAPES[name])
+        with torch.no_grad(), MatrixWatch() as watch:
+            watched = module(x)
+        assert [tuple(m.shape) for m in watch.seen] == [(3, 4, 5, 5)] * count
+        assert torch.allclose(watched, module(x), atol=1e-5) and all(torch.allclose(m.sum(-1), torch.ones(())) for m in watch.seen)
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return torch_models.artifact(tmp_path_factory.mktemp("golden"), "transformer")
+
+
+def test_attention_matrices_are_drawn_to_those_of_golden(transformer: Artifact, tmp_path: Path) -> None:
+    """Without the term (weight 0) they stay apart. The student is shallower: its layer is paired with golden's last."""
+    import torch
+
+    from optimizers.attention_matrices import MatrixWatch
+    from optimizers.distillation import Pupil, _inside
+    from optimizers.losses import attention_matrices
+    from optimizers.torch_source import make
+    from optimizers.training import Plan, Watch, train
+    from optimizers.workshop import Workshop
+
+    data = torch_models.rows("transformer", 64, labels=False)
+
+    def distance(weight: float) -> float:
+        torch.manual_seed(0)
+        config = DistillConfig(attention_matrices=weight)
+        work = Workshop.open(transformer, config, data, Budget(scratch=str(tmp_path / "s")))
+        pupil = Pupil(make(torch_models.factory(tmp_path, "shallow")))
+        inside = _inside(pupil, transformer, config, work.opened)
+        lesson = work.lesson(inside.term if weight else None)
+        train(pupil, lesson, Plan(8, 16, 5e-3, form="float32", patience=99), Watch(Budget(), "distill"))
+        assert inside.matrices == (1 if weight else 0)
+        with torch.no_grad(), MatrixWatch() as watch:
+            work.opened.module(*lesson.held)
+            pupil.student(*lesson.held)
+        return float(attention_matrices(watch.seen[-1], watch.seen[-2]))
+
+    assert distance(10.0) < 0.6 * distance(0.0)
+
+
+def test_attention_matrices_belong_to_transformers(transformer: Artifact, tmp_path: Path) -> None:
+    from optimizers import optimize
+
+    data, budget = torch_models.rows("mlp", 64), Budget(scratch=str(tmp_path / "s"))
+    with pytest.raises(NotApplicable, match="golden runs no attention: no nn"):
+        optimize(torch_models.artifact(tmp_path, "mlp", steps=2), DistillConfig(attention_matrices=1.0, epochs=1), data, budget)
+    fast: dict[str, Any] = {"student": "factories.py:shallow", "epochs": 8, "batch": 16, "rate": 5e-3}
+    rows = torch_models.rows("transformer", 96, labels=False)
+    made = optimize(transformer, DistillConfig(**fast, attention_matrices=1.0, matrix_form="mse"), rows, budget)
+    facts = made.facts[-1]
+    assert facts["matrices"] == 1 and facts["after"]["multiply_adds"] < 0.7 * facts["before"]["multiply_adds"]
+    assert agreement(transformer.path, made.path, torch_models.rows("transformer", 200, seed=9)) > 0.8
+    for wrong in ({"matrix_form": "cosine"}, {"attention_matrices": -1.0}):
+        with pytest.raises(ValueError):
+            DistillConfig(**wrong)
 
 
 def test_students_and_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:

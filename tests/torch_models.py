@@ -70,6 +70,18 @@ class Encoder(nn.Module):
         return self.head((x + self.down(torch.relu(self.up(x)))).mean(1))
 
 
+class Transformer(nn.Module):
+    """Two layers of PyTorch's own encoder: [N, 5, 32] to [N, 3]."""
+
+    def __init__(self, depth=2):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -111,6 +123,14 @@ def sdpa():
     return Encoder("sdpa")
 
 
+def transformer():
+    return Transformer()
+
+
+def shallow():
+    return Transformer(1)
+
+
 def tied():
     return Tied()
 
@@ -121,6 +141,7 @@ def bare_linear():
 SHAPES: dict[str, tuple[int, ...]] = {
     "cnn": (1, 8, 8), "small": (1, 8, 8), "depthwise": (1, 8, 8), "mlp": (16,), "bare_linear": (16,),
     "unbind": (5, 32), "index": (5, 32), "sdpa": (5, 32),
+    "transformer": (5, 32), "shallow": (5, 32),
 }  # fmt: skip
 
 
@@ -159,7 +180,7 @@ def artifact(folder: Path, name: str, seed: int = 0, steps: int = 60) -> Artifac
 def rows(name: str, count: int = 64, seed: int = 1, labels: bool = True) -> Samples:
     """Noise around one of a few patterns; which one is the label."""
     random = np.random.default_rng(seed)
-    classes = 3 if name in {"unbind", "index", "sdpa"} else 4
+    classes = 3 if SHAPES[name] == (5, 32) else 4
     shape = SHAPES[name]
     patterns = np.random.default_rng(7).standard_normal((classes, *shape))
     truth = random.integers(classes, size=count)
