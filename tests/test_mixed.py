@@ -42,7 +42,7 @@ def test_eight_bit_weights_with_sixteen_bit_activations(family: str, tmp_path: P
     facts = keeps_the_contract(artifact, config)
     assert activation_types(artifact.path) <= WIDE and facts["activation_bits"] == 16
     stored = kinds(artifact.path)
-    assert set(stored.values()) == {TensorProto.INT8} or stored.pop("table") in WIDE and set(stored.values()) == {TensorProto.INT8}
+    assert set(stored.values()) == {TensorProto.INT8} or (stored.pop("table") in WIDE and set(stored.values()) == {TensorProto.INT8})
     assert error_of(FAMILIES[family], artifact) < 0.02, "beyond the weights' 8 bits next to nothing is lost"
 
 
