@@ -21,7 +21,7 @@ run: $(VENV)/.base $(if $(filter optimize,$(EXTRAS)),$(VENV)/.optimize)
 	@exec $(BIN)/hone demo
 
 test: $(VENV)/.dev system lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -33,6 +33,8 @@ WARM_S: Final = 25.0
 RATE: Final = 40.0
 TIME_LIMIT_S: Final = 420.0
 CALM_S: Final = 75.0
+REMEDIES: Final = frozenset({"desired.changed", "settings.changed", "runner.restarted", "ladder.stepped"})
+"""What the loop did, when it is done."""
 
 
 @dataclass
@@ -292,6 +294,7 @@ def _follow(
     blamed: list[str] = []
     plans: list[str] = []
     recovered: float | None = None
+    acted: float | None = None
     decided_at = 0.0
     while time.monotonic() - began < limit_s and not stopped():
         for event in client.timeline(model=MODEL, after=after, limit=200)["events"]:
@@ -303,14 +306,17 @@ def _follow(
             elif event["kind"] == "plan.made":
                 plans.append(str(data.get("action")))
                 decided_at = time.monotonic()
-            elif event["kind"] == "recovery.verified":
+            elif event["kind"] in REMEDIES and plans and acted is None and event.get("actor", "") == "hone":
+                acted = time.monotonic() - began
+            elif event["kind"] == "recovery.verified" and blamed:
                 recovered = time.monotonic() - began
         nothing = bool(plans) and plans[-1] in ("nothing", "step down") and time.monotonic() - decided_at > CALM_S
         if recovered is not None or nothing:
             break
         time.sleep(0.5)
     return {
-        "injected": cause, "blamed": blamed, "plans": plans, "recovered_s": recovered and round(recovered, 1), "sent": traffic.sent,
+        "injected": cause, "blamed": blamed, "plans": plans, "acted_s": acted and round(acted, 1),
+        "recovered_s": recovered and round(recovered, 1), "sent": traffic.sent,
         "failed": traffic.failed,
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,6 @@ import pytest
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 DEBIAN_PACKAGES = {"redis-server": "redis-server", "redis-cli": "redis-tools", "promtool": "prometheus"}
 PYTHON_PACKAGES = {"torch"}
-LEFT_OUT: dict[str, int] = {}
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as app.cli does: no test reports to ONNX Runtime's vendor, or writes to HOME
 
@@ -34,7 +34,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         for program in filter(is_missing, mark.args):
             if os.environ.get("CI") == "true":
                 pytest.fail(f"CI=true, and {program} is missing: {remedy(program)}", pytrace=False)
-            LEFT_OUT[program] = LEFT_OUT.get(program, 0) + 1
             pytest.skip(f"needs {program}: {remedy(program)}")
 
 
@@ -47,5 +46,8 @@ def without_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for program, count in LEFT_OUT.items():
+    """Tests run in several processes; their reports come together here."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple)]
+    left_out = Counter(reason.partition("needs ")[2].partition(":")[0] for reason in reasons if "needs " in reason)
+    for program, count in left_out.items():
         terminalreporter.write_line(f"LEFT OUT: {count} tests need {program}; to have it: {remedy(program)}", yellow=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.catalog.model_config import ModelConfig
-from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_replay
+from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
 from app.control.objectives import burn, promise_of
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
@@ -153,6 +153,15 @@ def test_an_experiment_is_made_where_numbers_alone_cannot_tell() -> None:
     assert not needs_replay(findings([Kind.ERRORS]))
     assert not needs_replay(findings([Kind.LATENCY], host=replace(QUIET, throttled_ratio=0.5)))
     assert needs_replay(findings([Kind.LATENCY], host=replace(QUIET, throttled_ratio=0.5), event="swap"))
+
+
+def test_a_fresh_runner_is_tried_even_where_the_host_is_busy_but_not_for_load_or_faults() -> None:
+    busy = replace(QUIET, others_ratio=0.6, busy_ratio=0.99)
+    assert needs_probe(findings([Kind.LATENCY], block(wait_s=0.3), host=busy))
+    assert needs_probe(findings([Kind.COST]))
+    assert not needs_probe(findings([Kind.LATENCY], block(**FULL), host=replace(QUIET, busy_ratio=0.99)))
+    assert not needs_probe(findings([Kind.ERRORS]))
+    assert not needs_probe(findings([Kind.EVENT]))
 
 
 def test_evidence_that_blames_nobody_is_told_beside() -> None:

@@ -108,6 +108,14 @@ def needs_replay(found: Findings) -> bool:
     return not _is_load(found) and not _is_host(found)
 
 
+def needs_probe(found: Findings) -> bool:
+    """Whether a fresh runner beside the live one could tell: where calls themselves got slower, whoever else is busy."""
+    kinds = {one.kind for one in found.suspicions}
+    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY, Kind.LABELS, Kind.MEMORY}:
+        return False
+    return bool(kinds & {Kind.COST, Kind.LATENCY}) and not _is_load(found) and (found.host.throttled_ratio or 0.0) <= THROTTLED
+
+
 def diagnose(found: Findings) -> Diagnosis:
     """The first rule that fits, the surest evidence first."""
     for rule in (

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 from app.catalog.model_config import ModelConfig
 from app.control.bench import Bench
 from app.control.commands import Commands
-from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_replay
+from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
 from app.control.objectives import burn, promise_of
 from app.control.planner import Action, Plan, Situation, plan, wait_after
 from app.control.replay import replay
@@ -423,15 +423,15 @@ class Loop:
                 len(views), monotonic() - view.active_since < YOUNG_S and event == "swap", self._plane.drift(view.name), again, fresh, event,
             )  # fmt: skip
 
-        if not needs_replay(findings()):
-            return diagnose(findings())
         fresh: FreshRunner | None = None
-        if not all(one.kind is Kind.EVENT for one in found):
+        if needs_probe(findings()):
             probe = await self._plane.against_fresh(view.name, PROBE_S)
             fresh = FreshRunner(probe.cpu, probe.wall) if probe is not None else None
             diagnosis = diagnose(findings(None, fresh))
             if diagnosis.cause is Cause.PROCESS:
                 return diagnosis
+        if not needs_replay(findings(None, fresh)):
+            return diagnose(findings(None, fresh))
         with self._window.background("replay"):
             began = monotonic()
             again = await replay(self._bench, want, view.active, view.settings, self._settings.job_memory_bytes)

@@ -1,0 +1,113 @@
+"""`python -m benchmarks.diagnosis [CAUSE ...] [--runs N] [--docs]`: real faults put into a running demo, whom it blames, what it does, how long it takes.
+
+Each run starts `hone serve` and `hone worker` anew, sends real digits, injects one cause (app.injection) and reads the public timeline until
+the loop says that all is well or that nothing is to be done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from app.client import Address, Client
+from app.demo import Children, Stop, child_environment, copy_repository, wait_for_model
+from app.injection import CAUSES, run_break
+from app.settings import Settings
+from benchmarks import machine, report
+
+DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop.md"
+RIGHT: Final[Mapping[str, str]] = {
+    "load": "load", "host": "host", "process": "process", "settings": "settings", "version": "version", "wrong": "version", "input": "input",
+    "crash": "host",
+}  # fmt: skip
+"""Injected fault to the cause that ought to be named; `wrong` is a version that answers NaN, `crash` a runner killed from outside."""
+BUILDS: Final = frozenset({"optimize", "recalibrate"})
+NOT_SHOWN: Final = (
+    "cgroup quotas (none may be set here), a leak that grows past its limit, larger inputs (the demo's have one shape), stolen time"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.diagnosis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("causes", nargs="*", metavar="CAUSE", help=f"{', '.join(CAUSES)}; default: all")
+    parser.add_argument("--runs", type=int, default=3, help="of each cause (3)")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run after the injection (240)")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/loop.md")
+    arguments = parser.parse_args(argv)
+    found: list[dict[str, Any]] = []
+    for cause in arguments.causes or list(CAUSES):
+        for number in range(arguments.runs):
+            print(f"--- {cause}, run {number + 1} of {arguments.runs}", flush=True)
+            with tempfile.TemporaryDirectory(prefix="hone-diagnosis-") as folder:
+                found.append(_one(cause, Path(folder), arguments.limit))
+            print(found[-1], flush=True)
+    text = table(found, " ".join(["python -m benchmarks.diagnosis", *arguments.causes, f"--runs {arguments.runs}"]))
+    print(text)
+    if arguments.docs:
+        DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), "diagnosis", lambda: text))
+    return 0 if not any(set(run["plans"]) & BUILDS and run["injected"] in ("load", "host", "crash") for run in found) else 1
+
+
+def _one(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    settings = Settings.from_env({}, state=folder / "state", port=port)
+    repository = copy_repository(settings.state)
+    stop = Stop()
+    with Children(settings, {**child_environment(settings, repository), "HONE_PORT": str(port)}) as children:
+        children.start("serve")
+        children.start("worker")
+        if not wait_for_model(settings, children, stop):
+            raise RuntimeError("stopped")
+        address = Address.from_env(os.environ | {"HONE_PORT": str(port)}, state=str(settings.state))
+        with Client(address, timeout_s=30.0) as client:
+            return run_break(cause, client, settings.state, lambda text: print(text[:220], flush=True), limit_s)
+
+
+def table(found: Sequence[Mapping[str, Any]], command: str) -> str:
+    """The confusion matrix and the times, as Markdown."""
+    about = machine.description()
+    head = [
+        "injected",
+        "runs",
+        "blamed on (the last diagnosis of each run)",
+        "right",
+        "plans",
+        "mended after, s (median, most)",
+        "verified after, s",
+        "failed requests",
+    ]
+    rows: list[list[object]] = []
+    right = 0
+    for cause in dict.fromkeys(run["injected"] for run in found):
+        runs = [run for run in found if run["injected"] == cause]
+        last = [run["blamed"][-1] if run["blamed"] else "nothing" for run in runs]
+        hits = last.count(RIGHT[cause])
+        right += hits
+        mended, took = (_median_and_most(runs, name) for name in ("acted_s", "recovered_s"))
+        plans = ", ".join(dict.fromkeys(plan for run in runs for plan in run["plans"]))
+        counted = ", ".join(f"{name} ({last.count(name)})" for name in dict.fromkeys(last))
+        failed = sum(run["failed"] for run in runs)
+        sent = sum(run["sent"] for run in runs)
+        rows.append([cause, len(runs), counted, f"{hits} of {len(runs)}", plans, mended, took, f"{failed} of {sent}"])
+    where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `{command}`"
+    return "\n\n".join([where, report.table(head, rows), f"Right: {right} of {len(found)}. Not shown: {NOT_SHOWN}."])
+
+
+def _median_and_most(runs: Sequence[Mapping[str, Any]], name: str) -> str:
+    times = [float(run[name]) for run in runs if run[name]]
+    return f"{statistics.median(times):.0f}, {max(times):.0f}" if times else "–"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
