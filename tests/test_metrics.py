@@ -39,6 +39,9 @@ LABELS = {
     "hone_requests_within_objective_total": {"model"},
     "hone_runner_deaths_total": {"model", "version", "reason"},
     "hone_nonfinite_outputs_total": {"model", "version"},
+    "hone_model_state": {"model", "state"},
+    "hone_host_ratio": {"kind"},
+    "hone_slo_attainment_ratio": {"model"},
     "process_resident_memory_bytes": set(),
     "process_cpu_seconds_total": set(),
 }

@@ -456,8 +456,12 @@ class Loop:
         faults = faulty(incident.suspicions)
         spent = sum(max(0.0, job.finished_at - job.requested_at) for job in own if job.state is JobState.FINISHED)
         failures = patient.failures.get(diagnosis.cause, 0)
+        latest = max(own, key=lambda job: job.requested_at, default=None)
+        again = (
+            {Action.OPTIMIZE, Action.TUNE} if latest is not None and latest.outcome == "inconclusive" else set()
+        )  # the host was too loud
         situation = Situation(
-            view.active, want.golden, want.previous if want.previous not in want.left else "", proven, want.rungs, frozenset(tried), frozenset(incident.tried),
+            view.active, want.golden, want.previous if want.previous not in want.left else "", proven, want.rungs, frozenset(tried), frozenset(incident.tried - again),
             want.mode or config.mode, state.frozen,
             sum(1 for job in state.jobs.values() if job.model == view.name and job.state is not JobState.FINISHED),
             0 if want.golden in want.left else config.budget.builds - sum(len(job.candidates) for job in own), config.budget.swaps - sum(job.outcome == "promoted" for job in own),
@@ -521,5 +525,9 @@ def _news(found: Sequence[Suspicion], incident: Incident) -> bool:
 
 
 def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
+    if task.cancelled() or (error := task.exception()) is None:
+        return
+    if isinstance(error, StoreUnavailable | HoneError):
+        log.warning("an investigation could not be brought to its end, and is begun again: %s", error)
+    else:
         log.error("an investigation failed", exc_info=error)
