@@ -368,7 +368,7 @@ class ServerOperations:
         return {
             "name": slot.name,
             "state": state,
-            "reason": "" if state == "ready" else slot.reason,
+            "reason": slot.trouble if state == "ready" else slot.reason,
             "task": slot.config.task,
             "mode": (want.mode if want is not None and want.mode is not None else slot.config.mode).value,
             "golden": slot.golden,

@@ -94,3 +94,17 @@ def test_under_load_a_quicker_version_answers_and_goes_again_when_the_load_does(
     steps = [event for event in running.admin("GET", "/admin/timeline?model=m&limit=100")["events"] if event["kind"] == "ladder.stepped"]
     assert steps and steps[0]["data"]["from"] == "2" and "load" in steps[0]["data"]["summary"]
     running.until(lambda: running.admin("GET", "/admin/models/m")["stepped_down_to"] == "", 60)
+
+
+def test_a_model_yaml_that_becomes_wrong_changes_nothing_and_is_told(running: Running) -> None:
+    config = running.folder / "models" / "m" / "model.yaml"
+    right = config.read_text()
+    config.write_text(right + "obective: {p95_ms: 5}\n")
+    said = running.until(lambda: running.admin("GET", "/admin/models/m")["reason"], 20)
+    assert "obective" in said and "objective" in said, "it names the key and the nearest valid one"
+    model = running.admin("GET", "/admin/models/m")
+    assert (model["state"], model["mode"], model["settings"]["queue_limit"]) == ("ready", "approve", 6)
+    with httpx.Client(base_url=running.url, timeout=30) as client:
+        assert ask(client) == "2"
+    config.write_text(right)
+    running.until(lambda: running.admin("GET", "/admin/models/m")["reason"] == "", 20)

@@ -276,8 +276,12 @@ class Fleet:
         """Give every reconciler what it shall reach."""
         for name, found in self._found.items():
             reconciler = self._reconcilers.get(name) or self._begin(name, found)
+            slot = reconciler.slot
+            slot.trouble = self._told(found.error) if found.error and slot.active is not None else ""
+            if slot.trouble and reconciler.found is not None:
+                found = reconciler.found  # a model.yaml that became wrong changes nothing for a model that serves
             config = found.config or ModelConfig()
-            reconciler.slot.config = config
+            slot.config = config
             self._metrics.objective(name, _threshold_s(config))
             want = self.state.models.get(name)
             if (reconciler.want, reconciler.found) != (want, found):

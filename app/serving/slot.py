@@ -74,6 +74,8 @@ class Slot:
     reason: str = "the server is starting"
     loading: str = ""
     unloaded: bool = False
+    trouble: str = ""
+    """Why what lies in the repository now is not taken: what was read before goes on holding."""
     failed: dict[str, str] = field(default_factory=dict)
     processor: Processor | None = None
     split: Share | None = None
