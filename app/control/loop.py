@@ -495,7 +495,7 @@ class Loop:
         split = want.split
         if split is None or view.active != want.desired:
             return
-        patient.watch_since = patient.watch_since or self._window.now()
+        patient.watch_since = patient.watch_since or self._window.cut(view.name)
         judgement = compared(self._window, view.name, split.version, view.active, patient.watch_since, view, config)
         age = time() - split.since
         if judgement.verdict is Verdict.FAILED:

@@ -80,7 +80,7 @@ class Rollout:
         judgement = Judgement(Verdict.NO_DATA, "not begun", {})
         for share in config.rollout.canary:
             await self._split(model, version, share, "canary", job, judgement.text if judgement.numbers else f"{share:.0%} of the requests")
-            began = self._window.now()
+            began = self._window.cut(model)
             judgement = await self._stage(model, incumbent, version, config, began, until, stop)
             if judgement.verdict is not Verdict.PASSED:
                 return End(judgement.verdict, f"at {share:.0%}: {judgement.text}")
@@ -94,7 +94,7 @@ class Rollout:
             if failed or stop() or monotonic() > loading_until:
                 return End(Verdict.FAILED if failed else Verdict.ERROR, failed or "it was not loaded in time")
             await asyncio.sleep(LOOK_S)
-        began, until = self._window.now(), monotonic() + SHADOW_S
+        began, until = self._window.cut(model), monotonic() + SHADOW_S
         while monotonic() < until and not stop():
             block = self._window.since(model, version, began)
             if block.deaths:

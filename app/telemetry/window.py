@@ -131,6 +131,14 @@ class Track:
             self.open = Block(began, began + self._block_s)
         return self.open
 
+    def cut(self, now: float) -> None:
+        """End the open block here, so that what follows is counted apart from what was."""
+        block = self.at(now)
+        if block.began < now:
+            block.ended = now
+            self.blocks.append(block)
+            self.open = Block(now, now + self._block_s)
+
     def since(self, began: float, now: float) -> Block:
         """All blocks that began at or after `began`, merged, the open one with them."""
         merged = Block(began, now)
@@ -260,6 +268,14 @@ class Window:
     # ---- reading
     def now(self) -> float:
         return self._clock()
+
+    def cut(self, model: str) -> float:
+        """Begin new blocks for all versions of `model`; returns now, from which on `since` counts."""
+        now = self._clock()
+        for (name, _), track in self.tracks.items():
+            if name == model:
+                track.cut(now)
+        return now
 
     def since(self, model: str, version: str, began: float) -> Block:
         """What `version` did from `began` on; empty where it did nothing."""
