@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic, time
@@ -72,7 +72,7 @@ class Plane(Protocol):
     def model(self, name: str) -> ModelView | None: ...
     def config(self, name: str) -> ModelConfig: ...
     def drift(self, name: str) -> float | None: ...
-    def own_cpu_s(self) -> float: ...
+    def own_cpu(self) -> Callable[[], float]: ...
     async def renew(self, name: str) -> str: ...
     async def against_fresh(self, name: str, seconds: float) -> Probed | None: ...
     async def compare_some(self) -> Any: ...
@@ -125,7 +125,7 @@ class Loop:
 
     def __init__(
         self, plane: Plane, window: Window, journal: Journal, commands: Commands, bench: Bench, metrics: Metrics, settings: Settings, host_class: str,
-        cores: int, leads: Any,
+        cores: int, leads: Callable[[], bool],
     ) -> None:  # fmt: skip
         self._plane, self._window, self._journal, self._commands, self._bench = plane, window, journal, commands, bench
         self._metrics, self._settings, self._host_class, self._cores = metrics, settings, host_class, cores
@@ -165,6 +165,7 @@ class Loop:
         if any(job.state is JobState.BUILDING for job in self._state.jobs.values()):
             self._window.mark()
         views = self._plane.models()
+        self._window.forget({(view.name, version) for view in views for version in view.loaded})
         for view in views:
             want = self._state.models.get(view.name)
             patient = self._patients.setdefault(view.name, Patient())
@@ -191,7 +192,8 @@ class Loop:
         if now - self._host_at < HOST_S:
             return
         lag = self._metrics.gauges["hone_event_loop_lag_seconds"].get((), 0.0)
-        self._host = await asyncio.to_thread(lambda: self._sensor.read(self._plane.own_cpu_s(), lag))
+        own_cpu = self._plane.own_cpu()
+        self._host = await asyncio.to_thread(lambda: self._sensor.read(own_cpu(), lag))
         self._host_at = now
         if self._cores_seen and self._host.cores != self._cores_seen:
             for patient in self._patients.values():

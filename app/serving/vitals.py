@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import resource
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -84,13 +85,15 @@ class Vitals:
         slot = self._service.slots.get(name)
         return slot.mirror.drift if slot is not None and slot.mirror is not None else None
 
-    def own_cpu_s(self) -> float:
-        """CPU seconds of this process and of all its runners so far. Blocks for microseconds a runner."""
-        import resource
+    def own_cpu(self) -> Callable[[], float]:
+        """What reads the CPU seconds that this process and all its present runners have used: made on the loop, called in a thread."""
+        engines = [engine for _, _, _, engine in self._service.engines()]
 
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        runners = sum(engine.cpu_seconds() for _, _, _, engine in self._service.engines())
-        return usage.ru_utime + usage.ru_stime + runners
+        def read() -> float:
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            return usage.ru_utime + usage.ru_stime + sum(engine.cpu_seconds() for engine in engines)
+
+        return read
 
     @property
     def idle(self) -> bool:

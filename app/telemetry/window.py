@@ -17,8 +17,8 @@ from app.domain import Observation
 from app.telemetry.sketch import LogSketch
 
 BLOCK_S: Final = 5.0
-KEPT_BLOCKS: Final = 720
-"""An hour of blocks of five seconds."""
+KEPT_BLOCKS: Final = 150
+"""Twelve minutes of blocks of five seconds: as long as a canary or a watch looks back. A busy version's block takes some 40 KB."""
 KEPT_MINUTES: Final = 360
 """Six hours of counts by the minute: the longest window of a burn rate."""
 LEAST_CPU_S: Final = 1e-6
@@ -260,7 +260,7 @@ class Window:
             self._thresholds[model] = threshold_s
 
     def forget(self, keep: set[tuple[str, str]]) -> None:
-        """Drop the tracks of versions that are gone, once their last block is an hour old."""
+        """Drop the tracks of versions that are gone, once their last block is old."""
         old = self._clock() - KEPT_BLOCKS * self.block_s
         for key in [key for key, track in self.tracks.items() if key not in keep and track.open.ended < old]:
             del self.tracks[key]
