@@ -1,0 +1,109 @@
+"""What the table says of one built ONNX file, found out here and not taken from the service: accuracy, size, multiply-adds, paired times."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+
+from benchmarks.machine import Quiet
+from examples.resnet18_cifar10.eager import EagerArm
+from examples.resnet18_cifar10.images import SIDE, Images
+from examples.resnet18_cifar10.repository import FACTORIES, FACTORY, INPUT
+from optimizers.artifact import sha256_of
+from optimizers.census import census
+from optimizers.measure import Arm, compare
+from optimizers.packed import pack
+from optimizers.session import Feeds, Settings, open_session
+
+BATCHES: Final = (1, 8)
+CHUNK: Final = 50
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`right` of `images` test images; `packed` bytes for codebooks; `faster`: "fp32-1" (beside what, batch) to (ratio of CPU time, low, high).
+
+    `others`: share of all cores' time that nobody of this run used.
+    """
+
+    right: int
+    images: int
+    bytes: int
+    packed: int | None
+    parameters: int
+    multiply_adds: int | None
+    faster: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    others: float | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The two yardsticks, opened once: golden on ONNX Runtime in float32 and, where torch is installed, in PyTorch eager."""
+
+    test: Images
+    threads: int
+    seconds: float
+    yardsticks: dict[str, Arm]
+    say: Callable[[str], None]
+
+    @classmethod
+    @contextmanager
+    def open(cls, golden: Path, test: Images, threads: int, seconds: float, say: Callable[[str], None]) -> Iterator[Bench]:
+        """Leaving it ends the processes that hold the yardsticks."""
+        with ExitStack() as stack:
+            yardsticks = {"fp32": stack.enter_context(Arm(golden, Settings()))}
+            if importlib.util.find_spec("torch") is not None:
+                source = f"{FACTORIES}/{FACTORY}"
+                yardsticks["eager"] = stack.enter_context(EagerArm(source, golden.with_name("model.safetensors")))
+            yield cls(test, threads, seconds, yardsticks, say)
+
+    def key(self, path: Path) -> str:
+        """Equal where measuring again would measure the same."""
+        return f"{sha256_of(path)[:16]} {len(self.test)} {self.seconds:g}"
+
+    def measure(self, path: Path, name: str) -> Measured:
+        quiet = Quiet()
+        right = self._right(path)
+        self.say(f"{name}: {right} of {len(self.test)} right")
+        counted = census(onnx.load(path), path.parent, {INPUT: (1, 3, SIDE, SIDE)})
+        faster = self._faster(path)
+        for key, (estimate, low, high) in faster.items():
+            self.say(f"{name}: {key} {1 / estimate:.2f} times faster [{1 / high:.2f}, {1 / low:.2f}]")
+        packed = _packed_bytes(path) if name.startswith("codebook") else None
+        return Measured(
+            right, len(self.test), path.stat().st_size, packed, counted.parameters, counted.multiply_adds, faster, quiet.report().get("others")
+        )  # fmt: skip
+
+    def _right(self, path: Path) -> int:
+        session = open_session(path, Settings(intra_op_threads=self.threads))
+        right = 0
+        for at in range(0, len(self.test), CHUNK):
+            part = self.test[at : at + CHUNK]
+            (logits,) = session.run(None, {INPUT: part.inputs()})
+            right += int((np.asarray(logits).argmax(1) == part.labels).sum())
+        return right
+
+    def _faster(self, path: Path) -> dict[str, tuple[float, float, float]]:
+        found = {}
+        with Arm(path, Settings()) as arm:
+            for name, yardstick in self.yardsticks.items():
+                for batch in BATCHES:
+                    ratio = compare(yardstick, arm, self._feeds(batch), batch, seconds=self.seconds).cpu
+                    found[f"{name}-{batch}"] = (ratio.estimate, ratio.low, ratio.high)
+        return found
+
+    def _feeds(self, batch: int) -> Feeds:
+        return {INPUT: self.test[:batch].inputs()}
+
+
+def _packed_bytes(path: Path) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return pack(path, Path(folder) / "packed").bytes

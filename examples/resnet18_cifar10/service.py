@@ -1,0 +1,111 @@
+"""A server and a worker on 127.0.0.1 as child processes, and one job for each row, asked for as `hone optimize --with` does."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from app import tables
+from app.arguments import steps_of
+from app.client import Address, Client, ClientError
+from app.demo import Children, child_environment
+from app.settings import Settings
+from examples.resnet18_cifar10.repository import FACTORIES, MODEL
+
+START_S: Final = 180.0
+POLL_S: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a job. `file` is None where nothing was built; `text` is the service's own report."""
+
+    file: Path | None
+    outcome: str
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Service:
+    """The running processes, and their client."""
+
+    state: Path
+    children: Children
+    client: Client
+    say: Callable[[str], None]
+
+    def build(self, recipe: str, keep: Path) -> Built:
+        """Have `recipe` built and judged; the built file is copied to `keep`, since the server removes what it refuses."""
+        began = time.monotonic()
+        job = self.client.optimize(MODEL, [steps_of(recipe)], "a row of the CIFAR-10 table", "manual")
+        shown, copied, seconds = "", False, 0.0
+        while job["state"] != "finished":
+            time.sleep(POLL_S)
+            self.children.check()
+            job = self.client.job(job["id"])
+            if (line := tables.progress(job)) != shown:
+                self.say(f"{tables.clock(time.time())}  {line}")
+                shown = line
+            if not copied and job.get("candidates"):
+                seconds = time.monotonic() - began
+                copied = self._copied(str(job["candidates"][0]), keep)
+        return Built(keep if copied else None, str(job["outcome"]), report_of(job), round(seconds or time.monotonic() - began, 1))
+
+    def _copied(self, version: str, keep: Path) -> bool:
+        source = self.state / "models" / MODEL / version / "model.onnx"
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, keep)
+        return True
+
+
+def report_of(job: Any) -> str:
+    """Why a step was left out, or what the judge said, on one line."""
+    report = job.get("report") or {}
+    said = [str(one.get("reason", "")) for one in report.get("skipped") or ()]
+    said += [str(one.get("summary", "")) for one in report.get("verdicts") or ()]
+    return "; ".join(part for part in said if part) or str(report.get("reason") or "")
+
+
+@contextmanager
+def running(folder: Path, threads: int, say: Callable[[str], None]) -> Iterator[Service]:
+    """`hone serve` and `hone worker` on FOLDER/repository and FOLDER/state, until the block is left. Raises HoneError and ClientError."""
+    settings = Settings(state=folder / "state", port=_free_port(), factories=(FACTORIES,))
+    environment = child_environment(settings, folder / "repository") | {"HONE_JOB_THREADS": str(threads), "HONE_STORE": ""}
+    with Children(settings, environment) as children:
+        children.start("serve")
+        _until_ready(settings, children)
+        children.start("worker")
+        with Client(_address(settings)) as client:
+            yield Service(settings.state, children, client, say)
+
+
+def _until_ready(settings: Settings, children: Children) -> None:
+    deadline = time.monotonic() + START_S
+    with Client(_address(settings), timeout_s=10.0) as client:
+        while True:
+            children.check()
+            try:
+                if client.model_ready(MODEL):
+                    return
+            except ClientError:
+                pass  # it does not listen yet
+            if time.monotonic() > deadline:
+                raise ClientError(f"the model did not answer within {START_S:.0f} s; see {children.logs}")
+            time.sleep(POLL_S)
+
+
+def _address(settings: Settings) -> Address:
+    return Address.from_env({}, url=f"http://{settings.host}:{settings.port}", state=str(settings.state))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,76 @@
+"""The rows as a Markdown table, in docs/optimizers.md between two marks. It judges nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.report import replaced
+from benchmarks.report import table as markdown_table
+from examples.resnet18_cifar10.records import GOLDEN, Records
+from examples.resnet18_cifar10.rows import ROWS
+
+PART: Final = "cifar10"
+HEAD: Final = ("row", "recipe", "given", "accuracy", "bytes (packed)", "multiply-adds", "× fp32, batch 1", "batch 8", "× eager, batch 1", "batch 8")  # fmt: skip
+
+
+def write(document: Path, found: Records) -> None:
+    """Raises ValueError where a mark is missing."""
+    document.write_text(replaced(document.read_text(), PART, lambda: markdown(found)))
+
+
+def markdown(found: Records) -> str:
+    """Golden first, then the rows in their own order; a row that built nothing gives the service's reason instead of figures."""
+    lines = [_line(name, found.rows[name], found.rows) for name in (GOLDEN, *ROWS) if name in found.rows]
+    return f"{_about(found)}\n\n{markdown_table(HEAD, lines)}"
+
+
+def _about(found: Records) -> str:
+    if not found.runs:
+        return "Nothing was measured yet."
+    last = found.runs[-1]
+    commands = list(dict.fromkeys(run["command"] for run in found.runs))
+    others = [row["measured"]["others"] for row in found.rows.values() if row.get("measured", {}).get("others") is not None]
+    load = f"others used {min(others):.0%} to {max(others):.0%} of the cores while rows were measured" if others else "load unknown"
+    return (
+        f"{last['date']} · {last['cpu']}, {last['cores']} cores · host class `{last['host_class']}` · ONNX Runtime {last['onnxruntime']} · "
+        f"{', '.join(f'`{command}`' for command in commands)} · {load}. Times are CPU time of one thread, paired and in turns on one core; "
+        "a figure above 1 says how many times faster, with its 95 % interval."
+    )
+
+
+def _line(name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
+    seen = row.get("measured")
+    if not seen:
+        reason = row.get("text") or "built, not measured"
+        return [name, f"`{row['recipe']}`", row.get("given", ""), f"{row.get('outcome', '')}: {reason}".replace("|", "/"), *[""] * 6]
+    golden = rows.get(GOLDEN, {}).get("measured")
+    return [
+        name, f"`{row['recipe']}`", _given(row), _accuracy(seen, golden), _size(seen), f"{seen['multiply_adds'] / 1e6:.1f} M",
+        *(_times(seen["faster"].get(key)) for key in ("fp32-1", "fp32-8", "eager-1", "eager-8")),
+    ]  # fmt: skip
+
+
+def _given(row: dict[str, Any]) -> str:
+    parts = [row.get("given", ""), f"job took {row['built_s']:.0f} s" if row.get("built_s") else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def _accuracy(seen: dict[str, Any], golden: dict[str, Any] | None) -> str:
+    share = seen["right"] / seen["images"]
+    text = f"{share:.2%}" if seen["images"] == 10_000 else f"{share:.1%} of the first {seen['images']}"
+    if golden is None or golden["images"] != seen["images"] or seen["key"] == golden["key"]:
+        return text
+    return f"{text} ({(share - golden['right'] / golden['images']) * 100:+.2f})"
+
+
+def _size(seen: dict[str, Any]) -> str:
+    return f"{seen['bytes']:,}" + (f" ({seen['packed']:,})" if seen.get("packed") else "")
+
+
+def _times(ratio: list[float] | None) -> str:
+    """Ratios of time, below 1 where faster, as how many times faster."""
+    if ratio is None:
+        return "–"
+    estimate, low, high = (1 / value for value in (ratio[0], ratio[2], ratio[1]))
+    return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
