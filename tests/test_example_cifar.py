@@ -16,7 +16,7 @@ from app.arguments import steps_of
 from examples.resnet18_cifar10 import __main__ as example
 from examples.resnet18_cifar10 import images, repository, rows, table
 from examples.resnet18_cifar10.measuring import Measured
-from examples.resnet18_cifar10.records import GOLDEN, Records
+from examples.resnet18_cifar10.records import GOLDEN, Records, command
 from examples.resnet18_cifar10.service import Built, report_of
 from optimizers.catalogue import parse_recipe
 from optimizers.samples import Samples
@@ -137,6 +137,14 @@ def test_two_runs_on_one_state_folder_lose_nothing(tmp_path: Path) -> None:
     one.put_build("graph", "graph", Built(None, "not_applicable", "no gain", 1.0), "", {})
     other.put_build("cp", "cp", Built(None, "failed", "no time", 1.0), "5 min", {})
     assert set(Records.open(tmp_path / "rows.json").rows) == {"graph", "cp"}
+
+
+def test_the_command_is_told_without_this_machines_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.argv",
+        ["x", "--data", "/a/b", "--rows", "graph", "--minutes", "5", "--state", "/c", "--docs", "--checkpoint", "/d.safetensors"],
+    )
+    assert command() == "python -m examples.resnet18_cifar10 --data FOLDER --minutes 5 --checkpoint FILE"
 
 
 def test_the_reason_of_a_job_is_told_on_one_line() -> None:

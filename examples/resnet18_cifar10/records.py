@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 GOLDEN: Final = "golden"
 MOST_RUNS: Final = 40
+PARTIAL: Final = frozenset({"--rows", "--stage", "--state"})
 
 
 @dataclass
@@ -71,7 +72,12 @@ class Records:
 
 
 def command() -> str:
-    """How this run was asked for; the folders are the reader's own."""
-    hidden = {"--data": "FOLDER", "--checkpoint": "FILE", "--state": "FOLDER"}
-    said = [hidden.get(before, word) for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)]
-    return " ".join(["python -m examples.resnet18_cifar10", *said])
+    """How this run was asked for, but for what it did of the table: the folders are the reader's own."""
+    hidden = {"--data": "FOLDER", "--checkpoint": "FILE"}
+    said, words = ["python -m examples.resnet18_cifar10"], iter(sys.argv[1:])
+    for word in words:
+        if word in PARTIAL:
+            next(words, "")
+        elif word != "--docs":
+            said += [word, hidden[word]] if word in hidden and next(words, "") else [word]
+    return " ".join(said)
