@@ -14,6 +14,8 @@ INPUTS := pyproject.toml constraints.txt
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Tests that hold times against each other have the cores to themselves.
+ALONE := $(addprefix tests/test_,judge.py measure.py tune.py blame.py lone.py benchmarks.py)
 PROGRAMS := redis-server prometheus wrk
 export PIP_NO_WARN_SCRIPT_LOCATION := 1
 
@@ -21,7 +23,8 @@ run: $(VENV)/.base $(if $(filter optimize,$(EXTRAS)),$(VENV)/.optimize)
 	@exec $(BIN)/hone demo
 
 test: $(VENV)/.dev system lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

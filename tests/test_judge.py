@@ -69,7 +69,8 @@ def test_a_close_candidate_passes_and_the_report_says_on_what(golden: Path, refe
     assert (found["metric"], found["samples"], found["met"], found["origin"]) == ("agreement", 400, "met", "owner")
     assert found["low"] >= 0.99 and found["kl_max"] < 1e-3 and report["bit_close"]
     assert report["evidence"] == "owner" and report["host_class"].endswith("-cpu")
-    assert report["latency"]["batches"][0]["batch"] == 1 and report["capacity"]["incumbent"]["rows_per_s"] > 0
+    assert report["latency"]["batches"][0]["batch"] == 1
+    assert not report["capacity"] or report["capacity"]["incumbent"]["rows_per_s"] > 0, "a loud host leaves capacity out"
     assert report["rows"]["independent"] and report["serve"]["batch_limit"] == 8
 
 
