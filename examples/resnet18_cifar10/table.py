@@ -11,7 +11,7 @@ from examples.resnet18_cifar10.records import GOLDEN, Records
 from examples.resnet18_cifar10.rows import ROWS
 
 PART: Final = "cifar10"
-HEAD: Final = ("row", "recipe", "given", "accuracy", "bytes (packed)", "multiply-adds", "× fp32, batch 1", "batch 8", "× eager, batch 1", "batch 8")  # fmt: skip
+HEAD: Final = ("row", "recipe", "job", "accuracy", "bytes (packed)", "multiply-adds", "× fp32, batch 1", "batch 8", "× eager, batch 1", "batch 8")  # fmt: skip
 
 
 def write(document: Path, found: Records) -> None:
@@ -42,8 +42,8 @@ def _about(found: Records) -> str:
 def _line(name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     seen = row.get("measured")
     if not seen:
-        reason = row.get("text") or "built, not measured"
-        return [name, f"`{row['recipe']}`", row.get("given", ""), f"{row.get('outcome', '')}: {reason}".replace("|", "/"), *[""] * 6]
+        reason = "built, not measured yet" if row.get("file") else f"{row.get('outcome', '')}: {row.get('text', '')}".replace("|", "/")
+        return [name, f"`{row['recipe']}`", _given(row), reason, *[""] * 6]
     golden = rows.get(GOLDEN, {}).get("measured")
     return [
         name, f"`{row['recipe']}`", _given(row), _accuracy(seen, golden), _size(seen), f"{seen['multiply_adds'] / 1e6:.1f} M",
@@ -52,7 +52,9 @@ def _line(name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> li
 
 
 def _given(row: dict[str, Any]) -> str:
-    parts = [row.get("given", ""), f"job took {row['built_s']:.0f} s" if row.get("built_s") else ""]
+    load = f", others using {row['others']:.0%} of the cores" if row.get("others") is not None else ""
+    parts = [row.get("given", ""), f"{row['built_s']:.0f} s{load}" if row.get("built_s") else ""]
+    parts += [f"the service's verdict: {row['outcome']}"] if row.get("file") and row.get("outcome") else []
     return "; ".join(part for part in parts if part)
 
 
