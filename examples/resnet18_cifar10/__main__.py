@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     add: Any = parser.add_argument
     add("--data", type=Path, help="folder with CIFAR-10; without it, this says how to get one")
     add("--checkpoint", type=Path, help="trained weights (.safetensors, torchvision's ResNet-18 names; default: trains its own)")
-    add("--epochs", type=int, default=12, help="of its own training (12: about an hour on two cores)")
-    add("--device", default="cpu", help="of its own training: cpu or cuda")
+    add("--epochs", type=int, default=12, help="of its own training (12: 18 hours on two busy AVX2 cores)")
+    add("--device", default="cpu", help="of its own training: cpu, or cuda (not tried yet)")
     add("--state", type=Path, default=Path(".hone/cifar10"), help="folder of repository, server state, built files and results")
     add("--rows", default="", help=f"comma-separated; default: all of {', '.join(rows.ROWS)}")
     add("--minutes", type=float, default=20.0, help="training time of each row that trains (20)")
