@@ -44,6 +44,12 @@ def _classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
     return {group: best.count(group) / len(best) for group in set(best)}
 
 
+def _asked_alike(one: Loaded, other: Loaded) -> bool:
+    """Whether requests for one version are requests for the other: inputs and outputs count, not what was proven about rows."""
+    first, second = one.admitted.signature, other.admitted.signature
+    return (first.inputs, first.outputs) == (second.inputs, second.outputs)
+
+
 def needed(want: ModelState) -> set[str]:
     """Versions that stay loaded beside the active one: golden, the one that shares the traffic, and the rungs of the ladder."""
     return {want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
@@ -224,7 +230,7 @@ class ModelReconciler:
             slot.split = None
             return
         loaded = slot.versions.get(split.version)
-        if loaded is None or loaded.admitted.signature != slot.active.admitted.signature:
+        if loaded is None or not _asked_alike(loaded, slot.active):
             slot.split = None
         elif slot.split is None or (slot.split.loaded, slot.split.share, slot.split.stage) != (loaded, split.share, split.stage):
             slot.split = Share(loaded, split.share, split.stage)
