@@ -129,29 +129,25 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model as this server serves it at one moment: what the loop sees of the data plane. `shared` is the version that takes a share."""
+    """One model as this server serves it at one moment: what the loop sees of the data plane.
+
+    `recent_deaths` are unasked ends of its runner in five minutes, `recent_kills` of them by a signal from outside. `active_since` is when
+    this version or its settings became active here, time.monotonic(); `rung` the version that answers for it under load; `failed` pairs
+    versions that do not load with why.
+    """
 
     name: str
     active: str
-    golden: str
     generation: int
     settings: RuntimeSettings
     ready: bool
-    queued: int
-    inflight: int
     memory_bytes: int
     recent_deaths: int
-    """Unasked ends of its runner in five minutes; `recent_kills` of them by a signal from outside."""
     loaded: tuple[str, ...]
     active_since: float
-    """When this version or its settings became active here, time.monotonic()."""
-    previous: str = ""
-    rung: str = ""
-    shared: str = ""
     recent_kills: int = 0
+    rung: str = ""
     failed: tuple[tuple[str, str], ...] = ()
-    fixed_inputs: bool = True
-    """Whether all inputs have one shape beside the batch, so that a row's cost should not depend on what it holds."""
 
 
 class VersionState(StrEnum):

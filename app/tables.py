@@ -72,7 +72,7 @@ def _p95(loop: JSON) -> str:
 
 
 def _trend(ratio: float | None) -> str:
-    """The last minute against the four before."""
+    """The last minute against all five."""
     if not isinstance(ratio, int | float):
         return ""
     return "level" if 0.8 <= ratio <= 1.25 else f"{ratio - 1:+.0%}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
-from app.control.objectives import burn, promise_of
+from app.control.objectives import burn
 from app.control.planner import Action, Situation, plan, wait_after
+from app.control.situation import situation_of
 from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
-from app.domain import Mode
+from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block, Cost
 
@@ -44,7 +46,7 @@ def normal(**more: Any) -> Normal:
 def look(blocks: list[Block], config: ModelConfig | None = None, lately: Block | None = None, memory: int = 30 << 20) -> list[Kind]:
     config = config or ModelConfig()
     seen = Seen(blocks, lately or Block(0.0, 300.0), memory, 0)
-    return [one.kind for one in suspicions(seen, normal(), config, promise_of(config), None)]
+    return [one.kind for one in suspicions(seen, normal(), config, config.objective.promise, None)]
 
 
 # When to look
@@ -231,3 +233,28 @@ def test_only_what_the_owner_allows_is_built() -> None:
 def test_the_same_cause_without_a_gain_waits_exponentially_longer() -> None:
     assert [wait_after(count) for count in range(5)] == [0.0, 0.0, 60.0, 120.0, 240.0]
     assert wait_after(50) == 6 * 3600.0
+
+
+def test_the_planner_knows_what_was_tried_left_and_spent() -> None:
+    def job(identity: str, method: str, outcome: str, **more: Any) -> Job:
+        state = JobState.FINISHED if outcome else JobState.BUILDING
+        given = {"actor": "hone", "requested_at": time.time() - 100, "finished_at": time.time() - 40, **more}
+        return Job(identity, "m", "1", "sha", (({"method": method},),), "", "auto", state=state, outcome=outcome, **given)
+
+    passed = (("here", Verdict.PASSED),)
+    built = tuple(BuiltVersion(name, "1", "sha", "j", (), "", verdicts=passed) for name in ("1.1", "1.2", "1.3"))
+    want = ModelState("m", "1", "sha", "1.1", "1.3", Generation(1, 3), built=built, left=("1.3",))
+    view = ModelView("m", "1.1", 3, RuntimeSettings(), True, 0, 0, ("1", "1.1"), 0.0)
+    jobs = [job("a", "graph", "refused", candidates=("1.2",)), job("b", "int8-static", "failed"), job("c", "tune", "", actor="ann")]
+
+    def situation(*jobs: Job, of: Cause = Cause.VERSION, model: ModelState = want) -> Situation:
+        state = State(models={"m": model}, jobs={one.id: one for one in jobs})
+        return situation_of(state, model, view, ModelConfig(), of, "here", {Action.OPTIMIZE}, 7.0)
+
+    now = situation(*jobs)
+    assert (now.previous, now.proven, now.tried) == ("", ["1.2"], frozenset({("graph",)})), "1.3 was left for faults"
+    assert (now.jobs_open, now.builds_left, now.wait_s, now.tried_actions) == (1, 23, 7.0, frozenset({Action.OPTIMIZE}))
+    assert 14_400 - 130 < now.cpu_s_left < 14_400 - 110
+    assert situation(*jobs, of=Cause.INPUT).tried == frozenset(), "with other inputs the same recipe is another"
+    assert situation(job("d", "int8-static", "inconclusive")).tried_actions == frozenset(), "a loud host left it open"
+    assert situation(*jobs, model=replace(want, left=("1",))).builds_left == 0, "nothing is built from a golden that was left"

@@ -50,7 +50,7 @@ class Serving:
         split = self.journal.state().models["m"].split
         loaded = ("1", "1.1") if split is not None and self.loads else ("1",)
         failed = () if self.loads else (("1.1", "its file is corrupt"),)
-        return ModelView("m", self.active, "1", 1, RuntimeSettings(), True, 0, 0, 0, 0, loaded, 0.0, failed=failed)
+        return ModelView("m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0, failed=failed)
 
     async def serve(self) -> None:
         turn = 0

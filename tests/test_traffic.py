@@ -28,7 +28,7 @@ def running(tmp_path: Path) -> Iterator[Running]:
     (tmp_path / "models" / "m" / "model.yaml").write_text(
         "mode: approve\nrollout: {header: X-User}\nruntime: {threads: 1, instances: 1, queue_limit: 6}\nbatching: {limit: 1}\ncapture: off\n"
     )
-    with server(tmp_path, block_s="1") as running:
+    with server(tmp_path) as running:
         yield running.ready("m")
 
 

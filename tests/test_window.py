@@ -126,3 +126,16 @@ def test_throttling_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
         sensor.read()
         (place / "cpu.stat").write_text(later)
         assert (sensor.read().throttled_ratio or 0) > 0.9
+
+
+def test_totals_grow_whatever_the_blocks_do() -> None:
+    found, clock = window()
+    before = found.totals("m", "1")
+    for code, pause in ((200, 7.0), (429, 7.0), (200, 45.0), (503, 0.0)):
+        found.observe(seen(code))
+        clock.now += pause
+    found.cut("m")
+    found.observe(seen())
+    after = found.totals("m", "1").minus(before)
+    assert (after.requests, after.refused, after.failures, after.offered) == (3, 1, 1, 5)
+    assert abs(after.queue_ratio - 0.4) < 1e-9

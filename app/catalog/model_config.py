@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -94,6 +95,18 @@ class Source(Strict):
         return value
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """At least `share` of the answers come within `threshold_s`."""
+
+    share: float
+    threshold_s: float
+
+    @property
+    def text(self) -> str:
+        return f"p{self.share * 100:g} ≤ {self.threshold_s * 1e3:g} ms"
+
+
 class Objective(Strict):
     """What the model is held to in production. Each is optional; without any, the version's own proof is the yardstick."""
 
@@ -115,6 +128,14 @@ class Objective(Strict):
     """Least agreement with the golden version on live requests."""
     availability: Share | None = None
     """Least share of time in which the model is ready."""
+
+    @property
+    def promise(self) -> Promise | None:
+        """The latency objective that is counted: p95 where it is named, else p99, else p50. None where none is."""
+        for share, milliseconds in ((0.95, self.p95_ms), (0.99, self.p99_ms), (0.5, self.p50_ms)):
+            if milliseconds is not None:
+                return Promise(share, milliseconds / 1e3)
+        return None
 
     @model_validator(mode="after")
     def _in_order(self) -> Objective:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from time import monotonic, time
 from typing import Any, Final, Protocol
@@ -18,14 +18,16 @@ from app.catalog.model_config import ModelConfig
 from app.control.bench import Bench
 from app.control.commands import Commands
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
-from app.control.objectives import burn, promise_of
-from app.control.planner import Action, Plan, Situation, plan, wait_after
+from app.control.objectives import burn
+from app.control.planner import Action, Plan, plan, wait_after
 from app.control.replay import replay
 from app.control.rollout import compared
 from app.control.rungs import cheaper_versions
+from app.control.situation import situation_of
+from app.control.standing import LATELY_S, standing
 from app.control.steps import parse_tries
-from app.control.suspicion import Kind, Normal, Seen, Suspicion, cost_ratio, learned, suspicions, with_news
-from app.domain import JSON, Event, JobState, Mode, ModelState, ModelView, State, Verdict
+from app.control.suspicion import LEAST_CALLS, Kind, Normal, Seen, Suspicion, learned, suspicions, with_news
+from app.domain import JSON, Event, JobState, Mode, ModelState, ModelView, Split, State, Verdict
 from app.errors import HoneError
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -37,14 +39,14 @@ log = logging.getLogger("hone.control")
 TICK_S: Final = 1.0
 HOST_S: Final = 2.0
 PROBE_S: Final = 2.0
-LATELY_S: Final = 300.0
+ORPHAN_S: Final = 60.0
+"""A version on trial for whom no job is open loses its share after this long."""
 SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""
 YOUNG_S: Final = 3600.0
 """A version this young is suspected first of what begins."""
 AGAIN_S: Final = 60.0
 """A cause without a remedy (load, host) is looked into again after this long, then after twice, …"""
-DAY_S: Final = 86_400.0
 
 
 class Condition(StrEnum):
@@ -109,6 +111,14 @@ class Patient:
     watch_since: float = 0.0
     ticks: int = 0
     ready_ticks: int = 0
+    shown_until: float = 0.0
+    judged_until: float = -1.0
+    judged_deaths: int = 0
+    found: list[Suspicion] = field(default_factory=list)
+    """What the closed blocks made suspicious when the newest of them closed."""
+    requests: int = 0
+    """Answers of the stretch that was looked at then."""
+    remedied_at: dict[Cause, float] = field(default_factory=dict)
     ladder_for: tuple[int, str] = (0, "")
 
     @property
@@ -135,6 +145,7 @@ class Loop:
         self._host_at = 0.0
         self._patients: dict[str, Patient] = {}
         self._busy: asyncio.Task[None] | None = None
+        self._comparing: asyncio.Task[Any] | None = None
         self._state = State()
         self._cores_seen: tuple[int, ...] = ()
         self._said: dict[str, JSON] = {}
@@ -153,14 +164,17 @@ class Loop:
                     log.exception("a tick of the loop failed")
                 await asyncio.sleep(max(0.05, TICK_S - (monotonic() - began)))
         finally:
-            if self._busy is not None:
-                self._busy.cancel()
-                await asyncio.gather(self._busy, return_exceptions=True)
+            running = [task for task in (self._busy, self._comparing) if task is not None]
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def tick(self) -> None:
         """One bounded step."""
         await self._sense_host()
-        await self._plane.compare_some()
+        if self._comparing is None or self._comparing.done():  # golden may take its time: nobody waits for it here
+            self._comparing = asyncio.create_task(self._plane.compare_some(), name="compare-answers")
+            self._comparing.add_done_callback(_report)
         self._state = await asyncio.to_thread(self._journal.state)
         if any(job.state is JobState.BUILDING for job in self._state.jobs.values()):
             self._window.mark()
@@ -170,17 +184,26 @@ class Loop:
             want = self._state.models.get(view.name)
             patient = self._patients.setdefault(view.name, Patient())
             self._notice_events(view, patient)
-            self._show(view, patient, want)
+            patient.ticks += 1
+            patient.ready_ticks += view.ready
+            condition = self._condition(view, patient, want)
+            latest = self._window.closed(view.name, view.active, 1)
+            if not latest or latest[0].ended > patient.shown_until or view.name not in self._said:
+                patient.shown_until = latest[0].ended if latest else 0.0
+                said = standing(
+                    self._window, self._metrics, view, self._plane.config(view.name), patient.normal, self._plane.drift(view.name)
+                )
+                self._said[view.name] = said | {"availability": round(patient.ready_ticks / patient.ticks, 5)}
+            self._said[view.name] |= {"condition": condition.value} | _told(patient.incident)
             if want is not None and self._leads():
                 await self._look(view, patient, want, views)
-        self._patients = {name: patient for name, patient in self._patients.items() if any(view.name == name for view in views)}
+        names = {view.name for view in views}
+        self._patients = {name: patient for name, patient in self._patients.items() if name in names}
+        self._said = {name: said for name, said in self._said.items() if name in names}
 
     def told(self, name: str) -> JSON:
         """What the loop thinks of a model now, for status and explain."""
-        patient = self._patients.get(name)
-        if patient is None:
-            return {"condition": Condition.STEADY.value}
-        return self._said.get(name, {}) | {"condition": patient.condition.value}
+        return self._said.get(name) or {"condition": Condition.STEADY.value}
 
     @property
     def host(self) -> HostFacts:
@@ -215,67 +238,30 @@ class Loop:
         before, patient.identity = patient.identity, identity
         patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
         patient.event_at, patient.normal, patient.seen_until = monotonic(), Normal(), 0.0
+        patient.judged_until, patient.found, patient.requests = -1.0, [], 0
         patient.due = patient.event == "swap" and patient.incident is None
         if patient.incident is not None and not patient.incident.acted_at:
             patient.incident.acted_at = monotonic()  # somebody else acted
 
-    def _show(self, view: ModelView, patient: Patient, want: ModelState | None) -> None:
-        """Gauges of one model; the promise's share and burn where there is one."""
-        config, name = self._plane.config(view.name), view.name
-        promise = promise_of(config)
-        patient.ticks += 1
-        patient.ready_ticks += view.ready
-        self._window.objective(name, promise.threshold_s if promise is not None else None)
+    def _condition(self, view: ModelView, patient: Patient, want: ModelState | None) -> Condition:
+        """What the loop is about with a model; as a gauge, too."""
         condition = patient.condition
         if want is not None and want.split is not None:
             condition = Condition.WATCHING if want.split.stage == "watch" else Condition.TRIAL
-        gauge = self._metrics.gauge
         for one in Condition:
-            gauge("hone_model_state", name, one.value, value=float(one is condition))
-        lately = self._window.since(name, view.active, self._window.now() - LATELY_S)
-        if lately.compared:
-            gauge("hone_fidelity_ratio", name, view.active, value=lately.agreed / lately.compared)
-        drift = self._plane.drift(name)
-        if drift is not None:
-            gauge("hone_drift_score", name, value=drift)
-        facts: JSON = {
-            "condition": condition.value, "p95_s": lately.total.quantile(0.95), "requests_per_s": round(lately.requests / LATELY_S, 3),
-            "availability": round(patient.ready_ticks / patient.ticks, 5), "drift": drift,
-            "fidelity": {"agreed": lately.agreed, "compared": lately.compared} if lately.compared else None,
-            "cost_ratio": cost_ratio(lately, patient.normal) if patient.normal.known else None,
-            "objective": promise.text if promise is not None else "", "trend": self._trend(view),
-        }  # fmt: skip
-        if promise is not None and lately.requests:
-            facts["attained"] = round(lately.within / lately.requests, 5)
-            gauge("hone_slo_attainment_ratio", name, value=lately.within / lately.requests)
-            rates = burn(promise.share, lambda seconds: self._window.good_and_bad(name, seconds)).rates
-            for seconds, rate in rates.items():
-                if rate is not None:
-                    gauge("hone_burn_rate", name, f"{seconds:.0f}", value=rate)
-            facts["burn"] = {f"{seconds:.0f}": rate for seconds, rate in rates.items()}
-        if patient.incident is not None:
-            facts["suspicions"] = [one.text for one in patient.incident.suspicions]
-            if patient.incident.diagnosis is not None:
-                facts["cause"], facts["why"] = patient.incident.diagnosis.cause.value, patient.incident.diagnosis.text
-        self._said[name] = facts
-
-    def _trend(self, view: ModelView) -> float | None:
-        """p95 of the last minute over that of the four before; None without enough answers."""
-        now = self._window.now()
-        newest, older = self._window.since(view.name, view.active, now - 60), self._window.since(view.name, view.active, now - 300)
-        if newest.requests < 20 or older.requests < 2 * newest.requests:
-            return None
-        first, last = older.total.quantile(0.95), newest.total.quantile(0.95)
-        return last / first if first and last else None
+            self._metrics.gauge("hone_model_state", view.name, one.value, value=float(one is condition))
+        return condition
 
     # ---- deciding
     async def _look(self, view: ModelView, patient: Patient, want: ModelState, views: list[ModelView]) -> None:
         config = self._plane.config(view.name)
-        if want.split is not None:
-            if want.split.stage == "watch":
-                await self._watch(view, patient, want, config)
+        if want.split is not None and want.split.stage == "watch":
+            await self._watch(view, patient, want, config)
             return
         patient.watch_since = 0.0
+        on_trial = want.split is not None
+        if want.split is not None and await self._ended_orphan(view, want.split):
+            return
         await self._set_ladder(view, patient, want, config)
         blocks = self._window.closed(view.name, view.active, SETTLE_BLOCKS)
         blocks = [block for block in blocks if block.began >= view.active_since]
@@ -283,8 +269,10 @@ class Loop:
         fresh = bool(blocks) and blocks[-1].ended > patient.seen_until
         if blocks:
             patient.seen_until = max(patient.seen_until, blocks[-1].ended)
+        if on_trial:
+            found = [one for one in found if faulty([one])]  # the incumbent's faults do not wait for a canary's end
         if not found:
-            if fresh and not view.rung:
+            if fresh and not view.rung and not on_trial:
                 patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
             await self._calm(view, patient, fresh)
             return
@@ -298,6 +286,16 @@ class Loop:
         if self._busy is None or self._busy.done():
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
             self._busy.add_done_callback(_report)
+
+    async def _ended_orphan(self, view: ModelView, split: Split) -> bool:
+        """A version on trial for whom no job is open any more (its holder died, or was refused at the last step) loses its share."""
+        jobs = self._state.jobs.values()
+        open_job = any(job.model == view.name and job.state is not JobState.FINISHED and job.candidates for job in jobs)
+        if open_job or time() - split.since < ORPHAN_S:
+            return False
+        data = {"version": "", "share": 0.0, "stage": "canary", "summary": "the job whose candidate was on trial is over"}
+        await asyncio.to_thread(self._journal.append, Event("traffic.split", view.name, "", data=data))
+        return True
 
     async def _set_ladder(self, view: ModelView, patient: Patient, want: ModelState, config: ModelConfig) -> None:
         """Which versions the data plane may step down to: proven here, clearly cheaper than the desired one, and free to serve alone."""
@@ -314,18 +312,26 @@ class Loop:
             await asyncio.to_thread(self._journal.append, Event("ladder.set", view.name, view.active, data=data))
 
     def _suspicions(self, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
-        """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at."""
+        """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
+
+        The rest is judged when a block closes, and stands until the next one does.
+        """
         now = self._window.now()
-        lately = self._window.since(view.name, view.active, max(view.active_since, now - LATELY_S))
+        judged = blocks[-1].ended if blocks else 0.0
+        if judged != patient.judged_until or view.recent_deaths != patient.judged_deaths:
+            patient.judged_until, patient.judged_deaths = judged, view.recent_deaths
+            lately = self._window.since(view.name, view.active, max(view.active_since, now - LATELY_S))
+            patient.requests = lately.requests
+            promise = config.objective.promise
+            burning = burn(promise.share, lambda seconds: self._window.good_and_bad(view.name, seconds)) if promise is not None else None
+            seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
+            patient.found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
+        found = list(patient.found)
         opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s))
-        promise = promise_of(config)
-        burning = burn(promise.share, lambda seconds: self._window.good_and_bad(view.name, seconds)) if promise is not None else None
-        seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
-        found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
         urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), Normal(), config, None, None)
         kinds = {one.kind for one in found}
         found += [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE) and one.kind not in kinds]
-        if patient.due and lately.requests >= 20:
+        if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
             found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
         return found
 
@@ -386,7 +392,12 @@ class Loop:
         changed = incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
         incident.diagnosis, incident.acted_at = diagnosis, 0.0
         self._metrics.count("hone_diagnoses", view.name, diagnosis.cause.value)
-        decided = self._plan(view, patient, want, incident, diagnosis)
+        waited = monotonic() - patient.remedied_at.get(diagnosis.cause, 0.0)
+        wait_s = max(0.0, wait_after(patient.failures.get(diagnosis.cause, 0)) - waited)
+        situation = situation_of(
+            self._state, want, view, self._plane.config(view.name), diagnosis.cause, self._host_class, incident.tried, wait_s
+        )
+        decided = plan(diagnosis, replace(situation, faults=faulty(found)), self._plane.config(view.name))
         if changed or decided.action is not Action.NOTHING:
             told: JSON = {
                 "cause": diagnosis.cause.value, "confidence": diagnosis.confidence, "summary": f"blamed on {diagnosis.cause.value}: {diagnosis.text}",
@@ -402,12 +413,12 @@ class Loop:
             }
             await self._say("plan.made", view, told)
         incident.look_after = monotonic() + AGAIN_S * 2.0 ** min(6, incident.looks - 1)
-        if decided.action in (Action.NOTHING, Action.STEP_DOWN):
+        if decided.action in (Action.NOTHING, Action.STEP_DOWN) or decided.waits:
             return
         incident.tried.add(decided.action)
         incident.look_after = 0.0
         await self._act(view, decided, diagnosis, faulty(incident.suspicions))
-        incident.acted_at = monotonic()
+        incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()
 
     async def _blame(
         self, view: ModelView, patient: Patient, want: ModelState, found: list[Suspicion], views: list[ModelView]
@@ -427,7 +438,9 @@ class Loop:
 
         fresh: FreshRunner | None = None
         if needs_probe(findings()):
+            began = monotonic()
             probe = await self._plane.against_fresh(view.name, PROBE_S)
+            self._metrics.count("hone_background_seconds", "probe", by=monotonic() - began)
             fresh = FreshRunner(probe.cpu, probe.wall) if probe is not None else None
             diagnosis = diagnose(findings(None, fresh))
             if diagnosis.cause is Cause.PROCESS:
@@ -440,38 +453,6 @@ class Loop:
             self._metrics.count("hone_background_seconds", "replay", by=monotonic() - began)
         return diagnose(findings(again, fresh))
 
-    def _plan(self, view: ModelView, patient: Patient, want: ModelState, incident: Incident, diagnosis: Diagnosis) -> Plan:
-        config, state = self._plane.config(view.name), self._state
-        own = [job for job in state.jobs.values() if job.model == view.name and job.actor == "hone" and job.requested_at > time() - DAY_S]
-        tried = {
-            tuple(str(step["method"]) for step in recipe)
-            for job in state.jobs.values()
-            if job.model == view.name and job.golden_sha256 == want.golden_sha256 and job.state is JobState.FINISHED
-            and job.outcome in ("refused", "nothing_changed", "not_applicable", "promoted") and diagnosis.cause is not Cause.INPUT
-            for recipe in job.tries
-        }  # fmt: skip
-        proven = [
-            built.version for built in reversed(want.built)
-            if not built.removed and built.golden_sha256 == want.golden_sha256 and built.version != view.active
-            and dict(built.verdicts).get(self._host_class) is Verdict.PASSED and built.version not in want.left
-        ]  # fmt: skip
-        faults = faulty(incident.suspicions)
-        spent = sum(max(0.0, job.finished_at - job.requested_at) for job in own if job.state is JobState.FINISHED)
-        failures = patient.failures.get(diagnosis.cause, 0)
-        latest = max(own, key=lambda job: job.requested_at, default=None)
-        again = (
-            {Action.OPTIMIZE, Action.TUNE} if latest is not None and latest.outcome == "inconclusive" else set()
-        )  # the host was too loud
-        situation = Situation(
-            view.active, want.golden, want.previous if want.previous not in want.left else "", proven, want.rungs, frozenset(tried), frozenset(incident.tried - again),
-            want.mode or config.mode, state.frozen,
-            sum(1 for job in state.jobs.values() if job.model == view.name and job.state is not JobState.FINISHED),
-            0 if want.golden in want.left else config.budget.builds - sum(len(job.candidates) for job in own), config.budget.swaps - sum(job.outcome == "promoted" for job in own),
-            config.budget.job_cpu_s - spent, config.source is not None and config.samples.train is not None,
-            max(0.0, incident.acted_at + wait_after(failures) - monotonic()) if incident.acted_at else 0.0, faults,
-        )  # fmt: skip
-        return plan(diagnosis, situation, config)
-
     async def _act(self, view: ModelView, decided: Plan, diagnosis: Diagnosis, fault: bool) -> None:
         reason = f"{diagnosis.cause.value}: {diagnosis.text}"
         match decided.action:
@@ -481,7 +462,7 @@ class Loop:
             case Action.ROLL_BACK:
                 await asyncio.to_thread(self._commands.rollback, view.name, "hone", reason, fault)
                 self._metrics.count("hone_rollbacks", view.name, diagnosis.cause.value)
-            case Action.SWITCH if not decided.waits:
+            case Action.SWITCH:
                 await asyncio.to_thread(
                     self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault
                 )  # fmt: skip
@@ -516,6 +497,15 @@ class Loop:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))
 
 
+def _told(incident: Incident | None) -> JSON:
+    """What is wrong now and whom it was blamed on; nothing while all is well."""
+    diagnosis = incident.diagnosis if incident is not None else None
+    return {
+        "suspicions": [one.text for one in incident.suspicions] if incident is not None else [],
+        "cause": diagnosis.cause.value if diagnosis is not None else "", "why": diagnosis.text if diagnosis is not None else "",
+    }  # fmt: skip
+
+
 def faulty(found: Sequence[Suspicion]) -> bool:
     """Wrong or missing answers, not slow ones: leaving such a version needs neither budget nor agreement, and it is not gone back to."""
     return any(one.kind in (Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY) for one in found)
@@ -526,7 +516,7 @@ def _news(found: Sequence[Suspicion], incident: Incident) -> bool:
     return bool({one.kind for one in found} - {one.kind for one in incident.suspicions} - {Kind.EVENT})
 
 
-def _report(task: asyncio.Task[None]) -> None:
+def _report(task: asyncio.Task[Any]) -> None:
     if task.cancelled() or (error := task.exception()) is None:
         return
     if isinstance(error, StoreUnavailable | HoneError):

@@ -1,4 +1,4 @@
-"""What a model is held to, and how fast it uses up what it may miss: objectives as shares of good answers, and multi-window burn rates.
+"""How fast a model uses up what its latency objective lets it miss: multi-window burn rates.
 
 Pure: counts in, facts out. Windows and factors are the SRE workbook's (ch. 5), for an error budget of 30 days.
 """
@@ -9,26 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from app.catalog.model_config import ModelConfig
-
 LEAST_ANSWERS: Final = 20
 """Fewer answers than this in a window are no data."""
 PAIRS: Final = ((3600.0, 300.0, 14.4), (21600.0, 1800.0, 6.0))
 """(long, short, factor): both windows must burn faster than the factor. Over two pairs a fast and a slow burn are told from noise."""
-UNPROMISED: Final = 0.95
-"""The share that is used to speak of burn where model.yaml promises no quantile."""
-
-
-@dataclass(frozen=True, slots=True)
-class Promise:
-    """At least `share` of the answers come within `threshold_s`."""
-
-    share: float
-    threshold_s: float
-
-    @property
-    def text(self) -> str:
-        return f"p{self.share * 100:g} ≤ {self.threshold_s * 1e3:g} ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +21,6 @@ class Burn:
 
     rates: dict[float, float | None]
     fires: bool
-
-
-def promise_of(config: ModelConfig) -> Promise | None:
-    """The latency objective that is counted: the highest quantile that is named. None where none is."""
-    objective = config.objective
-    for share, milliseconds in ((0.95, objective.p95_ms), (0.99, objective.p99_ms), (0.5, objective.p50_ms)):
-        if milliseconds is not None:
-            return Promise(share, milliseconds / 1e3)
-    return None
 
 
 def burn(share: float, good_and_bad: Callable[[float], tuple[int, int]]) -> Burn:

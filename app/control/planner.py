@@ -6,7 +6,7 @@ It also says what to build when nobody says what: recipes by what the model is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -53,7 +53,7 @@ class Situation:
     golden: str
     previous: str = ""
     proven: Sequence[str] = ()
-    """Versions with a passed proof on this class of host, the one with the largest gain first; without the active one."""
+    """Versions with a passed proof on this class of host, the newest first; without the active one."""
     rungs: Sequence[str] = ()
     tried: frozenset[tuple[str, ...]] = frozenset()
     """Recipes that were tried on this golden since anything changed, and came to nothing."""
@@ -70,7 +70,6 @@ class Situation:
     """How long to leave it alone still, after remedies for the same cause came to nothing."""
     faults: bool = False
     """Errors, deaths or wrong answers: going back needs no budget and no agreement."""
-    evidence: JSON = field(default_factory=dict)
 
 
 def default_tries(config: ModelConfig) -> list[list[str | JSON]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from app.catalog.model_config import ModelConfig
-from app.control.objectives import Burn, Promise
+from app.catalog.model_config import ModelConfig, Promise
+from app.control.objectives import Burn
 from app.domain import JSON
 from app.telemetry.window import Block, Bucket
 from optimizers.stats import wilson
@@ -46,7 +46,6 @@ class Kind(StrEnum):
     MEMORY = "memory"
     FIDELITY = "fidelity"
     LABELS = "labels"
-    AVAILABILITY = "availability"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,6 @@ class Normal:
     """Median CPU seconds per row."""
     p95_s: float = 0.0
     memory_bytes: int = 0
-    row_bytes: float = 0.0
     mean_batch: float = 0.0
     blocks: int = 0
     labelled: int = 0
@@ -100,14 +98,13 @@ def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
             known = costs.get(bucket)
             costs[bucket] = median if known is None else (known * count + median) / (count + 1)
     p95 = block.total.quantile(0.95) or 0.0
-    size = sum(1 << bucket[1] for bucket in block.costs) / len(block.costs) if block.costs else 0.0
 
     def mean(before: float, now: float) -> float:
         return (before * count + now) / (count + 1)
 
     return replace(
         normal, costs=costs, p95_s=mean(normal.p95_s, p95), memory_bytes=max(normal.memory_bytes, memory_bytes),
-        row_bytes=mean(normal.row_bytes, size), mean_batch=mean(normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0),
+        mean_batch=mean(normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0),
         blocks=count + 1,
     )  # fmt: skip
 

@@ -5,11 +5,13 @@ Each request counts once; labels raise a suspicion at most. Nothing is remembere
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
-from app.catalog.tensors import to_array
+from app.catalog.tensors import FLOATS, to_array
 from app.domain import InferenceResult
 from app.errors import Conflict, InvalidRequest, NotFound
 from app.telemetry.window import Window
@@ -17,17 +19,27 @@ from app.telemetry.window import Window
 REMEMBERED: Final = 20_000
 
 
+@dataclass(slots=True)
+class Answer:
+    """What one request was given: the top class of `classes`; 0 of them where the answer is no row of scores."""
+
+    version: str
+    top: int
+    classes: int
+    labelled: bool = False
+
+
 class Feedback:
     """One per server; the newest answers of all models."""
 
     def __init__(self, window: Window) -> None:
         self._window = window
-        self._answers: OrderedDict[tuple[str, str], tuple[str, InferenceResult | None]] = OrderedDict()
+        self._answers: OrderedDict[tuple[str, str], Answer] = OrderedDict()
 
     def remember(self, model: str, request_id: str, result: InferenceResult) -> None:
-        """Keep a small answer until its label comes; a repeated id stands for the latest."""
-        if request_id and len(result.outputs[0].data) <= 65_536:
-            self._answers[model, request_id] = (result.version, result)
+        """Keep an answer's top class until its label comes; a repeated id stands for the latest."""
+        if request_id:
+            self._answers[model, request_id] = Answer(result.version, *_top(result))
             if len(self._answers) > REMEMBERED:
                 self._answers.popitem(last=False)
 
@@ -36,17 +48,22 @@ class Feedback:
         known = self._answers.get((model, request_id))
         if known is None:
             raise NotFound(f"no answer of model {model!r} is remembered under request id {request_id!r}: only the latest {REMEMBERED} are")
-        version, result = known
-        if result is None:
+        if known.labelled:
             raise Conflict(f"request {request_id!r} was labelled already; each counts once")
-        scores = to_array(result.outputs[0])
-        if scores.dtype.kind != "f" or scores.shape[-1] < 2 or scores.size != scores.shape[-1]:
+        if not known.classes:
             raise InvalidRequest(f"request {request_id!r} has no one row of scores that a label could be held against")
-        number = _number(label, labels, scores.shape[-1])
-        self._answers[model, request_id] = (version, None)
-        right = int(scores.reshape(-1).argmax()) == number
-        self._window.labelled(model, version, right)
+        right = known.top == _number(label, labels, known.classes)
+        known.labelled = True
+        self._window.labelled(model, known.version, right)
         return right
+
+
+def _top(result: InferenceResult) -> tuple[int, int]:
+    """(the likeliest class, how many there are) of one row of scores; (0, 0) where the answer is something else."""
+    scores = result.outputs[0]
+    if scores.datatype not in FLOATS or not scores.shape or scores.shape[-1] < 2 or math.prod(scores.shape) != scores.shape[-1]:
+        return 0, 0
+    return int(to_array(scores).argmax()), scores.shape[-1]
 
 
 def _number(label: str | int, labels: Sequence[str], classes: int) -> int:

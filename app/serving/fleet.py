@@ -282,7 +282,9 @@ class Fleet:
                 found = reconciler.found  # a model.yaml that became wrong changes nothing for a model that serves
             config = found.config or ModelConfig()
             slot.config = config
-            self._metrics.objective(name, _threshold_s(config))
+            threshold_s = config.objective.promise.threshold_s if config.objective.promise is not None else None
+            self._metrics.objective(name, threshold_s)
+            self._service.window.objective(name, threshold_s)
             want = self.state.models.get(name)
             if (reconciler.want, reconciler.found) != (want, found):
                 reconciler.want, reconciler.found = want, found
@@ -314,9 +316,3 @@ class Fleet:
         await asyncio.gather(*(reconciler.settled.wait() for reconciler in self._reconcilers.values()))
         self.ready = True
         self._metrics.gauge("hone_server_ready", value=1)
-
-
-def _threshold_s(config: ModelConfig) -> float | None:
-    objective = config.objective
-    milliseconds = objective.p95_ms or objective.p99_ms or objective.p50_ms
-    return milliseconds / 1e3 if milliseconds else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -17,7 +18,7 @@ from app.domain import Event, ModelState
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
 from app.telemetry.metrics import Metrics
-from app.telemetry.window import Block, Window
+from app.telemetry.window import Totals, Window
 
 log = logging.getLogger("hone.serving")
 LOOK_S: Final = 1.0
@@ -45,6 +46,7 @@ class Footing:
     stepped_at: float = -SETTLED_S
     hold_s: float = HOLD_S
     capacities: dict[str, float] = field(default_factory=dict)
+    marks: deque[tuple[float, str, Totals]] = field(default_factory=lambda: deque(maxlen=round(SPAN_S / LOOK_S) + 1))
 
 
 class Ladder:
@@ -73,31 +75,34 @@ class Ladder:
         footing = self._footings.setdefault(slot.name, Footing())
         if want is None or active is None:
             return
+        now = self._clock()
         rungs = [want.desired, *(version for version in want.rungs if version != want.desired)] if slot.config.ladder else [want.desired]
         current = slot.rung.version if slot.rung is not None else active.version
         if current not in rungs:
-            self._step(slot, footing, None, "the envelope changed", 0.0)
+            self._step(slot, footing, None, "the envelope changed", now)
             return
         at = rungs.index(current)
-        now = self._clock()
-        seen = self._window.since(slot.name, current, self._window.now() - SPAN_S)
+        footing.marks.append((now, current, self._window.totals(slot.name, current)))
+        (then, _, before), (_, _, after) = next(mark for mark in footing.marks if mark[1] == current), footing.marks[-1]
+        seen, span_s = after.minus(before), max(1e-3, now - then)
         if now - footing.stepped_at > SETTLED_S:
             footing.hold_s = HOLD_S
         if self._overloaded(slot, seen):
             footing.bad_looks, footing.calm_since = footing.bad_looks + 1, 0.0
             lower = self._loaded(slot, rungs[at + 1 :])
             if footing.bad_looks >= DOWN_LOOKS and lower is not None:
-                footing.capacities[current] = seen.requests / SPAN_S
-                why = f"load: {seen.offered / SPAN_S:.3g} requests/s offered, {seen.requests / SPAN_S:.3g} answered, queue {seen.queue_ratio:.0%} of latency"
+                footing.capacities[current] = seen.requests / span_s
+                why = f"load: {seen.offered / span_s:.3g} requests/s offered, {seen.requests / span_s:.3g} answered, queue {seen.queue_ratio:.0%} of latency"
                 self._step(slot, footing, lower, why, now)
             return
         footing.bad_looks = 0
         if at > 0:
-            self._perhaps_up(slot, footing, rungs[at - 1], seen, now)
+            self._perhaps_up(slot, footing, rungs[at - 1], seen.offered / span_s, now)
 
-    def _perhaps_up(self, slot: Slot, footing: Footing, upper: str, seen: Block, now: float) -> None:
+    def _perhaps_up(self, slot: Slot, footing: Footing, upper: str, offered: float, now: float) -> None:
+        """`offered` in requests a second."""
         capacity = footing.capacities.get(upper, 0.0)
-        if seen.offered / SPAN_S >= UP_SHARE * capacity:
+        if offered >= UP_SHARE * capacity:
             footing.calm_since = 0.0
             return
         footing.calm_since = footing.calm_since or now
@@ -105,23 +110,20 @@ class Ladder:
             return
         loaded = self._loaded(slot, [upper])
         if loaded is not None:
-            why = f"{seen.offered / SPAN_S:.3g} requests/s offered for {footing.hold_s:.0f} s, below {UP_SHARE:.0%} of the {capacity:.3g} that {upper} answered when it was full"
+            why = f"{offered:.3g} requests/s offered for {footing.hold_s:.0f} s, below {UP_SHARE:.0%} of the {capacity:.3g} that {upper} answered when it was full"
             footing.hold_s = min(MOST_HOLD_S, 2 * footing.hold_s)
             self._step(slot, footing, loaded if loaded is not slot.active else None, why, now)
 
-    def _overloaded(self, slot: Slot, seen: Block) -> bool:
+    def _overloaded(self, slot: Slot, seen: Totals) -> bool:
         """Refusals, or a broken promise whose time goes into the queue."""
         if seen.offered < LEAST:
             return False
         if seen.refused > REFUSED * seen.offered:
             return True
-        objective = slot.config.objective
-        promised = next(
-            ((share, ms) for share, ms in ((0.95, objective.p95_ms), (0.99, objective.p99_ms), (0.5, objective.p50_ms)) if ms), None
-        )
-        if promised is None or not seen.requests:
+        promise = slot.config.objective.promise
+        if promise is None or not seen.requests:
             return False
-        return 1 - seen.within / seen.requests > 2 * (1 - promised[0]) and seen.queue_ratio > QUEUED
+        return 1 - seen.within / seen.requests > 2 * (1 - promise.share) and seen.queue_ratio > QUEUED
 
     def _loaded(self, slot: Slot, versions: list[str]) -> Loaded | None:
         """The first of `versions` that can answer at once."""
@@ -132,8 +134,9 @@ class Ladder:
         return None
 
     def _step(self, slot: Slot, footing: Footing, rung: Loaded | None, why: str, now: float) -> None:
-        before = slot.rung.version if slot.rung is not None else slot.active.version if slot.active is not None else ""
-        after = rung.version if rung is not None else slot.active.version if slot.active is not None else ""
+        active = slot.active.version if slot.active is not None else ""
+        before = slot.rung.version if slot.rung is not None else active
+        after = rung.version if rung is not None else active
         if before == after:
             slot.rung = rung
             return

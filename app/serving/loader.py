@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -104,9 +104,18 @@ class Loader:
             raise
         return loaded
 
-    async def fresh(self, loaded: Loaded, config: ModelConfig) -> Engine:
-        """A second engine of the same version and settings in a new process, to hold the live one against; the caller stops it."""
-        return await self._start(loaded.engine.spec, config)
+    @contextlib.asynccontextmanager
+    async def fresh(self, loaded: Loaded, config: ModelConfig) -> AsyncIterator[Engine]:
+        """A second engine of the same version and settings in a new process, to hold the live one against. Raises InsufficientStorage."""
+        key, _ = self._reserve(loaded.admitted, False)
+        try:
+            engine = await self._start(loaded.engine.spec, config)
+            try:
+                yield engine
+            finally:
+                await engine.stop()
+        finally:
+            self._taken.pop(key, None)
 
     async def stop(self, loaded: Loaded, drain_s: float) -> None:
         """Answer what it has, bounded, then end its process."""

@@ -20,9 +20,10 @@ from app.errors import HoneError
 
 log = logging.getLogger("hone.serving")
 WAITING: Final = 32
-MOST_BYTES: Final = 8 << 20
-"""Requests larger than this are not asked again: copies of them would cost memory."""
-EVERY_S: Final = 0.02
+MOST_BYTES: Final = 1 << 20
+"""Requests larger than this are not asked again: their copies would cost memory."""
+EVERY_S: Final = 0.2
+"""Between two that are kept: about as many as are asked again."""
 DRIFT_SAMPLES: Final = 400
 LEAST_DRIFT: Final = 100
 CALL_S: Final = 10.0
@@ -48,15 +49,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """How a version's answer to one live request compares with golden's. `cpu_s` is what the asked version took per row."""
+    """Whether a version's answer to one live request is golden's. `cpu_s` is what asking took."""
 
     version: str
     agrees: bool
-    group: str
-    entropy_shift: float = 0.0
-    margin_shift: float = 0.0
-    cpu_s: float = 0.0
-    failed: str = ""
+    cpu_s: float
 
 
 @dataclass
@@ -79,8 +76,7 @@ class Mirror:
         self.opens_at = now + EVERY_S
         if sum(len(tensor.data) for tensor in request.inputs) > MOST_BYTES:
             return
-        outputs = [Tensor(t.name, t.datatype, t.shape, bytes(t.data)) for t in result.outputs]
-        self.kept.append(Seen(list(request.inputs), request.outputs, outputs, result.version))
+        self.kept.append(Seen(_copied(request.inputs), request.outputs, _copied(result.outputs), result.version))
 
     def note(self, seen: Seen) -> bool:
         """Count the class that a live request was given (old ones fade); False where the answer holds NaN or infinity."""
@@ -111,52 +107,36 @@ class Mirror:
     async def ask(self, seen: Seen, engine: Answering, version: str, golden: list[Tensor] | None = None) -> tuple[Compared, list[Tensor]]:
         """Put `seen` to `engine`. Without `golden`, the engine is golden and the live answer is judged by it; else the engine's answer is."""
         try:
-            request = InferenceRequest(
-                list(seen.inputs), "mirror", seen.outputs, deadline=monotonic() + CALL_S, caller=OWN, priority=1 << 30
-            )
+            request = InferenceRequest(seen.inputs, "mirror", seen.outputs, deadline=monotonic() + CALL_S, caller=OWN, priority=1 << 30)
             result = await engine.infer(request)
-        except HoneError as error:
-            return Compared(version, False, "", failed=str(error)), []
+        except HoneError:
+            return Compared(version, False, 0.0), []
         first, other = (result.outputs, seen.answer) if golden is None else (golden, result.outputs)
-        compared = await asyncio.to_thread(self.compare, version, first, other)
-        rows = max(1, result.batch_rows)
-        return Compared(**{**_fields(compared), "cpu_s": result.cpu_s / rows}), result.outputs
+        return Compared(version, await asyncio.to_thread(self.agrees, first, other), result.cpu_s), result.outputs
 
-    def compare(self, version: str, golden: Sequence[Tensor], other: Sequence[Tensor]) -> Compared:
-        """Top class for classifiers; cosine or SQNR against the floor for everything else. Texts must be the same."""
+    def agrees(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+        """By the first output: the top class for classifiers; cosine or SQNR against the floor for everything else. Texts must be the same."""
         import numpy as np
 
         if len(golden) != len(other):
-            return Compared(version, False, "", failed="another number of outputs")
+            return False
         first, second = to_array(golden[0]), to_array(other[0])
         if first.shape != second.shape:
-            return Compared(version, False, "", failed=f"shape {list(second.shape)} instead of {list(first.shape)}")
+            return False
         if first.dtype.kind not in "fiub":
-            return Compared(version, bool(np.array_equal(first, second)), "")
+            return bool(np.array_equal(first, second))
         a, b = np.atleast_2d(first.astype(np.float64)), np.atleast_2d(second.astype(np.float64))
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         if np.isfinite(a).all() and not np.isfinite(b).all():
-            return Compared(version, False, "", failed="NaN or infinity where golden has none")
+            return False
         if self.metric in ("agreement", "accuracy") and a.shape[-1] > 1:
-            group = str(int(a[0].argmax()))
-            entropies, margins = zip(*(_confidence(row) for row in (a[0], b[0])), strict=True)
-            return Compared(
-                version, bool((a.argmax(-1) == b.argmax(-1)).all()), group, entropies[1] - entropies[0], margins[1] - margins[0]
-            )
-        return Compared(version, _close(a, b, self.metric) >= self.floor, "")
+            return bool((a.argmax(-1) == b.argmax(-1)).all())
+        return _close(a, b, self.metric) >= self.floor
 
 
-def _confidence(row: Any) -> tuple[float, float]:
-    """Entropy (nats) and margin between the two likeliest classes of one row of scores."""
-    import numpy as np
-
-    if row.min() >= 0 and abs(row.sum() - 1) < 1e-3:
-        p = row
-    else:
-        p = np.exp(row - row.max())
-        p = p / p.sum()
-    top = np.sort(p)[-2:]
-    return float(-(p * np.log(np.maximum(p, 1e-12))).sum()), float(top[1] - top[0])
+def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same on memory of their own: a request's body is given back once it is answered."""
+    return [Tensor(t.name, t.datatype, t.shape, bytes(t.data)) for t in tensors]
 
 
 def _close(a: Any, b: Any, metric: str) -> float:
@@ -167,7 +147,3 @@ def _close(a: Any, b: Any, metric: str) -> float:
         return float(10 * np.log10(max(1e-30, float((a**2).sum())) / max(1e-30, noise)))
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float((a * b).sum()) / norms if norms > 0 else float(np.array_equal(a, b))
-
-
-def _fields(compared: Compared) -> dict[str, Any]:
-    return {name: getattr(compared, name) for name in Compared.__slots__}

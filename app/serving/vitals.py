@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import resource
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,10 +42,6 @@ class Probe:
 
     cpu: tuple[float, float, float]
     wall: tuple[float, float, float]
-    waiting_live: float
-    waiting_fresh: float
-    rounds: int
-    fresh_cpu_s: float
 
 
 @dataclass
@@ -117,15 +114,12 @@ class Vitals:
         if not inputs:
             return None
         try:
-            fresh = await self._loader.fresh(loaded, self.config(name))
+            async with self._loader.fresh(loaded, self.config(name)) as fresh:
+                with self.window.background("probe"):
+                    turns = await _take_turns((loaded.engine, fresh), inputs, seconds)
         except HoneError as error:
-            log.warning("model %s: no second runner to hold the live one against: %s", name, error)
+            log.warning("model %s: the live runner could not be held against a second one: %s", name, error)
             return None
-        try:
-            with self.window.background("probe"):
-                turns = await _take_turns((loaded.engine, fresh), inputs, seconds)
-        finally:
-            await fresh.stop()
         return await asyncio.to_thread(_probe_of, turns) if len(turns) >= LEAST_ROUNDS else None
 
     async def compare_some(self, most: int = 4) -> list[tuple[str, Compared]]:
@@ -181,15 +175,14 @@ class Vitals:
             known = self._since[slot.name] = (identity, monotonic())
         recent = [death for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
         return ModelView(
-            slot.name, active.version, slot.golden, active.generation, active.settings, slot.ready, active.engine.queued, active.engine.inflight,
-            active.memory_bytes, len(recent), tuple(slot.versions), known[1], rung=slot.rung.version if slot.rung is not None else "",
-            shared=slot.split.loaded.version if slot.split is not None else "", recent_kills=sum("from outside" in death.reason for death in recent), failed=tuple(slot.failed.items()),
-            fixed_inputs=all(-1 not in spec.shape[1:] for spec in active.admitted.signature.inputs),
+            slot.name, active.version, active.generation, active.settings, slot.ready, active.memory_bytes, len(recent), tuple(slot.versions),
+            known[1], sum("from outside" in death.reason for death in recent), slot.rung.version if slot.rung is not None else "",
+            tuple(slot.failed.items()),
         )  # fmt: skip
 
 
-Turn = tuple[float, float, float]
-"""Mean CPU, wall and waiting seconds of the calls of one turn."""
+Turn = tuple[float, float]
+"""Mean CPU and wall seconds of the calls of one turn."""
 
 
 async def _take_turns(
@@ -220,15 +213,11 @@ async def _turn(engine: Engine, inputs: Sequence[list[Tensor]], calls: int) -> T
         request = InferenceRequest(list(inputs[number % len(inputs)]), "probe", deadline=monotonic() + 10.0, caller=OWN)
         results.append(await engine.infer(request))
     counted = results[1:]  # the first fetches the weights back into the cache that the other used
-    return (
-        sum(r.cpu_s for r in counted) / len(counted), sum(r.compute_s for r in counted) / len(counted), sum(r.wait_s for r in counted) / len(counted),
-    )  # fmt: skip
+    return sum(r.cpu_s for r in counted) / len(counted), sum(r.compute_s for r in counted) / len(counted)
 
 
 def _probe_of(rounds: list[tuple[list[Turn], list[Turn]]]) -> Probe:
-    import math
-
-    from optimizers.stats import hodges_lehmann, trimmed_mean
+    from optimizers.stats import hodges_lehmann
 
     def ratio(which: int) -> tuple[float, float, float]:
         logs = [
@@ -239,13 +228,7 @@ def _probe_of(rounds: list[tuple[list[Turn], list[Turn]]]) -> Probe:
         found = hodges_lehmann(logs, 0.98).exp()
         return found.estimate, found.low, found.high
 
-    def waiting(side: int) -> float:
-        cpu = sum(turn[0] for pair in rounds for turn in pair[side])
-        wait = sum(turn[2] for pair in rounds for turn in pair[side])
-        return wait / (cpu + wait) if cpu + wait > 0 else 0.0
-
-    fresh_cpu_s = trimmed_mean([turn[0] for _, fresh in rounds for turn in fresh])
-    return Probe(ratio(0), ratio(1), waiting(0), waiting(1), len(rounds), fresh_cpu_s)
+    return Probe(ratio(0), ratio(1))
 
 
 def _reference_rows(loaded: Loaded) -> list[list[Tensor]]:

@@ -112,20 +112,53 @@ _SUMS: Final = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Counts of one version since its track began: two of them, seconds apart, say what happened between, whatever the blocks."""
+
+    requests: int = 0
+    refused: int = 0
+    failures: int = 0
+    within: int = 0
+    queue_s: float = 0.0
+    total_s: float = 0.0
+
+    def plus(self, block: Block) -> Totals:
+        return Totals(
+            self.requests + block.requests, self.refused + block.refused, self.failures + block.failures, self.within + block.within,
+            self.queue_s + block.queue_s, self.total_s + block.total_s,
+        )  # fmt: skip
+
+    def minus(self, earlier: Totals) -> Totals:
+        return Totals(
+            self.requests - earlier.requests, self.refused - earlier.refused, self.failures - earlier.failures, self.within - earlier.within,
+            self.queue_s - earlier.queue_s, self.total_s - earlier.total_s,
+        )  # fmt: skip
+
+    @property
+    def offered(self) -> int:
+        return self.requests + self.refused + self.failures
+
+    @property
+    def queue_ratio(self) -> float:
+        return self.queue_s / self.total_s if self.total_s > 0 else 0.0
+
+
 class Track:
     """The blocks of one version, the one that runs last."""
 
-    __slots__ = ("_block_s", "blocks", "open")
+    __slots__ = ("_block_s", "before", "blocks", "open")
 
     def __init__(self, now: float, block_s: float) -> None:
         self._block_s = block_s
         self.blocks: deque[Block] = deque(maxlen=KEPT_BLOCKS)
         self.open = Block(now, now + block_s)
+        self.before = Totals()
 
     def at(self, now: float) -> Block:
         """The block that `now` falls into; those that ended before are closed."""
         if now >= self.open.ended:
-            self.blocks.append(self.open)
+            self._close()
             missed = int((now - self.open.ended) // self._block_s)
             began = self.open.ended + missed * self._block_s
             self.open = Block(began, began + self._block_s)
@@ -136,8 +169,12 @@ class Track:
         block = self.at(now)
         if block.began < now:
             block.ended = now
-            self.blocks.append(block)
+            self._close()
             self.open = Block(now, now + self._block_s)
+
+    def _close(self) -> None:
+        self.before = self.before.plus(self.open)
+        self.blocks.append(self.open)
 
     def since(self, began: float, now: float) -> Block:
         """All blocks that began at or after `began`, merged, the open one with them."""
@@ -286,6 +323,11 @@ class Window:
     def closed(self, model: str, version: str, count: int) -> list[Block]:
         track = self.tracks.get((model, version))
         return track.closed(count, self._clock()) if track is not None else []
+
+    def totals(self, model: str, version: str) -> Totals:
+        """What `version` did so far; for differences."""
+        track = self.tracks.get((model, version))
+        return track.before.plus(track.at(self._clock())) if track is not None else Totals()
 
     def good_and_bad(self, model: str, seconds: float) -> tuple[int, int]:
         """Answers of the last `seconds`, by whether they were what the objective promises."""

@@ -1,0 +1,66 @@
+"""What the planner must know of a model beside the diagnosis, gathered from the journal's state and model.yaml. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from time import time
+from typing import Final
+
+from app.catalog.model_config import ModelConfig
+from app.control.diagnosis import Cause
+from app.control.planner import Action, Situation
+from app.domain import Job, JobState, ModelState, ModelView, State, Verdict
+
+DAY_S: Final = 86_400.0
+VAIN: Final = frozenset({"refused", "nothing_changed", "not_applicable", "promoted"})
+"""Outcomes after which the same recipe on the same golden brings nothing new."""
+
+
+def situation_of(
+    state: State, want: ModelState, view: ModelView, config: ModelConfig, cause: Cause, host_class: str, tried: Collection[Action], wait_s: float
+) -> Situation:  # fmt: skip
+    """`tried` are this incident's remedies so far. A job's seconds count from its request to its end."""
+    jobs = [job for job in state.jobs.values() if job.model == view.name]
+    own = [job for job in jobs if job.actor == "hone" and job.requested_at > time() - DAY_S]
+    latest = max(own, key=lambda job: job.requested_at, default=None)
+    loud = latest is not None and latest.outcome == "inconclusive"  # the host was too busy to tell: it may be tried again
+    spent = sum(max(0.0, job.finished_at - job.requested_at) for job in own if job.state is JobState.FINISHED)
+    budget, golden_left = config.budget, want.golden in want.left
+    return Situation(
+        active=view.active,
+        golden=want.golden,
+        previous=want.previous if want.previous not in want.left else "",
+        proven=_proven(want, view.active, host_class),
+        rungs=want.rungs,
+        tried=frozenset() if cause is Cause.INPUT else _recipes_in_vain(jobs, want.golden_sha256),
+        tried_actions=frozenset(tried) - ({Action.OPTIMIZE, Action.TUNE} if loud else set()),
+        mode=want.mode or config.mode,
+        frozen=state.frozen,
+        jobs_open=sum(job.state is not JobState.FINISHED for job in jobs),
+        builds_left=0 if golden_left else budget.builds - sum(len(job.candidates) for job in own),
+        swaps_left=budget.swaps - sum(job.outcome == "promoted" for job in own),
+        cpu_s_left=budget.job_cpu_s - spent,
+        trainable=config.source is not None and config.samples.train is not None,
+        wait_s=wait_s,
+    )
+
+
+def _proven(want: ModelState, active: str, host_class: str) -> list[str]:
+    """Versions that passed on this class of host and may serve, the newest first."""
+    return [
+        built.version
+        for built in reversed(want.built)
+        if not built.removed
+        and built.golden_sha256 == want.golden_sha256
+        and built.version not in (active, *want.left)
+        and dict(built.verdicts).get(host_class) is Verdict.PASSED
+    ]
+
+
+def _recipes_in_vain(jobs: Collection[Job], golden_sha256: str) -> frozenset[tuple[str, ...]]:
+    return frozenset(
+        tuple(str(step["method"]) for step in recipe)
+        for job in jobs
+        if job.golden_sha256 == golden_sha256 and job.state is JobState.FINISHED and job.outcome in VAIN
+        for recipe in job.tries
+    )
