@@ -320,14 +320,14 @@ class Loop:
         judged = blocks[-1].ended if blocks else 0.0
         if judged != patient.judged_until or view.recent_deaths != patient.judged_deaths:
             patient.judged_until, patient.judged_deaths = judged, view.recent_deaths
-            lately = self._window.since(view.name, view.active, max(view.active_since, now - LATELY_S))
+            lately = self._window.since(view.name, view.active, max(view.active_since, now - LATELY_S), sketches=False)
             patient.requests = lately.requests
             promise = config.objective.promise
             burning = burn(promise.share, lambda seconds: self._window.good_and_bad(view.name, seconds)) if promise is not None else None
             seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
             patient.found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
         found = list(patient.found)
-        opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s))
+        opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s), sketches=False)
         urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), Normal(), config, None, None)
         kinds = {one.kind for one in found}
         found += [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE) and one.kind not in kinds]

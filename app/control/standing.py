@@ -9,7 +9,7 @@ from app.control.objectives import burn
 from app.control.suspicion import LEAST_CALLS, Normal, cost_ratio
 from app.domain import JSON, ModelView
 from app.telemetry.metrics import Metrics
-from app.telemetry.window import Window
+from app.telemetry.window import Block, Window
 
 LATELY_S: Final = 300.0
 
@@ -19,7 +19,7 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
     name, promise = view.name, config.objective.promise
     lately = window.since(name, view.active, window.now() - LATELY_S)
     facts: JSON = {
-        "p95_s": lately.total.quantile(0.95), "requests_per_s": round(lately.requests / LATELY_S, 3), "drift": drift, "trend": _trend(window, view),
+        "p95_s": lately.total.quantile(0.95), "requests_per_s": round(lately.requests / LATELY_S, 3), "drift": drift, "trend": _trend(window, view, lately),
         "fidelity": {"agreed": lately.agreed, "compared": lately.compared} if lately.compared else None,
         "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objective": promise.text if promise is not None else "",
     }  # fmt: skip
@@ -38,10 +38,9 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
     return facts
 
 
-def _trend(window: Window, view: ModelView) -> float | None:
-    """p95 of the last minute over that of five; None without enough answers."""
-    now = window.now()
-    newest, older = window.since(view.name, view.active, now - 60), window.since(view.name, view.active, now - LATELY_S)
+def _trend(window: Window, view: ModelView, older: Block) -> float | None:
+    """p95 of the last minute over that of five (`older`); None without enough answers."""
+    newest = window.since(view.name, view.active, window.now() - 60)
     if newest.requests < LEAST_CALLS or older.requests < 2 * newest.requests:
         return None
     first, last = older.total.quantile(0.95), newest.total.quantile(0.95)

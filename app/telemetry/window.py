@@ -74,7 +74,6 @@ class Block:
     right: int = 0
     disturbed: bool = False
     total: LogSketch = field(default_factory=LogSketch)
-    queue: LogSketch = field(default_factory=LogSketch)
     costs: dict[Bucket, Cost] = field(default_factory=dict)
 
     @property
@@ -95,13 +94,15 @@ class Block:
     def queue_ratio(self) -> float:
         return self.queue_s / self.total_s if self.total_s > 0 else 0.0
 
-    def merge(self, other: Block) -> None:
+    def merge(self, other: Block, sketches: bool = True) -> None:
+        """Add `other`; its counts alone where the sketches are not asked for, which take nearly all of the time."""
         for name in _SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.began, self.ended = min(self.began, other.began), max(self.ended, other.ended)
         self.disturbed = self.disturbed or other.disturbed
+        if not sketches:
+            return
         self.total.merge(other.total)
-        self.queue.merge(other.queue)
         for bucket, cost in other.costs.items():
             self.costs.setdefault(bucket, Cost()).merge(cost)
 
@@ -176,12 +177,12 @@ class Track:
         self.before = self.before.plus(self.open)
         self.blocks.append(self.open)
 
-    def since(self, began: float, now: float) -> Block:
+    def since(self, began: float, now: float, sketches: bool = True) -> Block:
         """All blocks that began at or after `began`, merged, the open one with them."""
         merged = Block(began, now)
         for block in (*self.blocks, self.at(now)):
             if block.began >= began and block.offered + block.calls + block.compared + block.deaths + block.labelled:
-                merged.merge(block)
+                merged.merge(block, sketches)
         merged.began, merged.ended = began, now
         return merged
 
@@ -215,7 +216,6 @@ class Window:
             block.queue_s += seen.queue_s
             block.edge_s += seen.decode_s + seen.encode_s
             block.total.add(seen.total_s)
-            block.queue.add(seen.queue_s)
             good = seen.total_s <= self._thresholds.get(seen.model, math.inf)
             block.within += good
         elif seen.code in SERVER_FAULTS:
@@ -314,11 +314,11 @@ class Window:
                 track.cut(now)
         return now
 
-    def since(self, model: str, version: str, began: float) -> Block:
-        """What `version` did from `began` on; empty where it did nothing."""
+    def since(self, model: str, version: str, began: float, sketches: bool = True) -> Block:
+        """What `version` did from `began` on; empty where it did nothing. Without sketches it has counts and no quantiles."""
         now = self._clock()
         track = self.tracks.get((model, version))
-        return track.since(began, now) if track is not None else Block(began, now)
+        return track.since(began, now, sketches) if track is not None else Block(began, now)
 
     def closed(self, model: str, version: str, count: int) -> list[Block]:
         track = self.tracks.get((model, version))
