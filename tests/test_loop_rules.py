@@ -188,6 +188,8 @@ def test_the_cheapest_remedy_that_fits_comes_first() -> None:
     assert decide(Cause.LOAD, replace(HERE, rungs=("1.2",))) is Action.STEP_DOWN
     assert decide(Cause.PROCESS, HERE) is Action.RESTART
     assert decide(Cause.SETTINGS, HERE) is Action.TUNE
+    assert decide(Cause.SETTINGS, replace(HERE, settings_before=True), {"event": "settings"}) is Action.UNDO_SETTINGS
+    assert decide(Cause.SETTINGS, replace(HERE, settings_before=True), {"event": "swap"}) is Action.TUNE
     assert decide(Cause.VERSION, HERE) is Action.ROLL_BACK
     assert decide(Cause.VERSION, replace(HERE, tried_actions=frozenset({Action.ROLL_BACK}))) is Action.SWITCH
     assert decide(Cause.VERSION, GOLDEN) is Action.OPTIMIZE

@@ -89,6 +89,8 @@ class Incident:
     diagnosis: Diagnosis | None = None
     tried: set[Action] = field(default_factory=set)
     acted_at: float = 0.0
+    unproven: bool = False
+    """A remedy was applied, and whether it helped is not known yet."""
     looks: int = 0
     looking: bool = False
     look_after: float = 0.0
@@ -370,7 +372,8 @@ class Loop:
         news = incident is None or _news(found, incident)
         if incident is None:
             incident = patient.incident = Incident(monotonic(), found)
-        elif incident.acted_at and incident.diagnosis is not None:
+        elif incident.unproven and incident.diagnosis is not None:
+            incident.unproven = False
             cause = incident.diagnosis.cause
             patient.failures[cause] = patient.failures.get(cause, 0) + 1
         incident.suspicions, incident.looks, patient.due = found, incident.looks + 1, False
@@ -390,7 +393,7 @@ class Loop:
             patient.incident = None  # as it should be
             return
         changed = incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
-        incident.diagnosis, incident.acted_at = diagnosis, 0.0
+        incident.diagnosis = diagnosis
         self._metrics.count("hone_diagnoses", view.name, diagnosis.cause.value)
         waited = monotonic() - patient.remedied_at.get(diagnosis.cause, 0.0)
         wait_s = max(0.0, wait_after(patient.failures.get(diagnosis.cause, 0)) - waited)
@@ -417,8 +420,9 @@ class Loop:
             return
         incident.tried.add(decided.action)
         incident.look_after = 0.0
-        await self._act(view, decided, diagnosis, faulty(incident.suspicions))
+        await self._act(view, want, decided, diagnosis, faulty(incident.suspicions))
         incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()
+        incident.unproven = True
 
     async def _blame(
         self, view: ModelView, patient: Patient, want: ModelState, found: list[Suspicion], views: list[ModelView]
@@ -453,7 +457,7 @@ class Loop:
             self._metrics.count("hone_background_seconds", "replay", by=monotonic() - began)
         return diagnose(findings(again, fresh))
 
-    async def _act(self, view: ModelView, decided: Plan, diagnosis: Diagnosis, fault: bool) -> None:
+    async def _act(self, view: ModelView, want: ModelState, decided: Plan, diagnosis: Diagnosis, fault: bool) -> None:
         reason = f"{diagnosis.cause.value}: {diagnosis.text}"
         match decided.action:
             case Action.RESTART:
@@ -462,6 +466,9 @@ class Loop:
             case Action.ROLL_BACK:
                 await asyncio.to_thread(self._commands.rollback, view.name, "hone", reason, fault)
                 self._metrics.count("hone_rollbacks", view.name, diagnosis.cause.value)
+            case Action.UNDO_SETTINGS:
+                before = dict(want.previous_settings)[view.active]
+                await asyncio.to_thread(self._commands.change_settings, view.name, before, "hone", reason, view.settings)
             case Action.SWITCH:
                 await asyncio.to_thread(
                     self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault

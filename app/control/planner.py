@@ -26,6 +26,7 @@ class Action(StrEnum):
     RESTART = "restart"
     ROLL_BACK = "roll back"
     SWITCH = "switch"
+    UNDO_SETTINGS = "undo settings"
     TUNE = "tune"
     RECALIBRATE = "recalibrate"
     OPTIMIZE = "optimize"
@@ -54,6 +55,8 @@ class Situation:
     previous: str = ""
     proven: Sequence[str] = ()
     """Versions with a passed proof on this class of host, the newest first; without the active one."""
+    settings_before: bool = False
+    """Whether the active version ran with other settings before."""
     rungs: Sequence[str] = ()
     tried: frozenset[tuple[str, ...]] = frozenset()
     """Recipes that were tried on this golden since anything changed, and came to nothing."""
@@ -105,7 +108,7 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
         case Cause.PROCESS:
             return [Plan(Action.RESTART, "restart the runner", now.active)]
         case Cause.SETTINGS:
-            return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
+            return [*_undo_settings(diagnosis, now), Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
         case Cause.INPUT:
             fidelity = "fidelity" in diagnosis.evidence.get("suspicions", ())
             return [*_recalibrate(now, config), *_go_golden(now)] if fidelity else _tune(now)
@@ -118,6 +121,13 @@ def _step_down(now: Situation) -> list[Plan]:
     if not now.rungs:
         return []
     return [Plan(Action.STEP_DOWN, f"version {now.rungs[0]} answers while the load lasts", now.rungs[0])]
+
+
+def _undo_settings(diagnosis: Diagnosis, now: Situation) -> list[Plan]:
+    """Where it began with other settings, those before fit the traffic; to measure takes an idle moment."""
+    if diagnosis.evidence.get("event") != "settings" or not now.settings_before:
+        return []
+    return [Plan(Action.UNDO_SETTINGS, "back to the settings before", now.active)]
 
 
 def _leave(now: Situation) -> list[Plan]:

@@ -31,6 +31,7 @@ def situation_of(
         golden=want.golden,
         previous=want.previous if want.previous not in want.left else "",
         proven=_proven(want, view.active, host_class),
+        settings_before=view.active in dict(want.previous_settings),
         rungs=want.rungs,
         tried=frozenset() if cause is Cause.INPUT else _recipes_in_vain(jobs, want.golden_sha256),
         tried_actions=frozenset(tried) - ({Action.OPTIMIZE, Action.TUNE} if loud else set()),
