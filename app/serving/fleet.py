@@ -17,7 +17,7 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.repository import FoundModel, Repository
 from app.catalog.reservoir import Reservoir
 from app.domain import JSON, Event, State
-from app.errors import HoneError, NotFound
+from app.errors import HoneError
 from app.serving.admission import Admission
 from app.serving.loader import Loader
 from app.serving.reconcile import ModelReconciler
@@ -99,6 +99,7 @@ class Fleet:
         self.board: dict[str, JSON] = {}
         self.warnings: list[str] = []
         self.ready = False
+        service.complete = False
         self.listeners: list[Callable[[State], None]] = []
 
     async def run(self) -> None:
@@ -157,8 +158,7 @@ class Fleet:
         self._direct()
 
     def reconciler(self, model: str) -> ModelReconciler:
-        if model not in self._reconcilers:
-            raise NotFound(f"no model {model!r} here; GET /admin/models lists what there is")
+        self._service.slot(model)  # raises why there is none
         return self._reconcilers[model]
 
     async def settle(self, model: str, reached: Callable[[Slot], bool], timeout_s: float) -> bool:
@@ -291,6 +291,7 @@ class Fleet:
                 reconciler.changed.set()
         for name in [name for name in self._reconcilers if name not in self._found]:
             self._end(name)
+        self._service.complete = self._service.complete or not self.repository_error
 
     def _begin(self, name: str, found: FoundModel) -> ModelReconciler:
         config = found.config or ModelConfig()

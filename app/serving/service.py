@@ -45,6 +45,8 @@ class InferenceService:
         self._metrics = metrics
         self.window = window
         self.slots: dict[str, Slot] = {}
+        self.complete = True
+        """Whether every model that there is has its slot; False while a server starts and has not looked yet."""
         self.feedback: Feedback | None = None
         self._default_timeout_s = default_timeout_s
         self._observers: tuple[Observer, ...] = ()
@@ -118,6 +120,8 @@ class InferenceService:
 
     def slot(self, model: str) -> Slot:
         slot = self.slots.get(model)
+        if slot is None and not self.complete:
+            raise NotReady(f"the server is starting and has not looked for {model!r} yet; retry in a moment")
         if slot is None:
             raise NotFound(f"no model {model!r} here; GET /admin/models or POST /v2/repository/index lists what there is")
         return slot
