@@ -130,6 +130,27 @@ class Scene:
         model = self.model()
         return next(int(one["pid"]) for one in model["loaded"] if one["version"] == model["active"])
 
+    def row_cost_s(self, seconds: float = 5.0) -> float:
+        """CPU seconds of the runner for one row, over the next `seconds` of the traffic."""
+        before = self._spent()
+        time.sleep(seconds)
+        after = self._spent()
+        rows = (after[1] - before[1]) * self.traffic.rows
+        return max(1e-4, (after[0] - before[0]) / max(1.0, rows))
+
+    def _spent(self) -> tuple[float, float]:
+        """(CPU seconds of the runners, requests answered), as the metrics have them."""
+        found = {"hone_model_cpu_seconds_total{": 0.0, "hone_requests_total{": 0.0}
+        with contextlib.closing(HTTPConnection(self.traffic.host, self.traffic.port, timeout=30)) as connection:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+        for line in text.splitlines():
+            for name in found:
+                if line.startswith(name) and f'model="{MODEL}"' in line:
+                    found[name] += float(line.rpartition(" ")[2])
+        cpu_s, requests = found.values()
+        return cpu_s, requests
+
     def promise(self, factor: float) -> None:
         """Hold the model to `factor` times what the server takes now: the demo's own objective is one that it would not miss."""
         takes_ms = float((self.model()["loop"].get("p95_s") or 0.005) * 1e3)
@@ -155,9 +176,13 @@ def load(scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def host(scene: Scene) -> Iterator[None]:
-    """Neighbours that want all cores, four for each."""
+    """Neighbours that want all cores, four for each, beside traffic that needs a third of one."""
+    cores = len(os.sched_getaffinity(0))
+    scene.traffic.raise_to(rate=min(400.0, 0.33 / scene.row_cost_s()), rows=1, callers=16)
+    scene.say(f"{scene.traffic.rate:.0f} requests a second from now on")
+    time.sleep(16.0)
     scene.promise(2.5)
-    count = 4 * (os.cpu_count() or 1)
+    count = 4 * cores
     neighbours = [busy() for _ in range(count)]
     scene.say(f"{count} other programs compute now")
     try:
@@ -200,8 +225,11 @@ def crash(scene: Scene) -> Iterator[None]:
 @contextmanager
 def settings(scene: Scene) -> Iterator[None]:
     """One thread, one call at a time, no batches: settings for another traffic than comes."""
-    scene.traffic.raise_to(rate=150.0, rows=4, callers=24)
-    scene.say("150 requests of 4 rows a second from now on: more than one core can answer, less than two can")
+    rows = 8
+    scene.traffic.raise_to(rate=100.0, rows=rows, callers=32)
+    time.sleep(3.0)
+    scene.traffic.raise_to(rate=1.5 / scene.row_cost_s() / rows, rows=rows, callers=32)  # what a row costs is less when cores are never idle
+    scene.say(f"{scene.traffic.rate:.0f} requests of {rows} rows a second from now on: more than one core can answer, less than two can")
     time.sleep(16.0)
     scene.promise(3.0)
     names = ("intra_op_threads", "instances", "batch_limit", "lone_threads")

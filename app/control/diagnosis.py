@@ -18,6 +18,8 @@ from app.telemetry.window import Block
 
 WAITING: Final = 0.25
 """Share of a runner's time spent waiting for a core from which the host, not the model, makes it slow."""
+AT_THE_EDGE: Final = 0.4
+"""Share of a request's time, outside queue and runner, from which reading and writing it is what makes it slow."""
 PRESSED: Final = 0.10
 STOLEN: Final = 0.10
 THROTTLED: Final = 0.05
@@ -286,9 +288,13 @@ def _is_host(found: Findings) -> bool:
 def _host_reasons(found: Findings) -> list[str]:
     host, block = found.host, found.block
     reasons = []
-    others = host.others_ratio if host.others_ratio is not None else None
+    others = host.others_ratio
     if block.waiting_ratio > WAITING and (others is None or others > 0.15):
         reasons.append(f"its threads wait for a core {block.waiting_ratio:.0%} of the time")
+    if found.block.edge_ratio > AT_THE_EDGE and (host.server_waiting_ratio or 0.0) > WAITING and (others or 0.0) > 0.15:
+        reasons.append(
+            f"the server itself waits for a core {host.server_waiting_ratio:.0%} of the time, while others use {others:.0%} of all cores"
+        )
     if host.throttled_ratio is not None and host.throttled_ratio > THROTTLED:
         reasons.append(f"a CPU quota holds it back {host.throttled_ratio:.0%} of the time")
     if host.steal_ratio is not None and host.steal_ratio > STOLEN:
@@ -312,10 +318,8 @@ def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
     """Evidence that blames nobody, but that a person wants to know."""
     block, host = found.block, found.host
     beside = []
-    if block.total_s > 0 and block.edge_s / block.total_s > 0.4:
-        beside.append(
-            f"{block.edge_s / block.total_s:.0%} of a request goes into reading and writing it: the binary protocol would save most of that"
-        )
+    if block.edge_ratio > AT_THE_EDGE and (host.server_waiting_ratio or 0.0) <= WAITING:
+        beside.append(f"{block.edge_ratio:.0%} of a request goes into reading and writing it: the binary protocol would save most of that")
     if host.loop_lag_s > 0.1:
         beside.append(f"the server's event loop ran {host.loop_lag_s * 1e3:.0f} ms late")
     if host.others_ratio is not None and host.others_ratio > 0.3:

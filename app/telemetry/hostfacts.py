@@ -13,12 +13,15 @@ from typing import Any, Final
 
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 _V1_CPU: Final = ("cpu,cpuacct", "cpu")
+LEAST_NS: Final = 20_000_000
+"""Of running and waiting, before a ratio of the two says anything."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
     """Ratios of the time since the reading before; None where the host does not say. `busy_ratio` is all cores' share that worked,
-    `others_ratio` the part of it that is not ours. Pressures are shares of the last ten seconds (PSI, some)."""
+    `others_ratio` the part of it that is not ours; `server_waiting_ratio` the share of its active time in which this process's main thread was
+    ready and had no core. Pressures are shares of the last ten seconds (PSI, some)."""
 
     busy_ratio: float | None = None
     others_ratio: float | None = None
@@ -29,6 +32,7 @@ class HostFacts:
     io_pressure: float | None = None
     major_faults_per_s: float | None = None
     load_average: float | None = None
+    server_waiting_ratio: float | None = None
     loop_lag_s: float = 0.0
     cores: tuple[int, ...] = ()
     """The cores that this process may use now."""
@@ -43,6 +47,7 @@ class HostSensor:
     def __init__(self, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
         self._proc, self._cgroup = proc, cgroup
         self._before: tuple[float, list[int], int | None, int | None, float] | None = None
+        self._ran: tuple[int, int] | None = None
 
     def read(self, own_cpu_s: float = 0.0, loop_lag_s: float = 0.0) -> HostFacts:
         now = (monotonic(), self._cpu_ticks(), self._throttled_us(), self._major_faults(), own_cpu_s)
@@ -55,6 +60,7 @@ class HostSensor:
             memory_pressure=self._pressure("memory"),
             io_pressure=self._pressure("io"),
             load_average=self._load(),
+            server_waiting_ratio=self._server_waiting(),
             loop_lag_s=loop_lag_s,
             cores=tuple(sorted(os.sched_getaffinity(0))),
             **ratios,
@@ -96,6 +102,17 @@ class HostSensor:
         if not text.startswith("some"):
             return None
         return float(text.split("avg10=", 1)[1].split()[0]) / 100
+
+    def _server_waiting(self) -> float | None:
+        """Since the reading before (proc(5): schedstat); None where it hardly ran."""
+        text = _text(self._proc / "self" / "schedstat")
+        if not text:
+            return None
+        ran, waited = (int(value) for value in text.split()[:2])
+        before, self._ran = self._ran, (ran, waited)
+        if before is None or ran + waited - sum(before) < LEAST_NS:
+            return None
+        return (waited - before[1]) / (ran + waited - sum(before))
 
     def _load(self) -> float | None:
         text = _text(self._proc / "loadavg")

@@ -94,6 +94,11 @@ class Block:
     def queue_ratio(self) -> float:
         return self.queue_s / self.total_s if self.total_s > 0 else 0.0
 
+    @property
+    def edge_ratio(self) -> float:
+        """Share of the requests' time that went into reading and writing them."""
+        return self.edge_s / self.total_s if self.total_s > 0 else 0.0
+
     def merge(self, other: Block, sketches: bool = True) -> None:
         """Add `other`; its counts alone where the sketches are not asked for, which take nearly all of the time."""
         for name in _SUMS:
