@@ -228,7 +228,9 @@ def settings(scene: Scene) -> Iterator[None]:
     rows = 8
     scene.traffic.raise_to(rate=100.0, rows=rows, callers=32)
     time.sleep(3.0)
-    scene.traffic.raise_to(rate=1.5 / scene.row_cost_s() / rows, rows=rows, callers=32)  # what a row costs is less when cores are never idle
+    scene.traffic.raise_to(
+        rate=1.5 / scene.row_cost_s() / rows, rows=rows, callers=32
+    )  # what a row costs is less when cores are never idle
     scene.say(f"{scene.traffic.rate:.0f} requests of {rows} rows a second from now on: more than one core can answer, less than two can")
     time.sleep(16.0)
     scene.promise(3.0)

@@ -10,6 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,7 +46,8 @@ def _run(part: str, arguments: argparse.Namespace, folder: Path) -> Any:
     repository = folder / "repository"
     if part == "serving":
         chosen = _models(arguments, repository)
-        return serving.measure(chosen, repository, folder, serving.QUICK if arguments.quick else serving.FULL, _say)
+        effort = serving.QUICK if arguments.quick else serving.FULL
+        return serving.measure(chosen, repository, folder, replace(effort, rounds=arguments.rounds or effort.rounds), _say)
     if part == "swaps":
         return swaps.measure(repository, folder, arguments.swaps or (50 if arguments.quick else 1000), _say)
     return costs.measure(repository, folder, costs.QUICK if arguments.quick else costs.FULL, _say)
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="a model's folder in Triton's layout, or an .onnx file (default: the demo's)")
     parser.add_argument("--samples", type=Path, help=".npz to calibrate int8 with (default: made up)")
     parser.add_argument("--kinds", default="fp32,int8,linear", help="which of fp32, int8, linear to serve (all)")
+    parser.add_argument("--rounds", type=int, help="turns of each server at each number of connections (7; with --quick 3)")
     parser.add_argument("--swaps", type=int, help="how many swaps (1000; with --quick 50)")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/performance.md")

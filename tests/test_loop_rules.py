@@ -10,7 +10,7 @@ import pytest
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
-from app.control.objectives import burn
+from app.control.objectives import Burn, burn
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.situation import situation_of
 from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
@@ -43,10 +43,12 @@ def normal(**more: Any) -> Normal:
     return replace(found, **more)
 
 
-def look(blocks: list[Block], config: ModelConfig | None = None, lately: Block | None = None, memory: int = 30 << 20) -> list[Kind]:
+def look(
+    blocks: list[Block], config: ModelConfig | None = None, lately: Block | None = None, memory: int = 30 << 20, burning: Burn | None = None
+) -> list[Kind]:
     config = config or ModelConfig()
     seen = Seen(blocks, lately or Block(0.0, 300.0), memory, 0)
-    return [one.kind for one in suspicions(seen, normal(), config, config.objective.promise, None)]
+    return [one.kind for one in suspicions(seen, normal(), config, config.objective.promise, burning)]
 
 
 # When to look
@@ -68,6 +70,9 @@ def test_wall_time_is_held_to_the_promise_and_without_one_to_twice_its_normal() 
     promised = ModelConfig.model_validate({"objective": {"p95_ms": 3}})
     assert look([block(within=150), block(within=150)], promised) == [Kind.LATENCY]
     assert look([block(within=195), block(within=150)], promised) == []
+    burning = Burn({}, True)
+    assert look([block(within=185), block(within=185)], promised, burning=burning) == [Kind.LATENCY]
+    assert look([block(within=199), block(within=199)], promised, burning=burning) == [], "what is over needs no look"
     assert look([block(total_s=0.012), block(total_s=0.012)]) == [Kind.LATENCY]
     assert look([block(total_s=0.006), block(total_s=0.006)]) == []
     assert look([block(requests=5, total_s=0.1), block(requests=5, total_s=0.1)]) == []

@@ -185,8 +185,9 @@ def _slow(blocks: Sequence[Block], normal: Normal, promise: Promise | None, burn
     p95 = blocks[-1].total.quantile(0.95) or 0.0
     if promise is not None:
         misses = [1 - block.within / block.requests for block in blocks]
-        fires = burning is not None and burning.fires
-        if fires or all(missed > 2 * (1 - promise.share) for missed in misses):
+        missed = 1 - sum(block.within for block in blocks) / sum(block.requests for block in blocks)
+        burns = burning is not None and burning.fires and missed > 1 - promise.share  # what is over needs no look
+        if burns or all(missed > 2 * (1 - promise.share) for missed in misses):
             at = blocks[-1].total.quantile(promise.share) or 0.0
             text = f"p{promise.share * 100:g} {_ms(at)} > {_ms(promise.threshold_s)}"
             return [Suspicion(Kind.LATENCY, text, {"missed": round(misses[-1], 4), "quantile_s": at, "threshold_s": promise.threshold_s})]
