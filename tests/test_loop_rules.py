@@ -78,6 +78,24 @@ def test_wall_time_is_held_to_the_promise_and_without_one_to_twice_its_normal() 
     assert look([block(requests=5, total_s=0.1), block(requests=5, total_s=0.1)]) == []
 
 
+def test_every_objective_is_held() -> None:
+    def held(objective: dict[str, float], seen: list[Block], lately: Block | None = None) -> list[Kind]:
+        return look(seen, ModelConfig.model_validate({"objective": objective}), lately)
+
+    assert block(0.001).cpu_s == pytest.approx(0.2, rel=0.1), "1 ms for each of 200 requests"
+    assert held({"cpu_s_per_request": 0.0008}, [block(), block()]) == [Kind.COST]
+    assert held({"cpu_s_per_request": 0.0012}, [block(), block()]) == []
+    assert held({"cpu_s_per_request": 0.0008}, [block(), block(0.0005)]) == []
+    assert held({"throughput_rps": 21}, [block(refused=20), block(refused=20)]) == [Kind.REFUSALS, Kind.REFUSALS], "20 of 22 a second"
+    assert held({"throughput_rps": 21}, [block(), block()]) == [], "as many do not come"
+    assert held({"throughput_rps": 19}, [block(refused=3), block(refused=3)]) == []
+    bad = Block(0.0, 300.0, requests=900, refused=100)
+    assert held({"availability": 0.99}, [block(refused=1)], bad) == [Kind.REFUSALS]
+    assert held({"availability": 0.99}, [block(failures=1)], Block(0.0, 300.0, requests=900, failures=100)) == [Kind.ERRORS]
+    assert held({"availability": 0.99}, [block()], bad) == [], "what is over needs no look"
+    assert held({"availability": 0.85}, [block(refused=1)], bad) == []
+
+
 def test_faults_refusals_memory_and_fidelity_are_seen_at_once() -> None:
     assert look([block(failures=10)]) == [Kind.ERRORS]
     assert look([block(failures=2)]) == []

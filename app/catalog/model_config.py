@@ -117,17 +117,17 @@ class Objective(Strict):
     p99_ms: Positive | None = None
     """99 % of the requests are answered within this many milliseconds."""
     throughput_rps: Positive | None = None
-    """Requests per second that the model must be able to serve."""
+    """Requests per second that the model must be able to serve: looked into where as many come and fewer are answered."""
     error_rate: Share | None = None
     """Largest share of requests that may fail by the server's or the model's fault."""
     memory_mb: Positive | None = None
     """Largest memory of the version's runner, in MiB (PSS)."""
     cpu_s_per_request: Positive | None = None
-    """Largest CPU time per request, in seconds."""
+    """Largest CPU time per request of its runner, in seconds."""
     fidelity: Share | None = None
     """Least agreement with the golden version on live requests."""
     availability: Share | None = None
-    """Least share of time in which the model is ready."""
+    """Least share of the requests of five minutes that are answered, neither refused nor failed."""
 
     @property
     def promise(self) -> Promise | None:

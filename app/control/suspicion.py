@@ -142,8 +142,11 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise
     found = [
         *_broken(seen, config),
         *_refusals(seen.blocks[-1:]),
+        *_unavailable(seen, config.objective.availability),
+        *_too_few(seen.blocks[-2:], config.objective.throughput_rps),
         *_slow(seen.blocks[-2:], normal, promise, burning),
         *_cost(quiet, normal),
+        *_dear(quiet, config.objective.cpu_s_per_request),
         *_memory(seen, normal, config),
         *_fidelity(seen.lately, config),
         *_labels(seen.lately, normal),
@@ -179,6 +182,28 @@ def _refusals(blocks: Sequence[Block]) -> list[Suspicion | None]:
     return [Suspicion(Kind.REFUSALS, text, {"refused": last.refused, "offered": last.offered})]
 
 
+def _unavailable(seen: Seen, least: float | None) -> list[Suspicion | None]:
+    """The upper confidence bound of the share that was answered lies below the objective, and it goes on."""
+    lately = seen.lately
+    if least is None or lately.offered < LEAST_CALLS or not seen.blocks or seen.blocks[-1].requests == seen.blocks[-1].offered:
+        return []
+    _, high = wilson(lately.requests, lately.offered)
+    if high >= least:
+        return []
+    kind = Kind.ERRORS if lately.failures >= lately.refused else Kind.REFUSALS
+    text = f"{lately.requests} of {lately.offered} requests were answered (objective {least:.2%})"
+    return [Suspicion(kind, text, {"answered": lately.requests, "offered": lately.offered, "objective": least})]
+
+
+def _too_few(blocks: Sequence[Block], least: float | None) -> list[Suspicion | None]:
+    """As many came as it must be able to serve, two blocks in a row, and fewer were answered."""
+    if least is None or len(blocks) < 2 or not all(block.offered >= least * block.seconds > block.requests for block in blocks):
+        return []
+    answered = blocks[-1].requests / blocks[-1].seconds
+    text = f"answers {answered:.3g} requests/s of {blocks[-1].offered / blocks[-1].seconds:.3g} that come; the objective is {least:g}"
+    return [Suspicion(Kind.REFUSALS, text, {"answered_per_s": round(answered, 3), "objective": least})]
+
+
 def _slow(blocks: Sequence[Block], normal: Normal, promise: Promise | None, burning: Burn | None) -> list[Suspicion | None]:
     if len(blocks) < 2 or any(block.requests < LEAST_CALLS for block in blocks):
         return []
@@ -204,6 +229,17 @@ def _cost(quiet: Sequence[Block], normal: Normal) -> list[Suspicion | None]:
         return []
     ratio = ratios[-1] or 0.0
     return [Suspicion(Kind.COST, f"CPU time per row {ratio:.2f} × its normal, two blocks in a row", {"ratio": round(ratio, 4)})]
+
+
+def _dear(quiet: Sequence[Block], most_s: float | None) -> list[Suspicion | None]:
+    """A request takes more CPU time than the objective allows, two blocks in a row."""
+    if most_s is None or len(quiet) < 2 or any(block.requests < LEAST_CALLS for block in quiet):
+        return []
+    takes_s = [block.cpu_s / block.requests for block in quiet]
+    if min(takes_s) <= most_s:
+        return []
+    text = f"a request takes {_ms(takes_s[-1])} of CPU time, the objective is {_ms(most_s)}"
+    return [Suspicion(Kind.COST, text, {"cpu_s": takes_s[-1], "objective_s": most_s})]
 
 
 def _memory(seen: Seen, normal: Normal, config: ModelConfig) -> list[Suspicion | None]:
