@@ -164,4 +164,7 @@ def test_without_a_folder_it_says_how_to_get_one(capsys: pytest.CaptureFixture[s
 
 def test_the_documentation_has_the_marks() -> None:
     text = example.DOCUMENT.read_text()
-    assert f"<!-- {table.PART}: begin -->" in text and f"<!-- {table.PART}: end -->" in text
+    for part in (table.PART, table.PART_VNNI):
+        assert f"<!-- {part}: begin -->" in text and f"<!-- {part}: end -->" in text
+    assert table.part_of(Records(Path())) == table.PART
+    assert table.part_of(Records(Path(), runs=[{"host_class": "x86_64-avx2-avx512f-avx512_vnni-ort1-cpu"}])) == table.PART_VNNI

@@ -10,6 +10,7 @@ import pytest
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
+from app.control.loop import Looks
 from app.control.objectives import Burn, burn
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.situation import situation_of
@@ -122,6 +123,23 @@ def test_two_windows_must_burn_and_few_answers_are_no_data() -> None:
     assert not short_only.fires
 
 
+def test_looks_in_vain_wait_ever_longer_but_not_for_what_is_new() -> None:
+    looks, slow = Looks(), frozenset({Kind.LATENCY})
+    assert looks.due(slow, 0.0)
+    looks.in_vain(slow, 100.0, 2.0, 2)
+    assert not looks.due(slow, 159.0) and looks.due(slow, 160.0)
+    assert looks.due(frozenset({Kind.LATENCY, Kind.ERRORS}), 101.0), "errors were not looked into"
+    looks.in_vain(slow, 160.0, 2.0, 2)
+    assert not looks.due(slow, 279.0) and looks.due(slow, 280.0)
+    looks.in_vain(slow, 280.0, 60.0, 2)
+    assert not looks.due(slow, 579.0) and looks.due(slow, 581.0), "experiments take a tenth of the cores' time at most"
+    looks.in_vain(slow, 10_000.0, 2.0, 2)
+    assert looks.due(slow, 10_061.0), "an hour later it is another matter"
+    for _ in range(20):
+        looks.in_vain(slow, looks.not_before, 2.0, 2)
+    assert looks.count == 21
+
+
 # Whom to blame
 
 
@@ -148,6 +166,7 @@ FULL: dict[str, Any] = {"queue_s": 200 * 0.003, "refused": 30}
     [
         (Cause.LOAD, [Kind.REFUSALS], block(**FULL), {"host": replace(QUIET, busy_ratio=0.99)}),
         (Cause.LOAD, [Kind.LATENCY], block(**FULL), {"host": replace(QUIET, busy_ratio=0.99)}),
+        (Cause.LOAD, [Kind.LATENCY], block(calls=40, total_s=0.02), {"host": replace(QUIET, busy_ratio=0.99)}),
         (Cause.HOST, [Kind.LATENCY], block(wait_s=0.3), {"host": replace(QUIET, others_ratio=0.6)}),
         (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, throttled_ratio=0.4)}),
         (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, steal_ratio=0.3)}),

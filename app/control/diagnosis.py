@@ -25,6 +25,7 @@ STOLEN: Final = 0.10
 THROTTLED: Final = 0.05
 QUEUED: Final = 0.5
 FLAT: Final = 1.10
+CROWDED: Final = 1.5
 DECAYED_CPU: Final = 1.15
 DECAYED_WALL: Final = 1.3
 DRIFTED: Final = 0.25
@@ -235,7 +236,8 @@ def _by_load(found: Findings) -> Diagnosis | None:
         return None
     block = found.block
     refused = f", {block.refused} refused" if block.refused else ""
-    text = f"queue {block.queue_ratio:.0%} of latency at {block.offered / block.seconds:.3g} requests/s{refused}, cost as proven"
+    crowd = f", {_mean_batch(block):.1f} rows a call ({found.normal.mean_batch:.1f} when all was well)" if _is_crowded(found) else ""
+    text = f"queue {block.queue_ratio:.0%} of latency at {block.offered / block.seconds:.3g} requests/s{crowd}{refused}, cost as proven"
     return Diagnosis(Cause.LOAD, 0.9, text, _numbers(found), ("version, process: a row costs what it always cost",))
 
 
@@ -248,7 +250,7 @@ def _by_settings(found: Findings) -> Diagnosis | None:
     if slow and idle and (block.queue_ratio > 0.3 or block.refused or found.event == "settings"):
         text = f"requests wait ({block.queue_ratio:.0%} of latency) while {used} of {found.cores} cores may be used: the settings do not fit the traffic"
         return Diagnosis(Cause.SETTINGS, 0.8, text, _numbers(found), ("version, process: a row costs what it always cost",))
-    before, now = found.normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0
+    before, now = found.normal.mean_batch, _mean_batch(block)
     if slow and found.normal.known and before and (now > 2 * before or now < before / 2) and found.event not in ("start", ""):
         text = f"calls have {now:.1f} rows on average, {before:.1f} when its settings were found"
         return Diagnosis(Cause.SETTINGS, 0.6, text, _numbers(found))
@@ -270,10 +272,19 @@ def _as_ever(found: Findings) -> Diagnosis | None:
 def _is_load(found: Findings) -> bool:
     """Queues grow (or refuse) while a row costs what it always did, and the runner gets its cores."""
     block = found.block
-    queued = block.refused > 0.02 * block.offered or block.queue_ratio > QUEUED
+    queued = block.refused > 0.02 * block.offered or block.queue_ratio > QUEUED or _is_crowded(found)
     ratio = cost_ratio(block, found.normal)
     used = min(found.cores, found.instances * found.threads)
     return queued and (ratio is None or ratio < FLAT) and not _host_reasons(found) and (used >= found.cores or _saturated(found))
+
+
+def _is_crowded(found: Findings) -> bool:
+    """More rows share a call than when all was well, since more come at once: a longer call is what each of them waits for."""
+    return found.normal.known and _mean_batch(found.block) > CROWDED * max(1.0, found.normal.mean_batch)
+
+
+def _mean_batch(block: Block) -> float:
+    return block.called_rows / block.calls if block.calls else 0.0
 
 
 def _saturated(found: Findings) -> bool:

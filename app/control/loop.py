@@ -46,7 +46,10 @@ SETTLE_BLOCKS: Final = 2
 YOUNG_S: Final = 3600.0
 """A version this young is suspected first of what begins."""
 AGAIN_S: Final = 60.0
-"""A cause without a remedy (load, host) is looked into again after this long, then after twice, …"""
+AGAIN_MOST_S: Final = 3600.0
+"""A cause without a remedy (load, host, unknown) is looked into again after this long, then after twice, … at most after the other."""
+BACKGROUND: Final = 0.1
+"""Share of the cores' time that experiments may take."""
 
 
 class Condition(StrEnum):
@@ -81,6 +84,24 @@ class Plane(Protocol):
 
 
 @dataclass
+class Looks:
+    """Looks that found nothing to mend, also in incidents that ended by themselves: the next one for the same suspicion waits, ever longer."""
+
+    kinds: frozenset[Kind] = frozenset()
+    count: int = 0
+    not_before: float = 0.0
+
+    def due(self, kinds: frozenset[Kind], now: float) -> bool:
+        return now >= self.not_before or not kinds <= self.kinds
+
+    def in_vain(self, kinds: frozenset[Kind], now: float, experiments_s: float, cores: int) -> None:
+        again = kinds <= self.kinds and now < self.not_before + AGAIN_MOST_S
+        self.count = self.count + 1 if again else 1
+        wait_s = min(AGAIN_MOST_S, AGAIN_S * 2.0 ** (self.count - 1))
+        self.kinds, self.not_before = kinds, now + max(wait_s, experiments_s / (BACKGROUND * cores))
+
+
+@dataclass
 class Incident:
     """From the first suspicion until all is well again."""
 
@@ -91,9 +112,8 @@ class Incident:
     acted_at: float = 0.0
     unproven: bool = False
     """A remedy was applied, and whether it helped is not known yet."""
-    looks: int = 0
     looking: bool = False
-    look_after: float = 0.0
+    suspected_at: float = 0.0
 
 
 @dataclass
@@ -105,6 +125,9 @@ class Patient:
     seen_until: float = 0.0
     calm: int = 0
     incident: Incident | None = None
+    looks: Looks = field(default_factory=Looks)
+    experiments_s: float = 0.0
+    """What the experiments of the present look took."""
     failures: dict[Cause, int] = field(default_factory=dict)
     event: str = ""
     event_at: float = 0.0
@@ -240,7 +263,7 @@ class Loop:
         before, patient.identity = patient.identity, identity
         patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
         patient.event_at, patient.normal, patient.seen_until = monotonic(), Normal(), 0.0
-        patient.judged_until, patient.found, patient.requests = -1.0, [], 0
+        patient.judged_until, patient.found, patient.requests, patient.looks = -1.0, [], 0, Looks()
         patient.due = patient.event == "swap" and patient.incident is None
         if patient.incident is not None and not patient.incident.acted_at:
             patient.incident.acted_at = monotonic()  # somebody else acted
@@ -276,14 +299,19 @@ class Loop:
         if not found:
             if fresh and not view.rung and not on_trial:
                 patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
-            await self._calm(view, patient, fresh)
+            told = fresh and not blocks[-1].disturbed and blocks[-1].requests >= LEAST_CALLS
+            await self._calm(view, patient, told)
             return
         patient.calm = 0
+        if patient.incident is not None:
+            patient.incident.suspected_at = monotonic()
         if view.rung and all(one.kind in (Kind.LATENCY, Kind.REFUSALS, Kind.COST) for one in found):
             return  # stepped down for load: no blame until it is back
         incident = patient.incident
-        known = incident is not None and not _news(found, incident)
-        if incident is not None and known and (monotonic() < incident.look_after or (incident.acted_at and self._acting(view, incident))):
+        news = incident is not None and _news(found, incident)
+        if incident is not None and not news and incident.acted_at and self._acting(view, incident):
+            return
+        if not news and not patient.looks.due(frozenset(one.kind for one in found), monotonic()):
             return
         if self._busy is None or self._busy.done():
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
@@ -344,11 +372,16 @@ class Loop:
         )
         return open_job or monotonic() - incident.acted_at < (SETTLE_BLOCKS + 1) * self._window.block_s
 
-    async def _calm(self, view: ModelView, patient: Patient, fresh: bool) -> None:
-        """Nothing is suspected; after some blocks in a row an incident is over."""
+    async def _calm(self, view: ModelView, patient: Patient, told: bool) -> None:
+        """Nothing is suspected; after some blocks in a row with enough answers in them an incident is over. Without answers none is well again."""
         incident = patient.incident
-        patient.calm += fresh
-        if incident is None or incident.looking or patient.calm < SETTLE_BLOCKS or (incident.acted_at and self._acting(view, incident)):
+        if incident is None or incident.looking:
+            return
+        patient.calm += told
+        if patient.calm < SETTLE_BLOCKS and not incident.acted_at and monotonic() - incident.suspected_at > LATELY_S:
+            patient.incident = None
+            return
+        if patient.calm < SETTLE_BLOCKS or (incident.acted_at and self._acting(view, incident)):
             return
         patient.incident = None
         cause = incident.diagnosis.cause if incident.diagnosis is not None else None
@@ -371,12 +404,12 @@ class Loop:
         incident = patient.incident
         news = incident is None or _news(found, incident)
         if incident is None:
-            incident = patient.incident = Incident(monotonic(), found)
+            incident = patient.incident = Incident(monotonic(), found, suspected_at=monotonic())
         elif incident.unproven and incident.diagnosis is not None:
             incident.unproven = False
             cause = incident.diagnosis.cause
             patient.failures[cause] = patient.failures.get(cause, 0) + 1
-        incident.suspicions, incident.looks, patient.due = found, incident.looks + 1, False
+        incident.suspicions, patient.due, patient.experiments_s = found, False, 0.0
         only_event = all(one.kind is Kind.EVENT for one in found)
         for one in found:
             self._metrics.count("hone_suspicions", view.name, one.kind.value)
@@ -415,11 +448,11 @@ class Loop:
                 "waits": decided.waits,
             }
             await self._say("plan.made", view, told)
-        incident.look_after = monotonic() + AGAIN_S * 2.0 ** min(6, incident.looks - 1)
         if decided.action in (Action.NOTHING, Action.STEP_DOWN) or decided.waits:
+            patient.looks.in_vain(frozenset(one.kind for one in found), monotonic(), patient.experiments_s, self._cores)
             return
         incident.tried.add(decided.action)
-        incident.look_after = 0.0
+        patient.looks = Looks()
         await self._act(view, want, decided, diagnosis, faulty(incident.suspicions))
         incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()
         incident.unproven = True
@@ -444,6 +477,7 @@ class Loop:
         if needs_probe(findings()):
             began = monotonic()
             probe = await self._plane.against_fresh(view.name, PROBE_S)
+            patient.experiments_s += monotonic() - began
             self._metrics.count("hone_background_seconds", "probe", by=monotonic() - began)
             fresh = FreshRunner(probe.cpu, probe.wall) if probe is not None else None
             diagnosis = diagnose(findings(None, fresh))
@@ -454,6 +488,7 @@ class Loop:
         with self._window.background("replay"):
             began = monotonic()
             again = await replay(self._bench, want, view.active, view.settings, self._settings.job_memory_bytes)
+            patient.experiments_s += monotonic() - began
             self._metrics.count("hone_background_seconds", "replay", by=monotonic() - began)
         return diagnose(findings(again, fresh))
 

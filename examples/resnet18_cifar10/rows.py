@@ -49,7 +49,7 @@ ROWS: Final = {
         Row("codebook-perceptual", "codebook(levels=perceptual,bits=3,samples=64)"),
         Row("qat", "qat(epochs=100,minutes={minutes})", trains=True),
         _pruned(0.3, ",int8-static", "-int8"),
-        _pruned(0.3, ",qat(epochs=100,minutes={third})", "-qat"),
+        Row("pruned-30-qat", "structured-pruning(ratio=0.3,epochs=100,minutes={rest}),qat(epochs=100,minutes={third})", trains=True),
         _pruned(0.3),
         _pruned(0.5, ",int8-static", "-int8"),
         _split("tucker"),

@@ -1,4 +1,4 @@
-"""The rows as a Markdown table, in docs/optimizers.md between two marks. It judges nothing."""
+"""The rows as a Markdown table, in docs/optimizers.md between two marks: one table for hosts with VNNI, one for others. It judges nothing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from examples.resnet18_cifar10.records import GOLDEN, Records
 from examples.resnet18_cifar10.rows import ROWS
 
 PART: Final = "cifar10"
+PART_VNNI: Final = "cifar10-vnni"
 HEAD: Final = ("row", "recipe", "job", "accuracy", "bytes (packed)", "multiply-adds", "× fp32, batch 1", "batch 8", "× eager, batch 1", "batch 8")  # fmt: skip
 
 
 def write(document: Path, found: Records) -> None:
     """Raises ValueError where a mark is missing."""
-    document.write_text(replaced(document.read_text(), PART, lambda: markdown(found)))
+    document.write_text(replaced(document.read_text(), part_of(found), lambda: markdown(found)))
+
+
+def part_of(found: Records) -> str:
+    """The table of the class of host that measured last."""
+    return PART_VNNI if any("vnni" in run["host_class"] for run in found.runs[-1:]) else PART
 
 
 def markdown(found: Records) -> str:
