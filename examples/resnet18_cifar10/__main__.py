@@ -16,6 +16,7 @@ from app.client import ClientError
 from app.errors import HoneError
 from benchmarks.machine import Quiet
 from examples.resnet18_cifar10 import images, records, repository, rows, table
+from optimizers.artifact import Source
 from optimizers.base import NotApplicable
 from optimizers.host import cpu_budget
 
@@ -81,7 +82,8 @@ def _given(row: rows.Row, arguments: argparse.Namespace) -> str:
 def _measure(arguments: argparse.Namespace, chosen: list[rows.Row], found: records.Records, onnx: Path, test: images.Images) -> None:
     from examples.resnet18_cifar10.measuring import Bench
 
-    with Bench.open(onnx, test, arguments.threads, arguments.seconds, _say) as bench:
+    source = Source(f"{repository.FACTORIES}/{repository.FACTORY}", onnx.with_name("model.safetensors"))
+    with Bench.open(onnx, test, arguments.threads, arguments.seconds, _say, source, repository.INPUT) as bench:
         found.put_measured(records.GOLDEN, onnx, bench)
         for row in chosen:
             path = arguments.state / "built" / f"{row.name}.onnx"

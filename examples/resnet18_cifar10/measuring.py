@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from benchmarks.machine import Quiet
 from examples.resnet18_cifar10.eager import EagerArm
-from examples.resnet18_cifar10.images import SIDE, Images
-from examples.resnet18_cifar10.repository import FACTORIES, FACTORY, INPUT
-from optimizers.artifact import sha256_of
+from optimizers.artifact import Source, sha256_of
 from optimizers.census import census
 from optimizers.measure import Arm, compare
 from optimizers.packed import pack
@@ -25,6 +24,16 @@ from optimizers.session import Feeds, Settings, open_session
 
 BATCHES: Final = (1, 8)
 CHUNK: Final = 50
+
+
+class Rows(Protocol):
+    """What judges: inputs of the model, with the right classes."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice) -> Rows: ...
+    def inputs(self) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True)
@@ -48,22 +57,25 @@ class Measured:
 class Bench:
     """The two yardsticks, opened once: golden on ONNX Runtime in float32 and, where torch is installed, in PyTorch eager."""
 
-    test: Images
+    test: Rows
     threads: int
     seconds: float
     yardsticks: dict[str, Arm]
     say: Callable[[str], None]
+    entry: str
+    """Name of the model's input."""
 
     @classmethod
     @contextmanager
-    def open(cls, golden: Path, test: Images, threads: int, seconds: float, say: Callable[[str], None]) -> Iterator[Bench]:
+    def open(
+        cls, golden: Path, test: Rows, threads: int, seconds: float, say: Callable[[str], None], source: Source, entry: str
+    ) -> Iterator[Bench]:  # fmt: skip
         """Leaving it ends the processes that hold the yardsticks."""
         with ExitStack() as stack:
             yardsticks = {"fp32": stack.enter_context(Arm(golden, Settings()))}
             if importlib.util.find_spec("torch") is not None:
-                source = f"{FACTORIES}/{FACTORY}"
-                yardsticks["eager"] = stack.enter_context(EagerArm(source, golden.with_name("model.safetensors")))
-            yield cls(test, threads, seconds, yardsticks, say)
+                yardsticks["eager"] = stack.enter_context(EagerArm(source.factory, source.weights))
+            yield cls(test, threads, seconds, yardsticks, say, entry)
 
     def key(self, path: Path) -> str:
         """Equal where measuring again would measure the same."""
@@ -73,7 +85,7 @@ class Bench:
         quiet = Quiet()
         right = self._right(path)
         self.say(f"{name}: {right} of {len(self.test)} right")
-        counted = census(onnx.load(path), path.parent, {INPUT: (1, 3, SIDE, SIDE)})
+        counted = census(onnx.load(path), path.parent, {self.entry: self.test[:1].inputs().shape})
         faster = self._faster(path)
         for key, (estimate, low, high) in faster.items():
             self.say(f"{name}: {key} {1 / estimate:.2f} times faster [{1 / high:.2f}, {1 / low:.2f}]")
@@ -87,7 +99,7 @@ class Bench:
         right = 0
         for at in range(0, len(self.test), CHUNK):
             part = self.test[at : at + CHUNK]
-            (logits,) = session.run(None, {INPUT: part.inputs()})
+            (logits,) = session.run(None, {self.entry: part.inputs()})
             right += int((np.asarray(logits).argmax(1) == part.labels).sum())
         return right
 
@@ -101,7 +113,7 @@ class Bench:
         return found
 
     def _feeds(self, batch: int) -> Feeds:
-        return {INPUT: self.test[:batch].inputs()}
+        return {self.entry: self.test[:batch].inputs()}
 
 
 def _packed_bytes(path: Path) -> int:

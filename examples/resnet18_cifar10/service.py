@@ -40,11 +40,12 @@ class Service:
     children: Children
     client: Client
     say: Callable[[str], None]
+    model: str
 
     def build(self, recipe: str, keep: Path) -> Built:
         """Have `recipe` built and judged; the built file is copied to `keep`, since the server removes what it refuses."""
         began = time.monotonic()
-        job = self.client.optimize(MODEL, [steps_of(recipe)], "a row of the CIFAR-10 table", "manual")
+        job = self.client.optimize(self.model, [steps_of(recipe)], "a row of the table", "manual")
         shown, copied, seconds = "", False, 0.0
         while job["state"] != "finished":
             time.sleep(POLL_S)
@@ -59,7 +60,7 @@ class Service:
         return Built(keep if copied else None, str(job["outcome"]), report_of(job), round(seconds or time.monotonic() - began, 1))
 
     def _copied(self, version: str, keep: Path) -> bool:
-        source = self.state / "models" / MODEL / version / "model.onnx"
+        source = self.state / "models" / self.model / version / "model.onnx"
         keep.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, keep)
         return True
@@ -74,25 +75,27 @@ def report_of(job: Any) -> str:
 
 
 @contextmanager
-def running(folder: Path, threads: int, say: Callable[[str], None]) -> Iterator[Service]:
+def running(
+    folder: Path, threads: int, say: Callable[[str], None], model: str = MODEL, factories: Path = FACTORIES
+) -> Iterator[Service]:  # fmt: skip
     """`hone serve` and `hone worker` on FOLDER/repository and FOLDER/state, until the block is left. Raises HoneError and ClientError."""
-    settings = Settings(state=folder / "state", port=_free_port(), factories=(FACTORIES,))
+    settings = Settings(state=folder / "state", port=_free_port(), factories=(factories,))
     environment = child_environment(settings, folder / "repository") | {"HONE_JOB_THREADS": str(threads), "HONE_STORE": ""}
     with Children(settings, environment) as children:
         children.start("serve")
-        _until_ready(settings, children)
+        _until_ready(settings, children, model)
         children.start("worker")
         with Client(_address(settings)) as client:
-            yield Service(settings.state, children, client, say)
+            yield Service(settings.state, children, client, say, model)
 
 
-def _until_ready(settings: Settings, children: Children) -> None:
+def _until_ready(settings: Settings, children: Children, model: str) -> None:
     deadline = time.monotonic() + START_S
     with Client(_address(settings), timeout_s=10.0) as client:
         while True:
             children.check()
             try:
-                if client.model_ready(MODEL):
+                if client.model_ready(model):
                     return
             except ClientError:
                 pass  # it does not listen yet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,9 +26,9 @@ def part_of(found: Records) -> str:
     return PART_VNNI if any("vnni" in run["host_class"] for run in found.runs[-1:]) else PART
 
 
-def markdown(found: Records) -> str:
+def markdown(found: Records, rows: Iterable[str] = ROWS) -> str:
     """Golden first, then the rows in their own order; a row that built nothing gives the service's reason instead of figures."""
-    lines = [_line(name, found.rows[name], found.rows) for name in (GOLDEN, *ROWS) if name in found.rows]
+    lines = [_line(name, found.rows[name], found.rows) for name in (GOLDEN, *rows) if name in found.rows]
     return f"{_about(found)}\n\n{markdown_table(HEAD, lines)}"
 
 
