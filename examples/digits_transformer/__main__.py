@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--state", type=Path, default=Path(".hone/transformer"), help="folder of repository, server state, built files, results"
     )
     parser.add_argument("--rows", default="", help=f"comma-separated; default: all of {', '.join(ROWS)}")
-    parser.add_argument("--epochs", type=int, default=60, help="of the transformer's own training (60: a minute or two)")
+    parser.add_argument("--epochs", type=int, default=60, help="of the transformer's own training (60: a minute)")
     parser.add_argument("--minutes", type=float, default=3.0, help="training time of each row that trains (3)")
     parser.add_argument("--threads", type=int, default=cpu_budget().cores, help="threads of a job and of the accuracy runs (all cores)")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each comparison of times (8)")

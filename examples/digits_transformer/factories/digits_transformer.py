@@ -20,7 +20,8 @@ class Attention(nn.Module):
         n, length, _ = x.shape
         q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(n, length, -1))
+        mixed: Tensor = self.proj((weights @ v).transpose(1, 2).reshape(n, length, -1))
+        return mixed
 
 
 class Layer(nn.Module):
@@ -31,7 +32,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.down(torch.relu(self.up(self.norm2(x))))
+        changed: Tensor = x + self.down(torch.relu(self.up(self.norm2(x))))
+        return changed
 
 
 class Transformer(nn.Module):
@@ -40,7 +42,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, heads: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Linear(PIXELS, width)
-        self.place = nn.Parameter(torch.randn(1, TOKENS, width) * 0.02)
+        self.place = nn.Parameter(torch.randn(1, TOKENS, width) * 0.5)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
@@ -48,7 +50,8 @@ class Transformer(nn.Module):
         x = self.embed(patches) + self.place
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x).mean(1))
+        logits: Tensor = self.head(self.norm(x).mean(1))
+        return logits
 
 
 def build() -> nn.Module:
