@@ -146,7 +146,7 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(start: Start, tmp_p
 # ---- deadlines and leaving ------------------------------------------------------------------------------------------
 
 
-async def busy(engine: Engine, turns: int = 300_000) -> asyncio.Task[Any]:
+async def busy(engine: Engine, turns: int = 1_500_000) -> asyncio.Task[Any]:
     """One call that keeps the runner of an `endless` model busy for a while."""
     task = asyncio.create_task(engine.infer(request(x=np.ones(2, np.float32), n=np.array([turns]))))
     await until(lambda: engine._dispatcher.busy == 1)
@@ -176,7 +176,7 @@ async def test_a_deadline_that_passes_while_running_is_answered_and_the_runner_l
     engine = await start(models.endless(tmp_path / "m.onnx"))
     pid = engine.pid
     with pytest.raises(DeadlineExceeded, match="passed while the request was running"):
-        await engine.infer(request(x=np.ones(2, np.float32), n=np.array([300_000]), deadline=monotonic() + 0.2))
+        await engine.infer(request(x=np.ones(2, np.float32), n=np.array([1_500_000]), deadline=monotonic() + 0.2))
     assert values(await engine.infer(short())).tolist() == [1, 1]
     assert engine.pid == pid
     assert is_idle(engine)

@@ -115,7 +115,7 @@ def test_a_golden_that_is_wrong_as_it_is_served_is_served_otherwise(tmp_path: Pa
     _, int8 = saturating_int8(tmp_path / "int8.onnx", tmp_path)
     answer = golden_outputs({"path": str(int8), "samples": str(tmp_path / "s.npz"), "task": "regression"}, Budget())
     assert answer["right"], answer["reason"]
-    assert answer["as_asked"] is not host_class().int8_saturates
+    assert not (answer["as_asked"] and host_class().int8_saturates)
     if host_class().int8_saturates:
         assert answer["settings"]["session_options"] or answer["settings"]["graph_level"] != "all"
 

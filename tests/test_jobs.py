@@ -19,7 +19,7 @@ from tests.running_server import Running, server
 from tests.storage import small_disk
 from tests.test_swap import children, command
 
-WIDTH = 256
+WIDTH = 768
 CONFIG = (
     "task: regression\nleast_gain: 0\nsamples: {reference: reference.npz, calibration: calibration.npz}\n"
     "quality: {metric: cosine, floor: 0.9, min_samples: 20}\n"

@@ -360,7 +360,7 @@ async def test_a_start_that_is_cancelled_leaves_no_process_and_no_descriptor(tmp
     for seconds in (0.0, 0.0005, 0.002, 0.005, 0.01, 0.02, 0.1):
         await given_up_after(seconds)
     await until(lambda: not children_of(forkserver.pid))
-    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # the first one may still have been closing
 
 
 async def test_a_runner_holds_nothing_of_its_siblings(start: Start, tmp_path: Path) -> None:
