@@ -125,6 +125,9 @@ def test_the_table_has_figures_and_reasons(tmp_path: Path) -> None:
     assert "| 88.41% (-0.10) | 11,000,000 | 555.0 M | 2.00 [1.25, 2.50] | – |" in lines[-2]
     assert "not_applicable: no layer / is faster" in lines[-1] and lines[-1].count("|") == lines[-2].count("|")
 
+    found.rows["int8-static"]["measured"]["multiply_adds"] = None
+    assert "| 11,000,000 | – | 2.00" in table.markdown(found)
+
     document = tmp_path / "doc.md"
     document.write_text("before\n<!-- cifar10: begin -->\nEARLIER\n<!-- cifar10: end -->\nafter\n")
     table.write(document, found)

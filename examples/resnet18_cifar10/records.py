@@ -74,7 +74,8 @@ class Records:
 def command() -> str:
     """How this run was asked for, but for what it did of the table: the folders are the reader's own."""
     hidden = {"--data": "FOLDER", "--checkpoint": "FILE"}
-    program = getattr(sys.modules["__main__"].__spec__, "parent", "") or "examples.resnet18_cifar10"
+    started = str(getattr(sys.modules["__main__"].__spec__, "parent", ""))
+    program = started if started.startswith("examples.") else "examples.resnet18_cifar10"
     said, words = [f"python -m {program}"], iter(sys.argv[1:])
     for word in words:
         if word in PARTIAL:

@@ -53,9 +53,14 @@ def _line(name: str, row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> li
         return [name, f"`{row['recipe']}`", _given(row), reason, *[""] * 6]
     golden = rows.get(GOLDEN, {}).get("measured")
     return [
-        name, f"`{row['recipe']}`", _given(row), _accuracy(seen, golden), _size(seen), f"{seen['multiply_adds'] / 1e6:.1f} M",
+        name, f"`{row['recipe']}`", _given(row), _accuracy(seen, golden), _size(seen), _millions(seen["multiply_adds"]),
         *(_times(seen["faster"].get(key)) for key in ("fp32-1", "fp32-8", "eager-1", "eager-8")),
     ]  # fmt: skip
+
+
+def _millions(count: int | None) -> str:
+    """Operators that the count does not know (4-bit products) have none."""
+    return "–" if count is None else f"{count / 1e6:.1f} M"
 
 
 def _given(row: dict[str, Any]) -> str:
