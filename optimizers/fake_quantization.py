@@ -85,9 +85,8 @@ def input_grid(low: float, high: float, learn: bool) -> Grid:
 
 @dataclass
 class Seen:
-    """One layer in a forward pass: how often it was called, which activation it read, and between which values that lay."""
+    """One layer in a forward pass: which activation it read, and between which values that lay."""
 
-    calls: int = 0
     source: int = 0
     low: float = math.inf
     high: float = -math.inf
@@ -120,7 +119,6 @@ class _Pass:
             return
         self.made[id(result)] = name
         seen = self.seen.setdefault(name, Seen(source=id(entered)))
-        seen.calls += 1
         seen.low, seen.high = min(seen.low, float(entered.min())), max(seen.high, float(entered.max()))
 
 

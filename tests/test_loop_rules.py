@@ -166,6 +166,8 @@ FULL: dict[str, Any] = {"queue_s": 200 * 0.003, "refused": 30}
     [
         (Cause.LOAD, [Kind.REFUSALS], block(**FULL), {"host": replace(QUIET, busy_ratio=0.99)}),
         (Cause.LOAD, [Kind.LATENCY], block(**FULL), {"host": replace(QUIET, busy_ratio=0.99)}),
+        (Cause.HOST, [Kind.LATENCY], block(edge_s=0.6), {"host": replace(QUIET, others_ratio=0.9, server_waiting_ratio=0.5)}),
+        (Cause.UNKNOWN, [Kind.LATENCY], block(edge_s=0.6), {"host": replace(QUIET, others_ratio=0.9, server_waiting_ratio=0.1)}),
         (Cause.LOAD, [Kind.LATENCY], block(calls=40, total_s=0.02), {"host": replace(QUIET, busy_ratio=0.99)}),
         (Cause.HOST, [Kind.LATENCY], block(wait_s=0.3), {"host": replace(QUIET, others_ratio=0.6)}),
         (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, throttled_ratio=0.4)}),

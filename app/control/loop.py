@@ -378,10 +378,11 @@ class Loop:
         if incident is None or incident.looking:
             return
         patient.calm += told
-        if patient.calm < SETTLE_BLOCKS and not incident.acted_at and monotonic() - incident.suspected_at > LATELY_S:
-            patient.incident = None
+        if incident.acted_at and self._acting(view, incident):
             return
-        if patient.calm < SETTLE_BLOCKS or (incident.acted_at and self._acting(view, incident)):
+        if patient.calm < SETTLE_BLOCKS:
+            if monotonic() - incident.suspected_at > LATELY_S:
+                patient.incident = None  # nobody asks any more: neither wrong nor well again
             return
         patient.incident = None
         cause = incident.diagnosis.cause if incident.diagnosis is not None else None
@@ -433,7 +434,9 @@ class Loop:
         situation = situation_of(
             self._state, want, view, self._plane.config(view.name), diagnosis.cause, self._host_class, incident.tried, wait_s
         )
-        decided = plan(diagnosis, replace(situation, faults=faulty(found)), self._plane.config(view.name))
+        own = monotonic() - patient.remedied_at.get(Cause.SETTINGS, -YOUNG_S) < YOUNG_S  # what the loop changed itself is not undone
+        situation = replace(situation, faults=faulty(found), settings_before=situation.settings_before and not own)
+        decided = plan(diagnosis, situation, self._plane.config(view.name))
         if changed or decided.action is not Action.NOTHING:
             told: JSON = {
                 "cause": diagnosis.cause.value, "confidence": diagnosis.confidence, "summary": f"blamed on {diagnosis.cause.value}: {diagnosis.text}",
