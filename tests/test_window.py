@@ -128,6 +128,15 @@ def test_throttling_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
         assert (sensor.read().throttled_ratio or 0) > 0.9
 
 
+def test_the_servers_own_waiting_is_a_share_of_its_active_time(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    sensor, ratios = HostSensor(tmp_path, tmp_path), []
+    for ran_ms, waited_ms in ((1000, 500), (1030, 510), (1031, 510), (1041, 540)):
+        (tmp_path / "self" / "schedstat").write_text(f"{ran_ms * 1_000_000} {waited_ms * 1_000_000} 7\n")
+        ratios.append(sensor.read().server_waiting_ratio)
+    assert ratios == [None, 0.25, None, 0.75], "nothing is said before the second reading, or where it hardly ran"
+
+
 def test_totals_grow_whatever_the_blocks_do() -> None:
     found, clock = window()
     before = found.totals("m", "1")
