@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -361,6 +362,29 @@ async def test_a_start_that_is_cancelled_leaves_no_process_and_no_descriptor(tmp
         await given_up_after(seconds)
     await until(lambda: not children_of(forkserver.pid))
     await until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # the first one may still have been closing
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+async def test_who_gives_up_in_the_very_moment_of_a_birth_leaves_no_descriptor(
+    way: str, forkserver: ForkServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is there, the caller was not woken yet, and its time is over: nobody else would close the pidfd."""
+    ends = [*(end.detach() for end in socket.socketpair()), *os.pipe()]
+    os.close((await forkserver.fork((ends[1], ends[2]))).pidfd)
+    before = len(os.listdir("/proc/self/fd"))
+    order = asyncio.create_task(getattr(forkserver, way)((ends[1], ends[2])))
+    if way == "fork":
+        take = forkserver._take
+        monkeypatch.setattr(forkserver, "_take", lambda report, fds: (take(report, fds), order.cancel()))
+    else:
+        await asyncio.sleep(0)
+        order.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await order
+    await asyncio.get_running_loop().shutdown_default_executor()
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    for end in ends:
+        os.close(end)
 
 
 async def test_a_runner_holds_nothing_of_its_siblings(start: Start, tmp_path: Path) -> None:

@@ -92,12 +92,20 @@ class ForkServer:
         except BrokenPipeError:
             self._lost()
             raise
+        except BaseException:
+            _let_go(answer)
+            raise
         finally:
             self._orders.pop(order, None)
 
     async def spawn(self, fds: tuple[int, int]) -> Child:
         """A runner without the fork server: slower (130-200 ms), for when a forked one did not report."""
-        return await asyncio.to_thread(_spawned_runner, fds)
+        answer = asyncio.ensure_future(asyncio.to_thread(_spawned_runner, tuple(map(os.dup, fds))))
+        try:
+            return await asyncio.shield(answer)
+        except asyncio.CancelledError:
+            answer.add_done_callback(_let_go)
+            raise
 
     async def status(self, child: Child, timeout_s: float) -> int | None:
         """Exit status as in subprocess (negative: the signal); None where nobody could tell in time."""
@@ -177,6 +185,16 @@ class ForkServer:
             self._attached()
 
 
+def _let_go(answer: asyncio.Future[Child]) -> None:
+    """Close what a caller who gave up in the very moment of the answer never got; the runner sees its sockets closed and ends."""
+    if answer.done() and not answer.cancelled() and answer.exception() is None:
+        child = answer.result()
+        os.close(child.pidfd)
+        if child.spawned is not None:
+            child.spawned.kill()
+            child.spawned.wait()
+
+
 def _spawn(module: str, fds: tuple[int, ...], arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
     """Run `module.main(*fds, *arguments)` in a fresh interpreter that imports from where this one does, but not its __main__."""
     root = str(Path(__file__).resolve().parents[2])
@@ -197,8 +215,13 @@ def _environment() -> dict[str, str]:
     return kept | _ONE_THREAD
 
 
-def _spawned_runner(fds: tuple[int, int]) -> Child:
-    process = _spawn("app.serving.runner", fds, ())
+def _spawned_runner(fds: tuple[int, ...]) -> Child:
+    """Takes the descriptors over: whoever ordered it may have given up and closed theirs, and their numbers be others' by now."""
+    try:
+        process = _spawn("app.serving.runner", fds, ())
+    finally:
+        for fd in fds:
+            os.close(fd)
     return Child(process.pid, os.pidfd_open(process.pid), spawned=process)
 
 
