@@ -167,7 +167,7 @@ def optimize(arguments: argparse.Namespace) -> int:
         raise ClientError("give either --with (one recipe) or --try (alternatives), not both")
     tries = [steps_of(text) for text in arguments.tries or ([arguments.recipe] if arguments.recipe else [])]
     with _client(arguments) as client:
-        job = client.optimize(arguments.model, tries or None, arguments.reason, arguments.promote)
+        job = client.optimize(arguments.model, tries or None, arguments.reason, arguments.promote, arguments.target)
         if not arguments.wait:
             return _show(arguments, job, lambda found: f"job {found['id']} is asked for; follow it with: hone jobs {found['id']}")
         try:

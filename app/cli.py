@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     _add_models(commands)
     _add_versions(commands)
     _add_jobs(commands)
+    _add_files(commands)
     return top
 
 
@@ -109,6 +110,29 @@ def _add_processes(commands: Parsers) -> None:
         help="inject a real fault into the running demo (or one started for it) and follow the loop: "
         "load, host, process, settings, version, wrong, input, crash",
     )
+
+
+def _add_files(commands: Parsers) -> None:
+    backup = _command(
+        commands, "backup", "write journal, cards, built versions and models to one file", _backup, "hone backup hone.tar", "hone backup hone.tar --state /var/lib/hone --repository /srv/models"
+    )  # fmt: skip
+    restore = _command(
+        commands, "restore", "bring a backup back: its state counts from now on, with the loop frozen until hone unfreeze", _restore, "hone restore hone.tar", "hone restore hone.tar --store redis://10.0.0.5:6379/0",
+    )  # fmt: skip
+    restore.add_argument(
+        "--overwrite", action="store_true", help="also replace files that differ; else they are named and nothing is changed"
+    )
+    for command in (backup, restore):
+        command.add_argument("file", metavar="FILE", help="a tar file; captured inputs and tokens are never in it")
+        for name, placeholder, text in SERVER_FLAGS:
+            if name in ("repository", "state", "store"):
+                command.add_argument(f"--{name}", metavar=placeholder, help=text)
+        command.add_argument("--json", action="store_true", help="JSON for programs instead of text for people")
+    pack = _command(
+        commands, "pack", "write the packed form of an ONNX file: entropy-coded weights, the very file back", _pack, "hone pack .hone/models/digits/1.2/model.onnx models/digits/1/model.onnx.packed",
+    )  # fmt: skip
+    pack.add_argument("source", metavar="MODEL.onnx", help="one file, without external data")
+    pack.add_argument("target", metavar="FILE", help="as NAME/1/model.onnx.packed in a repository it is unpacked once and served")
 
 
 def _add_reading(commands: Parsers) -> None:
@@ -235,6 +259,7 @@ def _add_jobs(commands: Parsers) -> None:
         "hone optimize digits --with graph,int8-static",
         "hone optimize digits --try int8-static --try graph,tune --promote manual",
         "hone optimize digits --with 'int8-static(calibration=entropy)' --wait",
+        "hone optimize digits --with int8-static --for avx2",
     )
     optimize.add_argument("model", metavar="MODEL")
     optimize.add_argument("--with", dest="recipe", metavar="A,B", help="methods in order; options in brackets: name(option=value,…)")
@@ -243,6 +268,13 @@ def _add_jobs(commands: Parsers) -> None:
     )
     optimize.add_argument(
         "--promote", choices=("auto", "manual"), default="auto", help="auto (default): a proven gain takes over by itself"
+    )
+    optimize.add_argument(
+        "--for",
+        dest="target",
+        default="",
+        metavar="CLASS",
+        help="build for another class of hosts (avx2, avx512, vnni, …); unproven there until hone verify runs on one",
     )
     optimize.add_argument("--reason", default="asked for", metavar="TEXT", help="stands in the timeline")
     optimize.add_argument(
@@ -303,6 +335,51 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     cause = vars(arguments).pop("cause")
     return run_broken(_settings(arguments), cause) if cause else run_demo(_settings(arguments))
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from app.control.backup import backup
+
+    given = vars(arguments)
+    file, as_json = Path(given.pop("file")), given.pop("json")
+    said = backup(_settings(arguments), file, lambda text: print(text, file=sys.stderr))
+    print(json.dumps(said) if as_json else "\n".join([*said["notes"], f"{file}: {said['files']} files, {said['bytes'] / 1e6:.1f} MB"]))
+    return 0
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from app.control.backup import restore
+
+    given = vars(arguments)
+    file, overwrite, as_json = Path(given.pop("file")), given.pop("overwrite"), given.pop("json")
+    said = restore(_settings(arguments), file, overwrite, lambda text: print(text, file=sys.stderr))
+    models = ", ".join(said["models"]) or "no model"
+    text = f"restored {models} in epoch {said['epoch']}; the loop is frozen: look with hone status, then hone unfreeze"
+    print(json.dumps(said) if as_json else text)
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from app.errors import ModelRejected
+    from optimizers.base import Rejected
+    from optimizers.packed import pack
+
+    try:
+        packed = pack(Path(arguments.source), Path(arguments.target))
+    except Rejected as error:
+        raise ModelRejected(str(error)) from None
+    print(
+        f"{packed.path}: {packed.bytes / 1e6:.2f} MB of {packed.bytes_before / 1e6:.2f}, {packed.bytes_before / packed.bytes:.1f} x smaller"
+    )
+    return 0
 
 
 def _settings(arguments: argparse.Namespace) -> Any:

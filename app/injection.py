@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Traffic:
     change: Callable[[Any], Any] = lambda images: images
     sent: int = 0
     failed: int = 0
+    answered: Counter[str] = field(default_factory=Counter)
+    """By the version that answered."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -88,15 +91,17 @@ class Traffic:
                 turn = self._turn
             if self._stop.wait(max(0.0, due - time.monotonic())):
                 break
-            well = self._ask(connection, turn)
+            well, version = self._ask(connection, turn)
             with self._lock:
                 self.sent += 1
                 self.failed += not well
+                self.answered[version] += bool(version)
             if not well:
                 connection.close()
         connection.close()
 
-    def _ask(self, connection: HTTPConnection, turn: int) -> bool:
+    def _ask(self, connection: HTTPConnection, turn: int) -> tuple[bool, str]:
+        """Whether it went well (a refusal for load is an answer), and which version answered."""
         at = turn * self.rows % max(1, len(self.images) - self.rows)
         data = self.change(self.images[at : at + self.rows]).astype("<f4")
         head = json.dumps({
@@ -109,8 +114,8 @@ class Traffic:
             answer = connection.getresponse()
             answer.read()
         except (OSError, HTTPException):
-            return False
-        return answer.status in (200, 429)
+            return False, ""
+        return answer.status in (200, 429), (answer.getheader("Hone-Version") or "") if answer.status == 200 else ""
 
 
 @dataclass(frozen=True)

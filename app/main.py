@@ -99,7 +99,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     service.watch(metrics.observe)
     service.watch(window.observe)
     service.feedback = Feedback(window) if settings.feedback_token else None
-    repository = Repository(settings.repository, settings.allowed_roots, settings.factories)
+    repository = Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked)
     cards = Cards(state)
     recorder = Recorder(journal, metrics)
     commands = Commands(journal, host.key)

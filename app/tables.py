@@ -100,12 +100,23 @@ def _now(loop: JSON) -> Iterable[str]:
         yield f"p95 {loop['p95_s'] * 1e3:.3g} ms at {loop.get('requests_per_s', 0):.3g} requests/s"
     fidelity = loop.get("fidelity")
     if fidelity:
-        yield f"agrees with golden on {fidelity['agreed']} of {fidelity['compared']} live requests"
+        yield f"agrees with golden on {fidelity['agreed']} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
+    if loop.get("entropy_shift") is not None:
+        yield (
+            f"beside golden on the same requests: entropy {loop['entropy_shift']:+.2f}, margin {loop['margin_shift']:+.2f} standard deviations"
+        )
     if loop.get("cost_ratio"):
         yield f"CPU time per row {loop['cost_ratio']:.2f} × its normal"
     yield from (f"suspicion: {text}" for text in loop.get("suspicions") or ())
     if loop.get("cause"):
         yield f"blamed on {loop['cause']}: {loop.get('why')}"
+
+
+def _lowest(classes: Sequence[JSON]) -> str:
+    """The class on which golden is agreed with least, where that is not always."""
+    if not classes or classes[0]["agreed"] == classes[0]["compared"]:
+        return ""
+    return f"; least on class {classes[0]['class']}: {classes[0]['agreed']} of {classes[0]['compared']}"
 
 
 def _percent(share: float | None) -> str:

@@ -19,6 +19,8 @@ from benchmarks.servers import HOST, Hone, HoneWorker
 
 FORKS: Final = 20
 LIGHT_SHARE: Final = 0.2
+HOT_ROWS: Final = (1, 32)
+"""Rows a request of the neighbour that is overloaded: small ones keep the HTTP process busy with refusals, large ones the models' cores with work."""
 
 
 @dataclass(frozen=True)
@@ -129,26 +131,31 @@ def many(folder: Path, effort: Effort) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def overload(folder: Path, effort: Effort) -> dict[str, Any]:
-    """A light model's p99 alone and while a neighbour gets three times what it can do."""
+def overload(folder: Path, effort: Effort) -> list[dict[str, Any]]:
+    """A light model's p99 alone and while a neighbour gets three times what it can do, by small and by large requests."""
     repository = folder / "repository"
     light, hot = (models.copied(models.DEMO, repository, name) for name in ("light", "hot"))
     with Hone(repository, folder / "state") as hone:
         for model in (light, hot):
             hone.wait_ready(model.name)
         hone.settle(2)
-        capacity = _capacity(hone, hot)
-        alone, beside = [], []
-        for _ in range(max(2, effort.rounds // 2)):
-            alone.append(_open(hone, light, capacity * LIGHT_SHARE, effort.seconds).result())
-            flood = _open(hone, hot, capacity * 3, effort.seconds + 2, connections=1000)
-            time.sleep(1.0)
-            beside.append(_open(hone, light, capacity * LIGHT_SHARE, effort.seconds).result())
-            flooded = flood.result()
+        rate = _capacity(hone, light) * LIGHT_SHARE
+        return [_flooded(hone, light, hot, rate, rows, effort) for rows in HOT_ROWS]
+
+
+def _flooded(hone: Hone, light: BenchModel, hot: BenchModel, rate: float, rows: int, effort: Effort) -> dict[str, Any]:
+    capacity = _capacity(hone, hot, rows)
+    alone, beside = [], []
+    for _ in range(max(2, effort.rounds // 2)):
+        alone.append(_open(hone, light, rate, effort.seconds).result())
+        flood = _open(hone, hot, capacity * 3, effort.seconds + 2, connections=1000, rows=rows)
+        time.sleep(1.0)
+        beside.append(_open(hone, light, rate, effort.seconds).result())
+        flooded = flood.result()
     calm, pressed = (statistics.median(seen.quantile_ms(0.99) for seen in runs) for runs in (alone, beside))
     refused = sum(int((flooded.status == code).sum()) for code in (429, 503, 504))
     return {
-        "light_per_s": round(capacity * LIGHT_SHARE, 1), "hot_per_s": round(capacity * 3, 1), "p99_alone_ms": round(calm, 2),
+        "hot_rows": rows, "light_per_s": round(rate, 1), "hot_per_s": round(capacity * 3, 1), "p99_alone_ms": round(calm, 2),
         "p99_beside_ms": round(pressed, 2), "ratio": round(pressed / calm, 2), "light_failed": sum(seen.failed for seen in beside),
         "hot_refused_share": round(refused / max(1, len(flooded.start)), 2),
     }  # fmt: skip
@@ -226,11 +233,11 @@ def features(folder: Path, effort: Effort) -> list[dict[str, Any]]:
     ]
 
 
-def _capacity(hone: Hone, model: BenchModel) -> float:
-    body = binary_body(model, model.rows(1))
+def _capacity(hone: Hone, model: BenchModel, rows: int = 1) -> float:
+    body = binary_body(model, model.rows(rows))
     return max(wrk.run(HOST, hone.port, body, 32, 2).per_s for _ in range(2))
 
 
-def _open(hone: Hone, model: BenchModel, rate: float, seconds: float, connections: int = 128) -> openloop.Running:
-    request = binary_body(model, model.rows(1)).http(HOST, hone.port)
+def _open(hone: Hone, model: BenchModel, rate: float, seconds: float, connections: int = 128, rows: int = 1) -> openloop.Running:
+    request = binary_body(model, model.rows(rows)).http(HOST, hone.port)
     return openloop.Running(openloop.Plan(HOST, hone.port, [request], rate, seconds, connections))

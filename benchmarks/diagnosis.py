@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in range(arguments.runs):
             print(f"--- {cause}, run {number + 1} of {arguments.runs}", flush=True)
             with tempfile.TemporaryDirectory(prefix="hone-diagnosis-") as folder:
-                found.append(_one(cause, Path(folder), arguments.limit))
+                found.append(broken(cause, Path(folder), arguments.limit))
             print(found[-1], flush=True)
     text = table(found, " ".join(["python -m benchmarks.diagnosis", *arguments.causes, f"--runs {arguments.runs}"]))
     print(text)
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if not any(set(run["plans"]) & BUILDS and run["injected"] in ("load", "host", "crash") for run in found) else 1
 
 
-def _one(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:
+def broken(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:
+    """What run_break found on a demo of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -80,7 +81,7 @@ def table(found: Sequence[Mapping[str, Any]], command: str) -> str:
     head = [
         "injected",
         "runs",
-        "blamed on (the last diagnosis of each run)",
+        "blamed on (the diagnosis that was acted on; else the last)",
         "right",
         "plans",
         "mended after, s (median, most)",
@@ -91,17 +92,23 @@ def table(found: Sequence[Mapping[str, Any]], command: str) -> str:
     right = 0
     for cause in dict.fromkeys(run["injected"] for run in found):
         runs = [run for run in found if run["injected"] == cause]
-        last = [run["blamed"][-1] if run["blamed"] else "nothing" for run in runs]
-        hits = last.count(RIGHT[cause])
+        said = [verdict(run) for run in runs]
+        hits = said.count(RIGHT[cause])
         right += hits
         mended, took = (_median_and_most(runs, name) for name in ("acted_s", "recovered_s"))
         plans = ", ".join(dict.fromkeys(plan for run in runs for plan in run["plans"]))
-        counted = ", ".join(f"{name} ({last.count(name)})" for name in dict.fromkeys(last))
+        counted = ", ".join(f"{name} ({said.count(name)})" for name in dict.fromkeys(said))
         failed = sum(run["failed"] for run in runs)
         sent = sum(run["sent"] for run in runs)
         rows.append([cause, len(runs), counted, f"{hits} of {len(runs)}", plans, mended, took, f"{failed} of {sent}"])
     where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `{command}`"
     return "\n\n".join([where, report.table(head, rows), f"Right: {right} of {len(found)}. Not shown: {NOT_SHOWN}."])
+
+
+def verdict(run: Mapping[str, Any]) -> str:
+    """The cause that was first acted on; where nothing was done, the last that was named. What is left after a remedy may be another fault."""
+    told = list(zip(run["blamed"], run["plans"], strict=False))
+    return next((cause for cause, action in told if action != "nothing"), run["blamed"][-1] if run["blamed"] else "nothing")
 
 
 def _median_and_most(runs: Sequence[Mapping[str, Any]], name: str) -> str:

@@ -121,10 +121,13 @@ def _costs(found: dict[str, Any]) -> str:
         [f"{many['models']} models loaded: p50 of one of them ÷ alone", many["ratio"]],
         [f"{many['models']} models loaded: private memory each beside weights (MB)", many["private_beside_weights_mb"]],
         [f"{many['models']} models loaded: HTTP process (MB)", many["http_rss_mb"]],
-        [
-            "p99 beside a neighbour at 3 × overload ÷ alone",
-            f"{overload['ratio']} ({overload['p99_alone_ms']} to {overload['p99_beside_ms']} ms)",
-        ],
+        *(
+            [
+                f"p99 beside a neighbour at 3 × overload ({one['hot_per_s']:.0f} requests/s of {one['hot_rows']} rows, {one['hot_refused_share']:.0%} refused) ÷ alone",
+                f"{one['ratio']} ({one['p99_alone_ms']} to {one['p99_beside_ms']} ms)",
+            ]
+            for one in overload
+        ),
         ["p99 while int8 is built on the same cores ÷ without", f"{job['ratio']} ({job['p99_without_ms']} to {job['p99_during_ms']} ms)"],
     ]
     base = found["features"][0]

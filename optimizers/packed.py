@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from optimizers import huffman
-from optimizers.base import Rejected
+from optimizers.base import Budget, Rejected
 from optimizers.onnx_file import PROTOBUF_LIMIT, read, tensors
 
 MAGIC: Final = b"HONEPACK\x01"
@@ -98,6 +98,12 @@ def unpack(packed: Path, out: Path, most_bytes: int = PROTOBUF_LIMIT) -> Path:
         raise Rejected(f"{packed.name} is no packed model, or is damaged: {error}; copy it again") from None
     _write(out, data)
     return out
+
+
+def run(request: dict[str, Any], budget: Budget) -> dict[str, str]:
+    """The task `unpack`: {path, out} -> {path, sha256} of the ONNX file. Raises as `unpack` does."""
+    out = unpack(Path(request["path"]), Path(request["out"]))
+    return {"path": str(out), "sha256": hashlib.sha256(out.read_bytes()).hexdigest()}
 
 
 def _unpacked(data: bytes, most_bytes: int) -> bytes:

@@ -30,6 +30,7 @@ KINDS: Final[dict[str, str]] = {
     "tune": "optimizers.tune:run",
     "verify": "optimizers.judge:run",
     "blame": "optimizers.blame:run",
+    "unpack": "optimizers.packed:run",
 }
 """Kind of task -> 'module:function'. The function takes (request: dict, budget: Budget) and returns a JSON-able dict or dataclass."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def times(median_s: float, count: int = MANY, spread: float = 0.2, seed: int = 0
     return tuple(float(v) for v in np.random.default_rng(seed).lognormal(math.log(median_s), spread, count))
 
 
-def arm(cpu_s: float = 0.004, latency_s: float = 0.006, count: int = MANY, seed: int = 0, **facts: int) -> ArmFacts:
+def arm(cpu_s: float = 0.004, latency_s: float = 0.006, count: int = MANY, seed: int = 0, **facts: Any) -> ArmFacts:
     return ArmFacts(count, latencies_s=times(latency_s, count, 0.4, seed), cpu_s_per_row=times(cpu_s, count, 0.1, seed + 1), **facts)
 
 
@@ -103,6 +104,11 @@ def test_memory_above_its_objective_fails() -> None:
     fat = replace(arm(seed=4), memory_bytes=300 << 20)
     assert judge(INCUMBENT, fat, Policy(memory_limit_bytes=256 << 20)).text == "it takes 300 MiB of memory, the objective is 256 MiB"
     assert judge(INCUMBENT, fat).verdict is Verdict.PASSED
+
+
+def test_a_class_below_its_floor_fails_though_the_whole_agrees() -> None:
+    found = judge(INCUMBENT, replace(arm(seed=4), agreements=390, compared=400, class_below_floor="agrees with golden on 2 of 30"))
+    assert found.verdict is Verdict.FAILED and "2 of 30" in found.text
 
 
 def test_zeros_ties_and_what_is_no_number() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from optimizers.host import host_class
 from optimizers.samples import Samples
 from tests.models import heavy, scaled
 from tests.odd_models import int8_linear, json_input
@@ -255,3 +257,19 @@ def test_a_job_needs_room_before_it_begins(tmp_path: Path) -> None:
         assert done["outcome"] == "failed" and "to spare are needed" in done["report"]["reason"], done["report"]
         assert running.call("GET", "/v2/models/net/ready").status_code == 200
         running.end()
+
+
+def test_a_version_for_another_class_of_hosts_is_built_and_waits(running: Running, worker: int) -> None:
+    """Also where `tune`, which runs on the server, comes last; without VNNI the form for it is what saturates here, and is refused."""
+    here = host_class()
+    target = "avx2" if here.has_vnni else "vnni"
+    recipe = [{"method": "int8-static", "samples": 32}, "tune"]
+    job = running.admin("POST", "/admin/models/net/optimize", 202, json={"recipe": recipe, "target": target, "promote": "auto"})
+    done = running.job_done(job["id"])
+    assert done["outcome"] in {"kept", "inconclusive", "refused"} and running.admin("GET", "/admin/models/net")["active"] == "1", done
+    if done["outcome"] == "kept":
+        assert f"it was made for {target}, and is unproven there" in done["report"]["waits"]
+    card = next(v for v in running.admin("GET", "/admin/models/net/versions")["versions"] if v.get("job") == job["id"])
+    facts = json.loads((running.folder / "state" / "models" / "net" / card["version"] / "card.json").read_text())
+    assert f'"reduce_range": {str(here.has_vnni).lower()}' in json.dumps(facts), facts
+    assert "avx2" in running.admin("POST", "/admin/models/net/optimize", 400, json={"recipe": ["graph"], "target": "avx3"})["error"]

@@ -185,6 +185,8 @@ FULL: dict[str, Any] = {"queue_s": 200 * 0.003, "refused": 30}
         (Cause.INPUT, [Kind.COST], None, {"replay": COSTLIER}),
         (Cause.INPUT, [Kind.FIDELITY], None, {"drift": 0.8}),
         (Cause.VERSION, [Kind.FIDELITY], None, {"began_with_version": True}),
+        (Cause.INPUT, [Kind.CONFIDENCE], None, {"drift": 0.8}),
+        (Cause.UNKNOWN, [Kind.CONFIDENCE], None, {}),
         (Cause.SETTINGS, [Kind.LATENCY], block(queue_s=200 * 0.003), {"instances": 1}),
         (Cause.UNKNOWN, [Kind.COST], None, {"replay": AS_PROVEN}),
     ],
@@ -239,6 +241,7 @@ def test_the_cheapest_remedy_that_fits_comes_first() -> None:
     assert decide(Cause.VERSION, GOLDEN) is Action.OPTIMIZE
     assert decide(Cause.INPUT, HERE) is Action.TUNE
     assert decide(Cause.INPUT, HERE, {"suspicions": ["fidelity"]}) is Action.RECALIBRATE
+    assert decide(Cause.INPUT, HERE, {"suspicions": ["confidence"]}) is Action.RECALIBRATE
     assert decide(Cause.UNKNOWN, HERE) is Action.NOTHING
 
 

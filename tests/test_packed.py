@@ -11,9 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from app.cli import main
 from optimizers import Rejected, huffman
 from optimizers.packed import MAGIC, ZEROS, Coding, pack, unpack
+from tests.models import scaled
+from tests.odd_models import json_input
 from tests.onnx_models import F, mlp, model, node, normal, value, weights, write
+from tests.running_server import server
 
 
 @given(st.binary(max_size=600), st.integers(0, 3))
@@ -128,3 +132,47 @@ def test_no_stream_makes_a_decoder_fail_otherwise(coding: Coding, data: bytes, s
         assert len(_DECODERS[coding](data, size)) == size
     except (ValueError, struct.error, lzma.LZMAError):
         pass
+
+
+# In the repository
+
+
+def test_a_packed_model_is_unpacked_once_served_and_held_to_its_hash(tmp_path: Path) -> None:
+    """`hone pack`, served from the repository under its name; a restart unpacks nothing, and a spoiled copy is made anew."""
+    folder = tmp_path / "models" / "m" / "1"
+    folder.mkdir(parents=True)
+    source = scaled(tmp_path / "model.onnx", 3.0)
+    assert main(["pack", str(source), str(folder / "model.onnx.packed")]) == 0
+    x = json_input("x", "FP32", [1, 4], [1, 2, 3, 4])
+    with server(tmp_path) as running:
+        running.ready("m")
+        assert running.call("POST", "/v2/models/m/infer", json={"inputs": [x]}).json()["outputs"][0]["data"] == [3.0, 6.0, 9.0, 12.0]
+        (unpacked,) = (tmp_path / "state" / "unpacked").iterdir()
+        assert unpacked.read_bytes() == source.read_bytes()
+        written = unpacked.stat().st_mtime_ns
+        running.restart().ready("m")
+        assert unpacked.stat().st_mtime_ns == written
+        running.worker()
+        job = running.admin("POST", "/admin/models/m/optimize", 202, json={"recipe": ["graph"], "promote": "manual"})
+        done = running.job_done(job["id"])
+        assert done["outcome"] == "not_applicable" and "unpacked" not in str(done["report"]), (
+            "the job found the file, in which there is nothing to fuse"
+        )
+        unpacked.write_bytes(b"spoiled")
+        running.restart().ready("m")
+        assert unpacked.read_bytes() == source.read_bytes()
+
+
+def test_a_packed_model_that_is_damaged_is_refused_with_its_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "m" / "1"
+    folder.mkdir(parents=True)
+    pack(scaled(tmp_path / "model.onnx", 3.0), folder / "model.onnx.packed")
+    data = bytearray((folder / "model.onnx.packed").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.onnx.packed").write_bytes(bytes(data))
+    scaled(tmp_path / "models" / "other" / "1" / "model.onnx")
+    with server(tmp_path) as running:
+        running.ready("other")
+        reason = running.until(lambda: running.call("GET", "/v2/models/m/ready").json().get("error"))
+        assert "damaged" in running.until(lambda: "damaged" in (text := str(running.admin("GET", "/admin/models/m"))) and text), reason
+        assert not list((tmp_path / "state" / "unpacked").iterdir())

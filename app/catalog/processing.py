@@ -95,7 +95,7 @@ class Processor:
         if values.ndim != 2 or not values.size:
             raise ModelFailed(f"the model's output has shape {list(scores.shape)}; labels need one row of scores for each input")
         values[np.isnan(values).any(axis=1) | np.isposinf(values).any(axis=1)] = np.nan
-        values = _activate(values, self.post.activation)
+        values = activate(values, self.post.activation)
         if values.shape[1] == 1:
             values = np.concatenate([1 - values, values], axis=1)
         if self.labels and len(self.labels) != values.shape[1]:
@@ -121,7 +121,8 @@ class Processor:
             )
 
 
-def _activate(values: Array, activation: str) -> Array:
+def activate(values: Array, activation: str) -> Array:
+    """Scores [n, classes] as probabilities; `activation` as in model.yaml, auto leaves alone what are probabilities already."""
     if activation == "auto":
         activation = "none" if _are_probabilities(values) else "softmax" if values.shape[1] > 1 else "sigmoid"
     if activation == "softmax":

@@ -14,8 +14,9 @@ from typing import Final
 from app.catalog.model_config import FILE_NAME, ModelConfig, load_model_config
 from app.catalog.model_files import FileHashes, FileLimits, LinkPolicy, ModelFile, links_within, version_files
 from app.catalog.model_names import RULE, is_name, printable
+from app.catalog.packed import PACKED_NAME, Unpacked
 from app.catalog.state_folder import GOLDEN_VERSION
-from app.errors import HoneError, ModelRejected, NotAllowed, NotFound
+from app.errors import HoneError, ModelRejected, NotAllowed, NotFound, NotReady
 
 ONNX_NAME: Final = "model.onnx"
 _IGNORED: Final = frozenset({"lost+found", "__pycache__"})
@@ -37,6 +38,10 @@ class FoundVersion:
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
+    @property
+    def packed(self) -> bool:
+        return bool(self.files) and self.files[0].name == PACKED_NAME
+
 
 @dataclass(frozen=True)
 class FoundModel:
@@ -56,11 +61,15 @@ class FoundModel:
 
 @dataclass
 class Repository:
-    """One folder of models. `allowed_roots`: where links may end beside the repository; `factories`: where PyTorch sources may lie."""
+    """One folder of models. `allowed_roots`: where links may end beside the repository; `factories`: where PyTorch sources may lie.
+
+    `unpack_to`: where packed models are unpacked; without it they are refused.
+    """
 
     root: Path
     allowed_roots: Sequence[Path] = ()
     factories: Sequence[Path] = ()
+    unpack_to: Path | None = None
     limits: FileLimits = FileLimits()
     hashes: FileHashes = field(default_factory=FileHashes)
     _configs: dict[Path, tuple[object, ModelConfig]] = field(default_factory=dict, repr=False)
@@ -94,6 +103,23 @@ class Repository:
         if version.error:
             raise ModelRejected(version.error)
         return self.hashes.combined(version.files)
+
+    @property
+    def unpacked(self) -> Unpacked:
+        if self.unpack_to is None:
+            raise NotAllowed(f"packed models cannot be served from {self.root}: no folder to unpack them to is known")
+        return Unpacked(self.unpack_to, self.hashes)
+
+    def model_file(self, version: FoundVersion) -> Path:
+        """The file that sessions open. Raises ModelRejected, and NotReady for a packed model that nobody unpacked yet."""
+        if version.error or version.path is None:
+            raise ModelRejected(version.error or f"{version.folder} holds no model")
+        if not version.packed:
+            return version.path
+        path = self.unpacked.find(version.files[0])
+        if path is None:
+            raise NotReady(f"{version.path} is not unpacked yet", retry_after_s=2.0)
+        return path
 
     def factory(self, config: ModelConfig) -> tuple[Path, str]:
         """File and function of the model's PyTorch source, in a folder that the operator allowed. Raises ModelRejected or NotAllowed."""
@@ -192,6 +218,8 @@ def _main_file(folder: Path, config: ModelConfig) -> tuple[str, str]:
         return "torch", weights
     if ONNX_NAME in onnx or len(onnx) == 1:
         return "onnx", ONNX_NAME if ONNX_NAME in onnx else onnx[0]
+    if not onnx and (folder / PACKED_NAME).exists():
+        return "onnx", PACKED_NAME
     if onnx:
         raise ModelRejected(f"{folder} holds {len(onnx)} ONNX files ({', '.join(onnx[:4])}); name the one to serve {ONNX_NAME}")
     raise ModelRejected(f"{folder} holds no {ONNX_NAME}; put the model there")

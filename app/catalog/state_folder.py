@@ -18,7 +18,7 @@ _HOST_CLASS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
 
 @dataclass(frozen=True)
 class StateFolder:
-    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, journal.db, admin-token, last-state.json."""
+    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, journal.db, admin-token, last-state.json, unpacked."""
 
     root: Path
 
@@ -52,6 +52,11 @@ class StateFolder:
     def scratch(self) -> Path:
         """Where jobs build; on the same file system as `models`, so that publishing is a rename."""
         return self.root / "scratch"
+
+    @property
+    def unpacked(self) -> Path:
+        """Models that lie packed in the repository, as sessions open them."""
+        return self.root / "unpacked"
 
     def model(self, name: str) -> Path:
         return self.models / name

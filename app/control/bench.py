@@ -65,7 +65,8 @@ class Bench:
         reference = References(self.state.reference(model)).load()
         if reference is not None and reference.meta.golden_sha256 != golden_sha256:
             reference = None
-        return Workpiece(found, config, card, version.path, assemble(config.samples, reader, reference), reference)
+        path = self.repository.model_file(version)
+        return Workpiece(found, config, card, path, assemble(config.samples, reader, reference), reference)
 
     def model_path(self, piece: Workpiece, version: str) -> Path:
         """The model file of golden or of a built version. Raises NotFound."""

@@ -24,7 +24,8 @@ class ArmFacts:
 
     `errors` are those of the model or the server. `cpu_s_per_row` and `latencies_s` are samples of calls that cost alike on both sides (the
     same bucket of batch and shape: a row in a batch of four costs a fifth less than alone). `non_finite` counts answers with NaN or infinity
-    where golden has none, or none is expected; `agreements` of `compared` answers were golden's.
+    where golden has none, or none is expected; `agreements` of `compared` answers were golden's, and `class_below_floor` says on which class
+    too few were.
     """
 
     requests: int = 0
@@ -35,6 +36,7 @@ class ArmFacts:
     non_finite: int = 0
     agreements: int = 0
     compared: int = 0
+    class_below_floor: str = ""
     memory_bytes: int = 0
 
 
@@ -108,6 +110,8 @@ def _harms(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals, policy: 
     misses = candidate.compared - candidate.agreements
     if policy.fidelity_floor is not None and misses >= LEAST_FAULTS and found.fidelity.high < policy.fidelity_floor:
         harms.append(f"it agrees with golden on {_share(found.fidelity)}, the floor is {policy.fidelity_floor:.1%}")
+    if candidate.class_below_floor:
+        harms.append(f"it {candidate.class_below_floor}")
     if policy.memory_limit_bytes and candidate.memory_bytes > policy.memory_limit_bytes:
         harms.append(f"it takes {_mib(candidate.memory_bytes)} of memory, the objective is {_mib(policy.memory_limit_bytes)}")
     enough = not _shortages(incumbent, candidate, policy)

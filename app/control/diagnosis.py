@@ -103,7 +103,7 @@ def needs_replay(found: Findings) -> bool:
         return False
     if kinds & {Kind.COST, Kind.EVENT}:
         return True
-    if kinds & {Kind.FIDELITY, Kind.MEMORY, Kind.LABELS}:
+    if kinds & {Kind.FIDELITY, Kind.CONFIDENCE, Kind.MEMORY, Kind.LABELS}:
         return False
     ratio = cost_ratio(found.block, found.normal)
     if found.event == "swap" or (ratio is not None and ratio > FLAT):
@@ -114,7 +114,7 @@ def needs_replay(found: Findings) -> bool:
 def needs_probe(found: Findings) -> bool:
     """Whether a fresh runner beside the live one could tell: where calls themselves got slower, whoever else is busy."""
     kinds = {one.kind for one in found.suspicions}
-    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY, Kind.LABELS, Kind.MEMORY}:
+    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY, Kind.CONFIDENCE, Kind.LABELS, Kind.MEMORY}:
         return False
     return bool(kinds & {Kind.COST, Kind.LATENCY}) and not _is_load(found) and (found.host.throttled_ratio or 0.0) <= THROTTLED
 
@@ -124,6 +124,7 @@ def diagnose(found: Findings) -> Diagnosis:
     for rule in (
         _by_faults,
         _by_fidelity,
+        _by_confidence,
         _by_labels,
         _by_memory,
         _by_many,
@@ -170,6 +171,17 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     if found.began_with_version:
         return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first hour on", _numbers(found))
     return Diagnosis(Cause.INPUT, 0.7, f"{fidelity.text}, though it passed on reference samples: the inputs changed", _numbers(found))
+
+
+def _by_confidence(found: Findings) -> Diagnosis | None:
+    """Its top answers are golden's still, and it is less sure of them: with other traffic, calibration that no longer fits; alone, no verdict."""
+    doubt = next((one for one in found.suspicions if one.kind is Kind.CONFIDENCE), None)
+    if doubt is None:
+        return None
+    if found.drift is not None and found.drift > DRIFTED:
+        text = f"{doubt.text}, and the traffic is another one (PSI of the predicted classes {found.drift:.2f})"
+        return Diagnosis(Cause.INPUT, 0.6, text, _numbers(found), ("version: it was as sure as golden when it was new",))
+    return Diagnosis(Cause.UNKNOWN, 0.4, f"{doubt.text}; the top answers agree and the predicted classes are as ever", _numbers(found))
 
 
 def _by_labels(found: Findings) -> Diagnosis | None:

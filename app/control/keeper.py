@@ -19,6 +19,7 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.commands import Commands
 from app.control.rollout import Rollout
+from app.control.steps import target_of
 from app.control.verification import (
     SERVER_SIDE,
     TUNE_S,
@@ -38,6 +39,7 @@ from app.store.codec import settings_from_json
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.base import Progress
+from optimizers.host import parse_target
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
@@ -203,6 +205,7 @@ class JobKeeper:
         want = await self._want(job)
         mode = want.mode or piece.config.mode
         waits = may_promote_alone(winner, piece) if job.promote == "auto" else "promotion was asked to be manual"
+        waits = waits or await self._made_for_others(job, winner.version)
         if not waits and mode is not Mode.AUTO:
             waits = f"the model's mode is {mode.value}: promote it by hand, or set the mode to auto"
         if waits:
@@ -225,6 +228,14 @@ class JobKeeper:
         except NotAllowed as error:
             return "kept", winner.version, report | {"waits": str(error)}
         return await self._taken(job, winner.version, event.seq, report)
+
+    async def _made_for_others(self, job: Job, version: str) -> str:
+        """Why a version that was built for another class of hosts does not take over here by itself; '' where it was not."""
+        card = await asyncio.to_thread(self._cards.card, job.model, version)
+        target = target_of(job.tries[card.draft.try_index]) if isinstance(card, BuiltCard) else ""
+        if not target or parse_target(target).key == self._host_class:
+            return ""
+        return f"it was made for {target}, and is unproven there: run hone verify {job.model}:{version} on such a host"
 
     async def _already_taken(self, job: Job) -> tuple[str, str, JSON] | None:
         """The end of a job whose winner was promoted by an earlier holder of the lease, who did not live to say so."""

@@ -26,7 +26,7 @@ from app.control.rungs import cheaper_versions
 from app.control.situation import situation_of
 from app.control.standing import LATELY_S, standing
 from app.control.steps import parse_tries
-from app.control.suspicion import LEAST_CALLS, Kind, Normal, Seen, Suspicion, learned, suspicions, with_news
+from app.control.suspicion import LEAST_CALLS, Kind, Normal, Seen, Suspicion, learned, other_shapes, suspicions, with_news
 from app.domain import JSON, Event, JobState, Mode, ModelState, ModelView, Split, State, Verdict
 from app.errors import HoneError
 from app.settings import Settings
@@ -134,8 +134,6 @@ class Patient:
     due: bool = False
     """An event asks for a look."""
     watch_since: float = 0.0
-    ticks: int = 0
-    ready_ticks: int = 0
     shown_until: float = 0.0
     judged_until: float = -1.0
     judged_deaths: int = 0
@@ -209,16 +207,13 @@ class Loop:
             want = self._state.models.get(view.name)
             patient = self._patients.setdefault(view.name, Patient())
             self._notice_events(view, patient)
-            patient.ticks += 1
-            patient.ready_ticks += view.ready
             condition = self._condition(view, patient, want)
             latest = self._window.closed(view.name, view.active, 1)
             if not latest or latest[0].ended > patient.shown_until or view.name not in self._said:
                 patient.shown_until = latest[0].ended if latest else 0.0
-                said = standing(
+                self._said[view.name] = standing(
                     self._window, self._metrics, view, self._plane.config(view.name), patient.normal, self._plane.drift(view.name)
                 )
-                self._said[view.name] = said | {"availability": round(patient.ready_ticks / patient.ticks, 5)}
             self._said[view.name] |= {"condition": condition.value} | _told(patient.incident)
             if want is not None and self._leads():
                 await self._look(view, patient, want, views)
@@ -299,6 +294,7 @@ class Loop:
         if not found:
             if fresh and not view.rung and not on_trial:
                 patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
+                _notice_shapes(patient, blocks[-1])
             told = fresh and not blocks[-1].disturbed and blocks[-1].requests >= LEAST_CALLS
             await self._calm(view, patient, told)
             return
@@ -540,6 +536,13 @@ class Loop:
 
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))
+
+
+def _notice_shapes(patient: Patient, block: Block) -> None:
+    """Rows of other sizes than before are an event, and the new normal."""
+    changed = other_shapes(patient.normal, block)
+    if changed is not None:
+        patient.normal, patient.event, patient.event_at, patient.due = changed, "change of the inputs' shapes", monotonic(), True
 
 
 def _told(incident: Incident | None) -> JSON:

@@ -110,8 +110,10 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
         case Cause.SETTINGS:
             return [*_undo_settings(diagnosis, now), Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
         case Cause.INPUT:
-            fidelity = "fidelity" in diagnosis.evidence.get("suspicions", ())
-            return [*_recalibrate(now, config), *_go_golden(now)] if fidelity else _tune(now)
+            kinds = diagnosis.evidence.get("suspicions", ())
+            if "fidelity" in kinds:
+                return [*_recalibrate(now, config), *_go_golden(now)]
+            return _recalibrate(now, config) if "confidence" in kinds else _tune(now)
         case Cause.VERSION:
             return [*_leave(now), *([] if now.faults else [*_build(now, config), *_tune(now)])]
     return [Plan(Action.NOTHING, "no cause, no remedy", advice=_advice(diagnosis))]

@@ -21,11 +21,8 @@ from optimizers.task import TaskFailed, TaskLimits, run_task_sync
 def prove_here(settings: Settings, model: str, version: str = "") -> JSON:
     """Judge `version` (default: the desired one) against golden here; writes proof and event. Raises NotFound, Conflict."""
     here = host_class().key
-    bench = Bench(
-        Repository(settings.repository, settings.allowed_roots, settings.factories),
-        StateFolder(settings.state),
-        Cards(StateFolder(settings.state)),
-    )
+    state = StateFolder(settings.state)
+    bench = Bench(Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked), state, Cards(state))
     journal = open_journal(settings.journal)
     try:
         want = journal.state().models.get(model)

@@ -64,11 +64,9 @@ def _question(
 
 def _path(bench: Bench, piece: Workpiece, version: str) -> Path | None:
     """The model file of any version that is there: golden, an earlier golden, or a built one."""
-    for found in piece.found.versions:
-        if found.number == version:
-            return found.path
+    found = next((one for one in piece.found.versions if one.number == version), None)
     try:
-        return bench.model_path(piece, version)
+        return bench.repository.model_file(found) if found is not None else bench.model_path(piece, version)
     except HoneError:
         return None
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Final, Protocol
 
 from app.catalog.model_config import ModelConfig
 from app.control.concurrent import ArmFacts, Judgement, Policy, judge
+from app.control.quality import worst_class
 from app.domain import Event, ModelView, Verdict
 from app.store.base import Journal
 from app.telemetry.window import Block, Window
@@ -132,7 +133,8 @@ def compared(window: Window, model: str, incumbent: str, candidate: str, began: 
         fidelity_floor=floor if metric in ("agreement", "accuracy") else 0.99,
         memory_limit_bytes=int(limit * (1 << 20)) if limit is not None else 0,
     )
-    return judge(*_arms(first, other), policy)
+    arms, worst = _arms(first, other), worst_class(other.likeness, config)
+    return judge(arms[0], replace(arms[1], class_below_floor=worst.text if worst is not None else ""), policy)
 
 
 def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
@@ -155,4 +157,5 @@ def _disagrees(block: Block, config: ModelConfig) -> End | None:
     least = floor if metric in ("agreement", "accuracy") else 0.99
     if block.compared >= SHADOW_ENOUGH and wilson(block.agreed, block.compared)[1] < least:
         return End(Verdict.FAILED, f"agrees with golden on {block.agreed} of {block.compared} mirrored requests (floor {least:.1%})")
-    return None
+    worst = worst_class(block.likeness, config)
+    return End(Verdict.FAILED, worst.text) if worst is not None else None

@@ -6,12 +6,14 @@ from typing import Final
 
 from app.catalog.model_config import ModelConfig
 from app.control.objectives import burn
-from app.control.suspicion import LEAST_CALLS, Normal, cost_ratio
+from app.control.quality import LEAST_OF_CLASS, LEAST_PAIRS
+from app.control.suspicion import LEAST_CALLS, Normal, cost_ratio, shape_shift
 from app.domain import JSON, ModelView
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Block, Window
 
 LATELY_S: Final = 300.0
+CLASSES_SHOWN: Final = 20
 
 
 def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelConfig, normal: Normal, drift: float | None) -> JSON:
@@ -21,10 +23,16 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
     facts: JSON = {
         "p95_s": lately.total.quantile(0.95), "requests_per_s": round(lately.requests / LATELY_S, 3), "drift": drift, "trend": _trend(window, view, lately),
         "fidelity": {"agreed": lately.agreed, "compared": lately.compared} if lately.compared else None,
+        "availability": round(lately.requests / lately.offered, 5) if lately.offered else None,
         "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objective": promise.text if promise is not None else "",
     }  # fmt: skip
     if lately.compared:
         metrics.gauge("hone_fidelity_ratio", name, view.active, value=lately.agreed / lately.compared)
+    _sureness(metrics, view, lately, facts)
+    shapes = shape_shift(lately, normal)
+    if shapes is not None:
+        facts["shape_shift"] = round(shapes, 3)
+        metrics.gauge("hone_shape_shift_ratio", name, value=shapes)
     if drift is not None:
         metrics.gauge("hone_drift_score", name, value=drift)
     if promise is not None and lately.requests:
@@ -36,6 +44,22 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
             if rate is not None:
                 metrics.gauge("hone_burn_rate", name, f"{seconds:.0f}", value=rate)
     return facts
+
+
+def _sureness(metrics: Metrics, view: ModelView, lately: Block, facts: JSON) -> None:
+    """Agreement by golden's class, the lowest first, and how much less sure than golden it is; only of the version that answers now."""
+    groups = [(group, *counts) for group, counts in lately.likeness.groups.items() if counts[1] >= LEAST_OF_CLASS]
+    worst = sorted(groups, key=lambda one: one[1] / one[2])[:CLASSES_SHOWN]
+    kept = [(labels, value) for labels, value in metrics.gauges["hone_class_fidelity_ratio"].items() if labels[0] != view.name]
+    shown = [((view.name, view.active, str(group)), agreed / compared) for group, agreed, compared in worst]
+    metrics.replace_gauge("hone_class_fidelity_ratio", [*kept, *shown])
+    if worst:
+        facts["classes"] = [{"class": group, "agreed": agreed, "compared": compared} for group, agreed, compared in worst]
+    likeness = lately.likeness
+    if likeness.entropy.count >= LEAST_PAIRS:
+        facts["entropy_shift"], facts["margin_shift"] = round(likeness.entropy.effect, 3), round(likeness.margin.effect, 3)
+        for figure in ("entropy", "margin"):
+            metrics.gauge("hone_confidence_shift", view.name, view.active, figure, value=facts[f"{figure}_shift"])
 
 
 def _trend(window: Window, view: ModelView, older: Block) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from app.domain import JSON
 from app.errors import InvalidRequest, NotAllowed
 from optimizers.catalogue import InvalidStep, parse_step
+from optimizers.host import parse_target
 
 
 def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] | None, model: str, target: str = "") -> list[list[JSON]]:
@@ -19,8 +20,21 @@ def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] 
         if any(step["method"] == "tune" for step in recipe[:-1]):
             raise InvalidRequest("tune comes last in a recipe: it finds settings for what the steps before it built")
         if target:
-            recipe[-1]["target"] = target
+            recipe[0]["target"] = _known_target(target)
     return parsed
+
+
+def target_of(recipe: Sequence[JSON]) -> str:
+    """The class of hosts that a recipe builds for; '' for the one it runs on."""
+    return next((str(step["target"]) for step in recipe if step.get("target")), "")
+
+
+def _known_target(target: str) -> str:
+    try:
+        parse_target(target)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
+    return target
 
 
 def _step(step: str | JSON) -> JSON:

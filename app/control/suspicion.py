@@ -13,7 +13,9 @@ from typing import Final
 
 from app.catalog.model_config import ModelConfig, Promise
 from app.control.objectives import Burn
+from app.control.quality import LEAST_PAIRS, less_sure, worst_class
 from app.domain import JSON
+from app.telemetry.likeness import Likeness
 from app.telemetry.window import Block, Bucket
 from optimizers.stats import wilson
 
@@ -31,6 +33,9 @@ DEATHS: Final = 3
 MEMORY_LIMIT: Final = 1.5
 MEMORY_SLACK: Final = 64 << 20
 LABELS_MARGIN: Final = 0.02
+LEAST_ROWS: Final = 100
+SHAPES_LIMIT: Final = 0.5
+"""Distance of the mix of row sizes from the normal one at which it is other traffic."""
 BASE_LABELS: Final = 100
 """Labels that make up what share is right when all is well."""
 
@@ -45,6 +50,7 @@ class Kind(StrEnum):
     NON_FINITE = "non_finite"
     MEMORY = "memory"
     FIDELITY = "fidelity"
+    CONFIDENCE = "confidence"
     LABELS = "labels"
 
 
@@ -69,6 +75,10 @@ class Normal:
     blocks: int = 0
     labelled: int = 0
     right: int = 0
+    likeness: Likeness = field(default_factory=Likeness)
+    """How its first answers stood to golden's."""
+    shapes: Mapping[int, float] = field(default_factory=dict)
+    """Shares of the rows by their size, as in a bucket."""
 
     @property
     def known(self) -> bool:
@@ -113,6 +123,13 @@ def with_news(normal: Normal, block: Block) -> Normal:
     """Buckets never met before become normal when first met, since what they ought to cost is not known; and so do the first labels."""
     if normal.labelled < BASE_LABELS:
         normal = replace(normal, labelled=normal.labelled + block.labelled, right=normal.right + block.right)
+    if normal.likeness.entropy.count < LEAST_PAIRS and block.likeness.entropy.count:
+        likeness = Likeness()
+        likeness.merge(normal.likeness)
+        likeness.merge(block.likeness)
+        normal = replace(normal, likeness=likeness)
+    if not normal.shapes and normal.known:
+        normal = replace(normal, shapes=shapes_of(block))
     new = {
         bucket: median
         for bucket, cost in block.costs.items()
@@ -121,6 +138,29 @@ def with_news(normal: Normal, block: Block) -> Normal:
     if not new or not normal.known:
         return normal
     return replace(normal, costs={**normal.costs, **new})
+
+
+def shapes_of(block: Block) -> dict[int, float]:
+    """Shares of a block's rows by their size (a power of two of bytes); none where there are too few."""
+    rows: dict[int, int] = {}
+    for (_, size), cost in block.costs.items():
+        rows[size] = rows.get(size, 0) + cost.rows
+    total = sum(rows.values())
+    return {size: count / total for size, count in rows.items()} if total >= LEAST_ROWS else {}
+
+
+def shape_shift(block: Block, normal: Normal) -> float | None:
+    """Total variation distance of the rows' sizes from what is normal: 0 the same, 1 nothing in common; None with too few."""
+    now = shapes_of(block)
+    if not now or not normal.shapes:
+        return None
+    return sum(abs(now.get(size, 0.0) - normal.shapes.get(size, 0.0)) for size in now.keys() | normal.shapes.keys()) / 2
+
+
+def other_shapes(normal: Normal, block: Block) -> Normal | None:
+    """`normal` for the new traffic, where the mix of row sizes is another one than before."""
+    shift = shape_shift(block, normal)
+    return replace(normal, shapes=shapes_of(block)) if shift is not None and shift > SHAPES_LIMIT else None
 
 
 def cost_ratio(block: Block, normal: Normal) -> float | None:
@@ -149,6 +189,7 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise
         *_dear(quiet, config.objective.cpu_s_per_request),
         *_memory(seen, normal, config),
         *_fidelity(seen.lately, config),
+        *_confidence(seen.lately, normal),
         *_labels(seen.lately, normal),
     ]
     return [one for one in found if one is not None]
@@ -261,10 +302,22 @@ def _fidelity(lately: Block, config: ModelConfig) -> list[Suspicion | None]:
         return []
     _, high = wilson(lately.agreed, lately.compared)
     if high >= least:
-        return []
+        worst = worst_class(lately.likeness, config)
+        numbers: JSON = {"class": worst.group, "agreed": worst.agreed, "compared": worst.compared, "floor": worst.floor} if worst else {}
+        return [Suspicion(Kind.FIDELITY, worst.text, numbers)] if worst else []
     share = lately.agreed / lately.compared
     text = f"agrees with golden on {share:.1%} of {lately.compared} live requests (floor {least:.1%})"
     return [Suspicion(Kind.FIDELITY, text, {"agreed": lately.agreed, "compared": lately.compared, "floor": least})]
+
+
+def _confidence(lately: Block, normal: Normal) -> list[Suspicion | None]:
+    """It doubts more than golden does on the same requests, and did not when it was new."""
+    shift = less_sure(lately.likeness, normal.likeness)
+    if shift is None:
+        return []
+    entropy, margin = shift
+    text = f"less sure than golden on the same requests: entropy {entropy:+.2f}, margin {margin:+.2f} standard deviations since it was new"
+    return [Suspicion(Kind.CONFIDENCE, text, {"entropy_shift": round(entropy, 3), "margin_shift": round(margin, 3)})]
 
 
 def _labels(lately: Block, normal: Normal) -> list[Suspicion | None]:

@@ -297,7 +297,7 @@ def run_worker(settings: Settings) -> int:
     """Work until a signal; the job in hand is given back. Returns the exit status."""
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     state = StateFolder(settings.state).prepare()
-    repository = Repository(settings.repository, settings.allowed_roots, settings.factories)
+    repository = Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked)
     journal = open_journal(settings.journal)
     metrics = Metrics()
     metrics.gauge("hone_worker_busy", value=0)

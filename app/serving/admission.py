@@ -18,7 +18,7 @@ from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard, Proof, RowsPro
 from app.catalog.model_config import ModelConfig
 from app.catalog.model_files import ModelFile
 from app.catalog.processing import Processor
-from app.catalog.repository import FoundModel, FoundVersion, Repository
+from app.catalog.repository import ONNX_NAME, FoundModel, FoundVersion, Repository
 from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import Reference, References, reference_inputs
 from app.catalog.state_folder import StateFolder
@@ -107,13 +107,12 @@ class Admission:
 
     # ---- golden
     async def _golden(self, found: FoundModel, version: FoundVersion) -> Admitted:
-        if version.error or version.path is None:
-            raise ModelRejected(version.error or f"{version.folder} holds no model")
+        path = await self._model_file(version)
         sha256 = await asyncio.to_thread(self._repository.sha256, version)
         config = found.config or ModelConfig()
         card = await asyncio.to_thread(self._cards.golden, found.name, version.number)
         if card is None or card.sha256 != sha256:
-            card = await self._inspected(found, version, sha256, config)
+            card = await self._inspected(found, version, path, sha256, config)
         rows = rows_by_word(card.rows, card.signature, config)
         proof = await asyncio.to_thread(self._cards.proof, card, sha256, self._host_class)
         reference = await asyncio.to_thread(self._reference, found.name, sha256)
@@ -122,13 +121,22 @@ class Admission:
             file, function = self._repository.factory(config)
             factory = f"{file}:{function}"
         return Admitted(
-            found.name, version.number, version.kind, version.path, factory, _with_rows(card.signature, rows), sha256, sha256,
+            found.name, version.number, version.kind, path, factory, _with_rows(card.signature, rows), sha256, sha256,
             self._settings(config, rows, card.facts.get("serving") or {}, proof), card, proof, reference,
             precision=str(card.facts.get("quantized") or "") and "int8",
         )  # fmt: skip
 
-    async def _inspected(self, found: FoundModel, version: FoundVersion, sha256: str, config: ModelConfig) -> GoldenCard:
-        assert version.path is not None
+    async def _model_file(self, version: FoundVersion) -> Path:
+        """The file to open; a packed one is unpacked first, in a task child. Raises ModelRejected, InsufficientStorage or NotAllowed."""
+        if version.packed:
+            unpacked, packed = self._repository.unpacked, version.files[0]
+            if await asyncio.to_thread(unpacked.find, packed) is None:
+                with unpacked.room() as folder:
+                    result = await self._checked("unpack", {"path": str(packed.path), "out": str(folder / ONNX_NAME)})
+                    return await asyncio.to_thread(unpacked.take, packed, result)
+        return await asyncio.to_thread(self._repository.model_file, version)
+
+    async def _inspected(self, found: FoundModel, version: FoundVersion, path: Path, sha256: str, config: ModelConfig) -> GoldenCard:
         if version.kind == "torch":
             assert config.source is not None
             facts: JSON = {"serving": {}}
@@ -136,7 +144,7 @@ class Admission:
             rows = RowsProof(False, "rows of a PyTorch model are batched where model.yaml states batching: {rows: independent}")
         else:
             request = {
-                "path": str(version.path),
+                "path": str(path),
                 "rows": "auto",
                 "link_roots": [str(root) for root in (self._repository.root, *self._repository.allowed_roots)],
             }
@@ -148,9 +156,12 @@ class Admission:
         return await asyncio.to_thread(self._cards.write_golden, card)
 
     async def inspect(self, request: Mapping[str, Any]) -> JSON:
-        """The full check of an ONNX file in a task child. Raises ModelRejected."""
+        """The full check of an ONNX file in a task child. Raises ModelRejected or InsufficientStorage."""
+        return await self._checked("inspect", request)
+
+    async def _checked(self, kind: str, request: Mapping[str, Any]) -> JSON:
         try:
-            return await self._run_task("inspect", request)
+            return await self._run_task(kind, request)
         except TaskFailed as failure:
             text = failure.text.strip() or failure.kind.value
             if failure.kind is Failure.OUT_OF_MEMORY:

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 from app.catalog.tensors import to_array
 from app.domain import OWN, InferenceRequest, InferenceResult, Tensor
 from app.errors import HoneError
+from app.telemetry.likeness import Row
 
 log = logging.getLogger("hone.serving")
 WAITING: Final = 32
@@ -27,6 +28,8 @@ EVERY_S: Final = 0.2
 DRIFT_SAMPLES: Final = 400
 LEAST_DRIFT: Final = 100
 CALL_S: Final = 10.0
+MOST_ROWS: Final = 64
+"""Of one request, whose classes and confidence are held to golden's."""
 
 
 class Answering(Protocol):
@@ -49,11 +52,12 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Whether a version's answer to one live request is golden's. `cpu_s` is what asking took."""
+    """Whether a version's answer to one live request is golden's; `rows` of it where both are scores of classes. `cpu_s` is what asking took."""
 
     version: str
     agrees: bool
     cpu_s: float
+    rows: tuple[Row, ...] = ()
 
 
 @dataclass
@@ -112,7 +116,8 @@ class Mirror:
         except HoneError:
             return Compared(version, False, 0.0), []
         first, other = (result.outputs, seen.answer) if golden is None else (golden, result.outputs)
-        return Compared(version, await asyncio.to_thread(self.agrees, first, other), result.cpu_s), result.outputs
+        agrees, rows = await asyncio.to_thread(lambda: (self.agrees(first, other), self.rows(first, other)))
+        return Compared(version, agrees, result.cpu_s, rows), result.outputs
 
     def agrees(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
         """By the first output: the top class for classifiers; cosine or SQNR against the floor for everything else. Texts must be the same."""
@@ -132,6 +137,31 @@ class Mirror:
         if self.metric in ("agreement", "accuracy") and a.shape[-1] > 1:
             return bool((a.argmax(-1) == b.argmax(-1)).all())
         return _close(a, b, self.metric) >= self.floor
+
+    def rows(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Row, ...]:
+        """How sure both are of each row's classes; nothing where the first output is no finite scores [n, classes] on both sides."""
+        import numpy as np
+
+        first, second = to_array(golden[0]), to_array(other[0])
+        if self.metric not in ("agreement", "accuracy") or first.shape != second.shape or first.ndim != 2 or first.shape[1] < 2:
+            return ()
+        if first.dtype.kind != "f" or not (np.isfinite(first).all() and np.isfinite(second).all()):
+            return ()
+        groups, same = first[:MOST_ROWS].argmax(1), first[:MOST_ROWS].argmax(1) == second[:MOST_ROWS].argmax(1)
+        (entropy, margin), (other_entropy, other_margin) = (_sureness(scores[:MOST_ROWS].astype(np.float64)) for scores in (first, second))
+        columns = (groups, same, entropy, other_entropy, margin, other_margin)
+        return tuple(Row(*row) for row in zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _sureness(scores: Any) -> tuple[Any, Any]:
+    """Entropy (nats) and margin of each row's probabilities."""
+    import numpy as np
+
+    from app.catalog.processing import activate
+
+    p = np.clip(activate(scores, "auto"), 0.0, 1.0)
+    best = np.sort(p, axis=1)
+    return -(p * np.log(np.maximum(p, 1e-12))).sum(1), best[:, -1] - best[:, -2]
 
 
 def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -131,7 +131,7 @@ class Vitals:
                     break
                 found += [(slot.name, compared) async for compared in self._compare(slot)]
         for name, compared in found:
-            self.window.compared(name, compared.version, compared.agrees)
+            self.window.compared(name, compared.version, compared.agrees, compared.rows)
         return found
 
     async def _compare(self, slot: Slot) -> AsyncIterator[Compared]:

@@ -44,6 +44,15 @@ GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_event_loop_lag_seconds": ("How late the event loop ran its last timer.", []),
     "hone_model_state": ("1 for what the loop is about with the model.", ["model", "state"]),
     "hone_fidelity_ratio": ("Share of compared live answers that agree with golden, over five minutes.", VERSION),
+    "hone_class_fidelity_ratio": (
+        "Share of compared live rows that agree with golden, by golden's class; the twenty lowest classes, over five minutes.",
+        ["model", "version", "class"],
+    ),
+    "hone_confidence_shift": (
+        "Paired shift of entropy and margin against golden, in standard deviations of golden's own; over five minutes.",
+        ["model", "version", "figure"],
+    ),
+    "hone_shape_shift_ratio": ("Distance of the mix of row sizes from the normal one: 0 the same, 1 nothing in common.", ["model"]),
     "hone_ladder_rung": ("1 while a faster version answers because of load.", ["model"]),
     "hone_drift_score": ("How far the predicted classes are from the reference's (population stability index).", ["model"]),
     "hone_slo_attainment_ratio": ("Share of answers within the model's latency objective, over five minutes.", ["model"]),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, TypeAlias
 
 from app.domain import Observation
+from app.telemetry.likeness import Likeness, Row
 from app.telemetry.sketch import LogSketch
 
 BLOCK_S: Final = 5.0
@@ -75,6 +76,7 @@ class Block:
     disturbed: bool = False
     total: LogSketch = field(default_factory=LogSketch)
     costs: dict[Bucket, Cost] = field(default_factory=dict)
+    likeness: Likeness = field(default_factory=Likeness)
 
     @property
     def seconds(self) -> float:
@@ -105,6 +107,7 @@ class Block:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.began, self.ended = min(self.began, other.began), max(self.ended, other.ended)
         self.disturbed = self.disturbed or other.disturbed
+        self.likeness.merge(other.likeness)
         if not sketches:
             return
         self.total.merge(other.total)
@@ -263,11 +266,12 @@ class Window:
     def died(self, model: str, version: str) -> None:
         self._block(model, version, self._clock()).deaths += 1
 
-    def compared(self, model: str, version: str, agrees: bool) -> None:
-        """A live request was answered by golden too."""
+    def compared(self, model: str, version: str, agrees: bool, rows: Iterable[Row] = ()) -> None:
+        """A live request was answered by golden too; `rows` of it where both gave scores of classes."""
         block = self._block(model, version, self._clock())
         block.compared += 1
         block.agreed += agrees
+        block.likeness.add(rows)
 
     def labelled(self, model: str, version: str, right: bool) -> None:
         """A true label came for one of its answers."""
