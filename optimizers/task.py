@@ -31,6 +31,7 @@ KINDS: Final[dict[str, str]] = {
     "verify": "optimizers.judge:run",
     "blame": "optimizers.blame:run",
     "unpack": "optimizers.packed:run",
+    "samples": "optimizers.sample_function:run",
 }
 """Kind of task -> 'module:function'. The function takes (request: dict, budget: Budget) and returns a JSON-able dict or dataclass."""
 

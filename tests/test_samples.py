@@ -382,18 +382,25 @@ def test_a_folder_of_images_goes_through_the_models_preprocessing(tmp_path: Path
         reader(tmp_path).read("images", "k")
 
 
-def test_a_python_function_gives_samples_from_an_allowed_folder_only(tmp_path: Path) -> None:
+def test_a_python_function_gives_samples_from_an_allowed_folder_and_never_runs_here(tmp_path: Path) -> None:
     (tmp_path / "factories").mkdir()
     (tmp_path / "factories" / "data.py").write_text(
         "import numpy as np\ndef train():\n return {'x': np.zeros((5, 4), 'f4')}, [0, 1, 2, 0, 1]\n"
         "def broken():\n raise OSError('no data')\ndef wrong():\n return 3\n"
+        "def ends():\n import os\n os._exit(3)\ndef odd():\n return {'x': np.zeros((5, 4)), 'y': np.zeros(4)}\n"
     )
     with pytest.raises(NotAllowed, match="HONE_FACTORIES"):
         reader(tmp_path).read("data.py:train", "samples.train")
     read = reader(tmp_path, factories=[tmp_path / "factories"])
     found = read.read("data.py:train", "samples.train")
     assert len(found) == 5 and found.labels is not None and found.labels.tolist() == [0, 1, 2, 0, 1]
-    for function, part in (("broken", "OSError: no data"), ("wrong", "returned int"), ("absent", "AttributeError")):
+    for function, part in (
+        ("broken", "OSError: no data"),
+        ("wrong", "returned int"),
+        ("absent", "AttributeError"),
+        ("odd", "different length"),
+        ("ends", "3"),
+    ):
         with pytest.raises(ModelRejected, match=part):
             read.read(f"data.py:{function}", "k")
 

@@ -1,13 +1,13 @@
 """Reads the samples that an owner names in model.yaml: an .npz, a folder of images, a Python function, or what was captured.
 
-A function is the operator's code and runs in the calling process: call this from a job's child, never from the server itself.
+A function is the operator's code and runs in a task child, never in the process that reads.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ from app.catalog.tensors import DTYPES, to_array
 from app.domain import BYTES, Signature, TensorSpec
 from app.errors import HoneError, ModelRejected, NotFound
 from optimizers.samples import Samples
+from optimizers.task import TaskFailed, TaskLimits, run_task_sync
 
 IMAGES: Final = frozenset({".png", ".jpg", ".jpeg"})
 MOST_SAMPLES: Final = 4096
 MAX_IMAGE_BYTES: Final = 256 << 20
+FUNCTION_S: Final = 600.0
 
 
 @dataclass(frozen=True)
@@ -146,25 +148,17 @@ def _fitting(values: NDArray[Any], spec: TensorSpec, batchable: bool, where: str
 
 
 def _call(source: str, factories: Sequence[Path], where: str) -> Samples:
-    """Run FILE.py:FUNCTION; it returns Samples, a mapping of arrays, or (mapping, labels)."""
+    """What FILE.py:FUNCTION makes, run in a task child."""
     path, function = factory_file(source, factories)
-    spec = importlib.util.spec_from_file_location(f"hone_samples_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        made = getattr(module, function)()
-    except Exception as error:
-        raise ModelRejected(f"{where} failed: {type(error).__name__}: {error}") from error
-    if isinstance(made, Samples):
-        return made
-    inputs, labels = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(inputs, Mapping):
-        raise ModelRejected(f"{where} returned {type(made).__name__}; return a mapping from input names to arrays, or (mapping, labels)")
-    arrays = {str(name): np.asarray(values) for name, values in inputs.items()}
-    if len({len(values) for values in arrays.values()} | ({len(labels)} if labels is not None else set())) > 1:
-        raise ModelRejected(f"{where} returned arrays of different length; their first axis is the samples")
-    return Samples(arrays, None if labels is None else np.asarray(labels, dtype=np.int64))
+    with tempfile.TemporaryDirectory(prefix="hone-samples-") as folder:
+        out = Path(folder) / "samples.npz"
+        try:
+            run_task_sync("samples", {"path": str(path), "function": function, "out": str(out)}, TaskLimits(FUNCTION_S, nice=5))
+            return Samples.load(out)
+        except TaskFailed as failure:
+            raise ModelRejected(f"{where} {failure.text}") from None
+        except ValueError as error:
+            raise ModelRejected(f"{where} returned what are no samples: {error}") from None
 
 
 def _label(name: str, labels: Sequence[str], classes: Sequence[Path], where: str) -> int:

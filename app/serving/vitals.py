@@ -29,6 +29,7 @@ log = logging.getLogger("hone.serving")
 PROBES: Final = 8
 """Different inputs that a probe goes through."""
 SLICE_S: Final = 0.015
+LONGEST_TURN_S: Final = 0.06
 LEAST_ROUNDS: Final = 8
 MOST_ROUNDS: Final = 30
 DEATHS_S: Final = 300.0
@@ -197,14 +198,15 @@ async def _take_turns(
         for which in (0, 1, 1, 0) if len(rounds) % 2 else (1, 0, 0, 1):
             turns[which].append(await _turn(engines[which], inputs, calls))
         rounds.append(turns)
-        if monotonic() > until + seconds:
+        if monotonic() > until + 2 * seconds:
             break
     return rounds
 
 
 async def _calls_in_a_slice(engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]]) -> int:
-    walls = [(await _turn(engine, inputs, 5))[1] for engine in engines]
-    return max(2, min(64, round(SLICE_S / max(1e-5, min(walls)))))
+    """So many that a turn of the quicker one fills a slice, and none of the slower takes so long that the rounds become too few."""
+    walls = [max(1e-5, (await _turn(engine, inputs, 5))[1]) for engine in engines]
+    return max(2, min(64, round(SLICE_S / min(walls)), round(LONGEST_TURN_S / max(walls))))
 
 
 async def _turn(engine: Engine, inputs: Sequence[list[Tensor]], calls: int) -> Turn:
