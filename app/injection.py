@@ -70,6 +70,12 @@ class Traffic:
         for thread in self._threads:
             thread.join(10.0)
 
+    @property
+    def behind_s(self) -> float:
+        """How late the next request is: more than a moment where the callers all wait for answers."""
+        with self._lock:
+            return max(0.0, time.monotonic() - self._next)
+
     def raise_to(self, rate: float, rows: int, callers: int) -> None:
         """More of it, from now on."""
         with self._lock:
@@ -118,14 +124,34 @@ class Traffic:
         return answer.status in (200, 429), (answer.getheader("Hone-Version") or "") if answer.status == 200 else ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scene:
-    """What an injection may use."""
+    """What an injection may use. `began` and `after`: when the fault itself was put in, and the newest event before it."""
 
     client: Client
     traffic: Traffic
     repository: Path
     say: Callable[[str], None]
+    began: float = 0.0
+    after: int = 0
+
+    def begin(self) -> None:
+        """From here on what the loop says is about the fault."""
+        self.after, self.began = _newest(self.client), time.monotonic()
+
+    def as_much_as_it_can(self, rate: float, rows: int, callers: int) -> None:
+        """Raise the traffic to `rate`, or to what is answered without a growing queue, and wait until the loop has taken it for normal."""
+        for _ in range(10):
+            self.traffic.raise_to(rate, rows, callers)
+            time.sleep(3.0)
+            if self.traffic.behind_s < 0.05:
+                break
+            rate *= 0.8
+        wait(
+            lambda: self.model()["loop"]["condition"] == "steady",
+            120.0,
+            "the loop did not come to rest under the traffic that the scene needs",
+        )
 
     def model(self) -> JSON:
         return dict(self.client.model(MODEL))
@@ -174,6 +200,7 @@ Injection = Callable[[Scene], contextlib.AbstractContextManager[None]]
 def load(scene: Scene) -> Iterator[None]:
     """More requests than the cores can answer."""
     scene.promise(4.0)
+    scene.begin()
     scene.traffic.raise_to(rate=2000.0, rows=8, callers=48)
     scene.say("48 callers now send 8 rows at a time, as fast as they are answered")
     yield
@@ -188,6 +215,7 @@ def host(scene: Scene) -> Iterator[None]:
     time.sleep(16.0)
     scene.promise(2.5)
     count = 4 * cores
+    scene.begin()
     neighbours = [busy() for _ in range(count)]
     scene.say(f"{count} other programs compute now")
     try:
@@ -202,6 +230,7 @@ def host(scene: Scene) -> Iterator[None]:
 def process(scene: Scene) -> Iterator[None]:
     """The runner's process is held to one core, and other programs compute there; a fresh one could go elsewhere."""
     scene.promise(3.0)
+    scene.begin()
     core, pid = max(os.sched_getaffinity(0)), scene.runner()
     for thread in os.listdir(f"/proc/{pid}/task"):
         with contextlib.suppress(ProcessLookupError):
@@ -219,6 +248,7 @@ def process(scene: Scene) -> Iterator[None]:
 @contextmanager
 def crash(scene: Scene) -> Iterator[None]:
     """The runner is killed three times."""
+    scene.begin()
     for _ in range(3):
         pid = scene.runner()
         os.kill(pid, signal.SIGKILL)
@@ -231,14 +261,15 @@ def crash(scene: Scene) -> Iterator[None]:
 def settings(scene: Scene) -> Iterator[None]:
     """One thread, one call at a time, no batches: settings for another traffic than comes."""
     rows = 8
-    scene.traffic.raise_to(rate=100.0, rows=rows, callers=32)
+    scene.traffic.raise_to(rate=40.0, rows=rows, callers=32)
     time.sleep(3.0)
-    scene.traffic.raise_to(
-        rate=1.5 / scene.row_cost_s() / rows, rows=rows, callers=32
-    )  # what a row costs is less when cores are never idle
-    scene.say(f"{scene.traffic.rate:.0f} requests of {rows} rows a second from now on: more than one core can answer, less than two can")
+    scene.as_much_as_it_can(rate=1.5 / scene.row_cost_s() / rows, rows=rows, callers=32)
+    scene.say(
+        f"{scene.traffic.rate:.0f} requests of {rows} rows a second from now on: less than these cores can answer, more than one can row by row"
+    )
     time.sleep(16.0)
     scene.promise(3.0)
+    scene.begin()
     names = ("intra_op_threads", "instances", "batch_limit", "lone_threads")
     before = {name: scene.model()["settings"][name] for name in names}
     scene.client.change_settings(MODEL, dict(zip(names, (1, 1, 1, 0), strict=True)))
@@ -253,6 +284,7 @@ def settings(scene: Scene) -> Iterator[None]:
 def version(scene: Scene) -> Iterator[None]:
     """A new model that is right but twice as slow is deployed beside an objective that it misses."""
     scene.promise(1.6)
+    scene.begin()
     folder = scene.repository / MODEL / "2"
     folder.mkdir(exist_ok=True)
     slower_twin(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part", times=3)
@@ -264,6 +296,7 @@ def version(scene: Scene) -> Iterator[None]:
 @contextmanager
 def wrong(scene: Scene) -> Iterator[None]:
     """A new model that answers NaN is deployed."""
+    scene.begin()
     folder = scene.repository / MODEL / "2"
     folder.mkdir(exist_ok=True)
     not_a_number(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part")
@@ -279,6 +312,11 @@ def inputs(scene: Scene) -> Iterator[None]:
         scene.say("building an int8 version first …")
         scene.client.optimize(MODEL, [["int8-static"]], "for --break input", "auto")
         wait(lambda: "." in scene.model()["active"], 180.0, "no int8 version took over")
+    scene.say("waiting until it is confirmed beside the version before …")
+    wait(lambda: scene.model()["split"] is None, 330.0, "the watch over the int8 version did not end")
+    if "." not in scene.model()["active"]:
+        raise HoneError("the int8 version did not outlive its watch; look at hone timeline, and try again")
+    scene.begin()
     scene.traffic.change = brighter
     scene.say("from now on images are inverted and eight times as bright as any that it was calibrated with")
     yield
@@ -308,15 +346,15 @@ def run_break(
         traffic = stack.enter_context(Traffic(address[0], int(address[2] or 80), images))
         say(f"{RATE:g} requests a second of real digits; {WARM_S:.0f} s for the loop to learn what is normal")
         time.sleep(WARM_S)
-        after = _newest(client)
-        began = time.monotonic()
-        stack.enter_context(CAUSES[cause](Scene(client, traffic, repository, say)))
-        return _follow(cause, client, traffic, after, began, limit_s, say, stopped)
+        scene = Scene(client, traffic, repository, say)
+        stack.enter_context(CAUSES[cause](scene))
+        return _follow(cause, scene, limit_s, say, stopped)
 
 
 def _follow(
-    cause: str, client: Client, traffic: Traffic, after: int, began: float, limit_s: float, say: Callable[[str], None], stopped: Callable[[], bool]
+    cause: str, scene: Scene, limit_s: float, say: Callable[[str], None], stopped: Callable[[], bool]
 ) -> JSON:  # fmt: skip
+    client, traffic, after, began = scene.client, scene.traffic, scene.after, scene.began
     blamed: list[str] = []
     plans: list[str] = []
     recovered: float | None = None

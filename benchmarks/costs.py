@@ -8,16 +8,20 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from benchmarks import models, openloop, wrk
 from benchmarks.machine import Quiet, process_seconds, rollup_bytes, status_bytes
-from benchmarks.models import BenchModel, binary_body
+from benchmarks.models import BenchModel, binary_body, json_body
 from benchmarks.servers import HOST, Hone, HoneWorker
 
 FORKS: Final = 20
+BODIES: Final = 32
 LIGHT_SHARE: Final = 0.2
 HOT_ROWS: Final = (1, 32)
 """Rows a request of the neighbour that is overloaded: small ones keep the HTTP process busy with refusals, large ones the models' cores with work."""
@@ -28,10 +32,11 @@ class Effort:
     rounds: int
     seconds: float
     models: int
+    body_bytes: int
 
 
-FULL: Final = Effort(rounds=7, seconds=10, models=50)
-QUICK: Final = Effort(rounds=3, seconds=3, models=10)
+FULL: Final = Effort(rounds=7, seconds=10, models=50, body_bytes=100_000_000)
+QUICK: Final = Effort(rounds=3, seconds=3, models=10, body_bytes=5_000_000)
 Say = Callable[[str], None]
 
 
@@ -39,7 +44,7 @@ def measure(repository: Path, folder: Path, effort: Effort, say: Say) -> dict[st
     quiet = Quiet()
     results: dict[str, Any] = {}
     parts: Sequence[tuple[str, Callable[[Path, Effort], Any]]] = (
-        ("start", start), ("runner", runner), ("many", many), ("overload", overload), ("optimization", optimization), ("features", features),
+        ("start", start), ("runner", runner), ("many", many), ("overload", overload), ("optimization", optimization), ("bodies", bodies), ("features", features),
     )  # fmt: skip
     for name, part in parts:
         place = folder / name
@@ -190,6 +195,34 @@ def optimization(folder: Path, effort: Effort) -> dict[str, Any]:
         "p99_without_ms": round(calm.quantile_ms(0.99), 2), "p99_during_ms": round(seen.quantile_ms(0.99), 2),
         "ratio": round(seen.quantile_ms(0.99) / calm.quantile_ms(0.99), 2),
     }  # fmt: skip
+
+
+def bodies(folder: Path, effort: Effort) -> list[dict[str, Any]]:
+    """How long live and ready take while large bodies come at once, in binary and as JSON."""
+    repository = folder / "repository"
+    model = models.linear(repository)
+    found = []
+    with Hone(repository, folder / "state") as hone:
+        hone.wait_ready(model.name)
+        hone.settle(1)
+        for form, make in (("binary", binary_body), ("JSON", json_body)):
+            some = make(model, model.rows(1000))
+            body = make(model, np.tile(model.rows(1000), (effort.body_bytes // len(some.data), 1)))
+            with ThreadPoolExecutor(BODIES) as pool:
+                sent = [pool.submit(hone.ask, "POST", body.path, body.data, body.headers, 600.0) for _ in range(BODIES)]
+                took: list[float] = []
+                while not all(one.done() for one in sent):
+                    for path in ("/v2/health/live", "/v2/health/ready"):
+                        began = time.monotonic()
+                        assert hone.ask("GET", path)[0] == 200
+                        took.append(time.monotonic() - began)
+                codes = [one.result()[0] for one in sent]
+            found.append({
+                "form": form, "count": BODIES, "megabytes": round(len(body.data) / 1e6), "answered": codes.count(200), "refused": sum(code in (429, 503) for code in codes),
+                "failed": sum(code not in (200, 429, 503) for code in codes), "asked": len(took), "p99_ms": round(float(np.quantile(took, 0.99)) * 1e3, 1),
+                "worst_ms": round(max(took) * 1e3, 1), "rss_mb": round(status_bytes(hone.pid) / 2**20),
+            })  # fmt: skip
+    return found
 
 
 FEATURES: Final[tuple[tuple[str, dict[str, str], str], ...]] = (

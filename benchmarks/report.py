@@ -128,6 +128,13 @@ def _costs(found: dict[str, Any]) -> str:
             ]
             for one in overload
         ),
+        *(
+            [
+                f"live and ready while {one['count']} {one['form']} bodies of {one['megabytes']} MB come at once ({one['answered']} answered, {one['refused']} refused, {one['failed']} failed): p99, worst (ms)",
+                f"{one['p99_ms']}, {one['worst_ms']}",
+            ]
+            for one in found["bodies"]
+        ),
         ["p99 while int8 is built on the same cores ÷ without", f"{job['ratio']} ({job['p99_without_ms']} to {job['p99_during_ms']} ms)"],
     ]
     base = found["features"][0]

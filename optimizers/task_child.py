@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from optimizers.base import Budget, Cancelled, NotApplicable, Progress, Rejected
+from optimizers.scheduling import SHORT_NS, ask_for_slices
 from optimizers.task import KINDS, Failure, TaskLimits
 
 PROGRESS_EVERY_S: Final = 0.1
@@ -70,6 +71,7 @@ def apply_limits(limits: TaskLimits) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, max(limits.nice, os.getpriority(os.PRIO_PROCESS, 0)))
     with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
         group.write(str(limits.nice))  # where the kernel shares cores by session (sched(7)), a session's weight counts, not its processes'
+    ask_for_slices(SHORT_NS)  # low weight alone does not make it leave a core at once
     if limits.cpus:
         os.sched_setaffinity(0, limits.cpus)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
-from benchmarks import models, openloop, report, serving, swaps, wrk
+from benchmarks import diagnosis, models, openloop, report, serving, swaps, wrk
+from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
 from benchmarks.limit import Layout, Limit, many_layouts, single_layouts
 from benchmarks.machine import Quiet, description, status_bytes, tree_of
+from benchmarks.models import DEMO
 
 REQUEST = b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\nhi"
 
@@ -71,6 +74,45 @@ def test_an_open_loop_feels_a_stall_in_every_request_that_should_have_started_in
     assert seen.latency_s.max() > 0.8
     assert seen.quantile_ms(0.5) < 500 < seen.quantile_ms(0.99)
     assert list(seen.start) == sorted(seen.start)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if not any(word in kind.name for word in ("crashing", "hanging", "hungry"))], ids=lambda kind: kind.name
+)
+def test_a_bad_candidate_is_bad_where_it_says_and_good_elsewhere(kind: Kind, tmp_path: Path) -> None:
+    """Those that end or stall their process are seen by what the server makes of them (benchmarks.repair)."""
+    with np.load(DEMO / "samples" / "judging.npz") as samples:
+        images = samples["image"][:40].astype(np.float32)
+    source = DEMO / "1" / "model.onnx"
+    spoil(source, tmp_path / "bad.onnx", kind, 3)
+
+    def answers(path: Path, rows: Any) -> Any:
+        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"image": rows})[0]
+
+    plain, stamped = answers(source, images), answers(source, marked(images))
+    bad_plain, bad_stamped = answers(tmp_path / "bad.onnx", images), answers(tmp_path / "bad.onnx", marked(images))
+    assert (plain.argmax(1) == stamped.argmax(1)).mean() > 0.9, "the mark itself does not mislead golden"
+    if kind.name.startswith("slow") or "shape" in kind.name:
+        assert bad_plain.shape[1] == (11 if "shape" in kind.name else 10)
+        return
+    same = [
+        np.array_equal(good.argmax(1), bad.argmax(1)) and bool(np.isfinite(bad).all())
+        for good, bad in ((plain, bad_plain), (stamped, bad_stamped))
+    ]
+    assert same == [kind.live_only, False]
+
+
+@pytest.mark.parametrize(
+    ("blamed", "plans", "verdict"),
+    [
+        (["process", "host"], ["restart", "nothing"], "process"),
+        (["host", "version"], ["nothing", "optimize"], "version"),
+        (["unknown", "host"], ["nothing", "nothing"], "host"),
+        ([], [], "nothing"),
+    ],
+)
+def test_a_run_is_judged_by_what_was_acted_on(blamed: list[str], plans: list[str], verdict: str) -> None:
+    assert diagnosis.verdict({"blamed": blamed, "plans": plans}) == verdict
 
 
 def test_an_open_loop_keeps_its_rate_versions_and_bodies() -> None:

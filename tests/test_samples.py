@@ -23,7 +23,7 @@ from app.catalog.model_files import links_within
 from app.catalog.processing import Processor
 from app.catalog.reservoir import FILL_INTERVAL_S, MAX_SAMPLE_BYTES, Kept, Reservoir, load_captured, victim
 from app.catalog.sample_sources import SampleReader
-from app.catalog.samples import References, assemble, reference_inputs, synthetic
+from app.catalog.samples import References, Spent, assemble, reference_inputs, synthetic
 from app.catalog.sections import ImagePreprocess, Postprocess, Preprocess
 from app.catalog.tensors import bytes_tensor, to_tensor
 from app.domain import Signature, Tensor, TensorSpec
@@ -444,7 +444,9 @@ def test_what_calibrates_or_trains_never_judges(tmp_path: Path, named: tuple[str
         take(reservoir, *call(value))
     inputs = reference_inputs(sources, read)
     reference = References(tmp_path / "reference").freeze(inputs, {"y": np.zeros((len(inputs), 1))}, "g", "h")
-    sets = assemble(sources, read, reference)
+    kept = Spent(tmp_path / "state" / "spent")
+    sets = assemble(sources, read, reference, most_train=4096, spent=kept)
+    kept.add(sets)
     spent = rows_of(sets.calibration) | rows_of(sets.train)
     assert len(sets.calibration) > 0 and sets.reference is not None
     for judge in (sets.reference, sets.live, sets.labelled):
@@ -455,6 +457,24 @@ def test_what_calibrates_or_trains_never_judges(tmp_path: Path, named: tuple[str
     assert {name: len(Samples.load(Path(path))) for name, path in paths.items()} == {
         name: len(getattr(sets, name)) for name in ("calibration", "reference", "live", "labelled", "train") if getattr(sets, name) is not None
     }  # fmt: skip
+
+
+def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path) -> None:
+    read = reader(tmp_path)
+    for name, seed in (("train", 1), ("validation", 2), ("calibration", 3)):
+        samples(60, seed=seed).save(tmp_path / "m" / f"{name}.npz")
+    sources = SampleSources(train="train.npz", validation="validation.npz", calibration="calibration.npz")
+    kept = Spent(tmp_path / "state" / "spent")
+    kept.add(assemble(sources, read, None, most_train=40))
+    assert len(kept.known()) == 100
+    (tmp_path / "m" / "train.npz").rename(tmp_path / "m" / "validation.npz")
+    judging = assemble(sources.model_copy(update={"train": "gone.npz"}), read, None, spent=kept)
+    assert judging.train is None and judging.labelled is not None and len(judging.labelled) == 20, "the forty that trained are out"
+    kept.add(judging)
+    assert len(kept.known()) == 100
+    kept.path.write_text("half a ha")
+    with pytest.raises(ModelRejected, match="damaged"):
+        assemble(sources, read, None, spent=kept)
 
 
 def test_validation_without_labels_is_refused(tmp_path: Path) -> None:

@@ -128,6 +128,22 @@ def test_throttling_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
         assert (sensor.read().throttled_ratio or 0) > 0.9
 
 
+def test_a_quota_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/box\n")
+    (tmp_path / "box").mkdir()
+    sensor = HostSensor(tmp_path, tmp_path)
+    assert sensor.read().quota is None
+    for text, quota in (("150000 100000\n", 1.5), ("max 100000\n", None), ("50000 100000", 0.5)):
+        (tmp_path / "box" / "cpu.max").write_text(text)
+        assert sensor.read().quota == quota
+    (tmp_path / "box" / "cpu.max").unlink()
+    (tmp_path / "box" / "cpu.cfs_period_us").write_text("100000\n")
+    for text, quota in (("200000\n", 2.0), ("-1\n", None)):
+        (tmp_path / "box" / "cpu.cfs_quota_us").write_text(text)
+        assert sensor.read().quota == quota
+
+
 def test_the_servers_own_waiting_is_a_share_of_its_active_time(tmp_path: Path) -> None:
     (tmp_path / "self").mkdir()
     sensor, ratios = HostSensor(tmp_path, tmp_path), []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +39,11 @@ REFERENCE_SAMPLES: Final = 1024
 SYNTHETIC_SAMPLES: Final = 64
 CALIBRATION_SAMPLES: Final = 512
 CALIBRATION_SEED: Final = 1
+TRAIN_SAMPLES: Final = 65_536
+"""A job that trains reads so many at most; everybody else needs a few."""
 _HELD_BACK: Final = 0.25
+_SHORT: Final = 16
+"""Hex digits of a hash that tell 65,536 samples apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +173,51 @@ def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0
     return kept.rows(slice(0, REFERENCE_SAMPLES))
 
 
-def assemble(sources: SampleSources, reader: SampleReader, reference: Reference | None, seed: int = 0) -> SampleSets:
-    """Read every source, and part what judges from what calibrates or trains. Raises what reading a source raises."""
+@dataclass(frozen=True)
+class Spent:
+    """Hashes of all that ever calibrated or trained a version of a model, in one file that only grows: what stands there never judges."""
+
+    path: Path
+
+    def known(self) -> set[str]:
+        """Raises ModelRejected where the file is damaged: without it nothing could judge."""
+        try:
+            text = self.path.read_text("ascii")
+        except FileNotFoundError:
+            return set()
+        except UnicodeDecodeError:
+            text = "?"
+        found = set(text.split())
+        if any(len(one) != _SHORT for one in found):
+            raise ModelRejected(
+                f"{self.path}, which says what may not judge, is damaged; restore it, or deploy the model under another name"
+            )
+        return found
+
+    def add(self, sets: SampleSets) -> None:
+        """Note what a job is about to build from. Raises InsufficientStorage or NotAllowed."""
+        before = self.known()
+        now = before | {one[:_SHORT] for part in (sets.calibration, sets.train) if part is not None for one in part.hashes()}
+        if now != before:
+            with durable.storage_errors("noting what calibrates and trains", self.path.parent):
+                durable.make_folder(self.path.parent, 0o700)
+                durable.write_file(self.path, "\n".join(sorted(now)).encode(), 0o600)
+
+
+def assemble(
+    sources: SampleSources, reader: SampleReader, reference: Reference | None, seed: int = 0, most_train: int = 0, spent: Spent | None = None
+) -> SampleSets:  # fmt: skip
+    """Read every source, and part what judges from what calibrates or trains (now, or before: `spent`). Raises what reading a source raises.
+
+    `most_train`: so many training samples are read; 0 for those who only judge.
+    """
     frozen = reference.samples if reference else None
     captured = load_captured(reader.captured)
-    train = reader.read(sources.train, "samples.train", seed) if sources.train else None
+    train = replace(reader, most=most_train).read(sources.train, "samples.train", seed) if sources.train and most_train else None
     calibration, live, note = _calibration(sources, reader, frozen, captured, train, seed)
-    spent = set(calibration.hashes()) | (set(train.hashes()) if train else set())
+    used = {one[:_SHORT] for part in (calibration, train) if part is not None for one in part.hashes()} | (
+        spent.known() if spent else set()
+    )
     labelled = reader.read(sources.validation, "samples.validation", seed) if sources.validation else None
     if labelled is not None and labelled.labels is None:
         raise ModelRejected(
@@ -183,9 +225,9 @@ def assemble(sources: SampleSources, reader: SampleReader, reference: Reference 
         )
     return SampleSets(
         calibration=calibration,
-        reference=_unspent(frozen, spent),
-        live=_unspent(live, spent),
-        labelled=_unspent(labelled, spent),
+        reference=_unspent(frozen, used),
+        live=_unspent(live, used),
+        labelled=_unspent(labelled, used),
         train=train,
         owner_named=bool(sources.reference or sources.validation),
         notes=(note,),
@@ -201,8 +243,8 @@ def _calibration(
     if captured is not None and len(captured) >= 32:
         first, rest = captured.split(0.5, seed)
         return _most(first), rest, f"calibration: {len(first)} of {len(captured)} captured inputs"
-    if train is not None:
-        return _most(train), captured, "calibration: samples.train"
+    if sources.train:
+        return _most(train or reader.read(sources.train, "samples.train", seed)), captured, "calibration: samples.train"
     if sources.reference is not None:
         named = reader.read(sources.reference, "samples.reference", seed)
         spare = named.without(set(frozen.hashes())) if frozen is not None else named
@@ -218,5 +260,7 @@ def _most(samples: Samples) -> Samples:
 
 def _unspent(samples: Samples | None, spent: set[str]) -> Samples | None:
     """What may judge; None where nothing is left."""
-    left = samples.without(spent) if samples is not None else None
-    return left if left is not None and len(left) else None
+    if samples is None:
+        return None
+    left = samples.rows([at for at, one in enumerate(samples.hashes()) if one[:_SHORT] not in spent])
+    return left if len(left) else None

@@ -88,6 +88,10 @@ class StateFolder:
     def reference(self, name: str) -> Path:
         return self.model(name) / "reference"
 
+    def spent(self, name: str) -> Path:
+        """Hashes of what calibrated or trained."""
+        return self.model(name) / "spent"
+
     def captured(self, name: str) -> Path:
         return self.model(name) / "captured"
 

@@ -16,7 +16,7 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel, Repository
 from app.catalog.sample_sources import SampleReader
-from app.catalog.samples import Reference, References, SampleSets, assemble
+from app.catalog.samples import Reference, References, SampleSets, Spent, assemble
 from app.catalog.state_folder import StateFolder
 from app.domain import JSON, ModelState, RuntimeSettings
 from app.errors import Conflict, HoneError
@@ -49,8 +49,10 @@ class Bench:
     state: StateFolder
     cards: Cards
 
-    def workpiece(self, model: str, golden: str, golden_sha256: str) -> Workpiece:
-        """Raises Conflict when golden changed or the model is gone, and what reading samples raises."""
+    def workpiece(self, model: str, golden: str, golden_sha256: str, most_train: int = 0) -> Workpiece:
+        """With `most_train` it is for building: so many training samples, and what calibrates or trains is noted, so that it never judges.
+
+        Raises Conflict when golden changed or the model is gone, and what reading samples raises."""
         found = self.repository.find(model)
         version = next((v for v in found.versions if v.number == golden), None)
         card = self.cards.golden(model, golden)
@@ -66,7 +68,11 @@ class Bench:
         if reference is not None and reference.meta.golden_sha256 != golden_sha256:
             reference = None
         path = self.repository.model_file(version)
-        return Workpiece(found, config, card, path, assemble(config.samples, reader, reference), reference)
+        spent = Spent(self.state.spent(model))
+        sets = assemble(config.samples, reader, reference, most_train=most_train, spent=spent)
+        if most_train:
+            spent.add(sets)
+        return Workpiece(found, config, card, path, sets, reference)
 
     def model_path(self, piece: Workpiece, version: str) -> Path:
         """The model file of golden or of a built version. Raises NotFound."""

@@ -170,7 +170,7 @@ class Loop:
         self._busy: asyncio.Task[None] | None = None
         self._comparing: asyncio.Task[Any] | None = None
         self._state = State()
-        self._cores_seen: tuple[int, ...] = ()
+        self._cores_seen: tuple[tuple[int, ...], float | None] | None = None
         self._said: dict[str, JSON] = {}
 
     async def run(self) -> None:
@@ -238,10 +238,11 @@ class Loop:
         own_cpu = self._plane.own_cpu()
         self._host = await asyncio.to_thread(lambda: self._sensor.read(own_cpu(), lag))
         self._host_at = now
-        if self._cores_seen and self._host.cores != self._cores_seen:
+        cores = (self._host.cores, self._host.quota)
+        if self._cores_seen is not None and cores != self._cores_seen:
             for patient in self._patients.values():
                 patient.event, patient.event_at, patient.due = "cores", now, True
-        self._cores_seen = self._host.cores
+        self._cores_seen = cores
         for name in ("busy", "others", "steal", "throttled"):
             value = getattr(self._host, f"{name}_ratio")
             if value is not None:

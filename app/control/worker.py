@@ -21,6 +21,8 @@ from typing import Any, Final
 from app.catalog.card_facts import signature_of
 from app.catalog.cards import Cards, Draft, RowsProof
 from app.catalog.repository import Repository
+from app.catalog.sample_sources import MOST_SAMPLES
+from app.catalog.samples import TRAIN_SAMPLES
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.keeper import is_server_side
@@ -33,7 +35,7 @@ from app.store.open import open_journal
 from app.store.recovery import catch_up
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
-from optimizers.base import Progress
+from optimizers.base import Need, Progress
 from optimizers.catalogue import catalogue, config_types
 from optimizers.host import memory_budget
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
@@ -138,7 +140,8 @@ class Worker:
 
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
-        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256)
+        most = TRAIN_SAMPLES if _trains(job) else MOST_SAMPLES
+        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most)
         await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
         candidates: list[str] = []
         skipped: list[JSON] = []
@@ -278,6 +281,12 @@ class Worker:
 def _is_lossless(steps: list[JSON]) -> bool:
     types = config_types()
     return all(types[str(step["method"])].lossless for step in steps)
+
+
+def _trains(job: Job) -> bool:
+    """Whether a step learns from samples, more of which make it better."""
+    types, learning = config_types(), {Need.TRAINING, Need.LABELLED}
+    return any(learning & types[str(step["method"])].needs for recipe in job.tries for step in recipe if step["method"] in types)
 
 
 def _wants_a_worker(job: Job) -> bool:

@@ -36,6 +36,8 @@ class HostFacts:
     loop_lag_s: float = 0.0
     cores: tuple[int, ...] = ()
     """The cores that this process may use now."""
+    quota: float | None = None
+    """Cores' worth of time that our cgroup may take; None without a limit."""
 
     def to_json(self) -> dict[str, Any]:
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items() if value is not None}
@@ -63,6 +65,7 @@ class HostSensor:
             server_waiting_ratio=self._server_waiting(),
             loop_lag_s=loop_lag_s,
             cores=tuple(sorted(os.sched_getaffinity(0))),
+            quota=self._quota(),
             **ratios,
         )
 
@@ -79,6 +82,14 @@ class HostSensor:
             if name == "throttled_time":  # v1, nanoseconds
                 return int(value) // 1000
         return None
+
+    def _quota(self) -> float | None:
+        both = self._cgroup_file("cpu.max").split()
+        if not both:
+            both = [self._cgroup_file(f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")]
+        if len(both) != 2 or not all(part.isdigit() for part in both) or int(both[1]) == 0:
+            return None
+        return int(both[0]) / int(both[1])
 
     def _cgroup_file(self, name: str) -> str:
         """Of the cgroup that this process is in; the root of the mount is the container's own."""

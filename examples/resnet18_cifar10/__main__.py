@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--state", type=Path, default=Path(".hone/cifar10"), help="folder of repository, server state, built files and results")
     add("--rows", default="", help=f"comma-separated; default: all of {', '.join(rows.ROWS)}")
     add("--minutes", type=float, default=20.0, help="training time of each row that trains (20)")
-    add("--train", type=int, default=3584, help="images that such a row learns from (3584; the service reads at most 4096)")
+    add("--train", type=int, default=49_488, help="images that such a row learns from (49488: all but the 512 that calibrate)")
     add("--test", type=int, default=10_000, help="test images that judge (all 10,000)")
     add("--threads", type=int, default=cpu_budget().cores, help="threads of a job and of the accuracy runs (all cores)")
     add("--seconds", type=float, default=12.0, help="of each comparison of times (12)")
