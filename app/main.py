@@ -56,7 +56,6 @@ from app.telemetry.poll import Poller
 from app.telemetry.prometheus import Exporter
 from app.telemetry.window import Window
 from optimizers.host import cpu_budget, host_class, memory_budget
-from optimizers.scheduling import SHORT_NS, ask_for_slices
 from optimizers.task import TaskLimits, run_task
 
 log = logging.getLogger("hone")
@@ -237,7 +236,6 @@ def run_server(settings: Settings) -> int:
         sockets.append(_listen(settings.admin_host or settings.host, settings.admin_port))
     forkserver = ForkServer()
     forkserver.start()
-    ask_for_slices(SHORT_NS)  # what reads and answers requests need not wait until a runner's slice is over
     try:
         lame_duck = LameDuck()
         parts = assemble(settings, forkserver, lame_duck)

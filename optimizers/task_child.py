@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from optimizers.base import Budget, Cancelled, NotApplicable, Progress, Rejected
-from optimizers.scheduling import SHORT_NS, ask_for_slices
 from optimizers.task import KINDS, Failure, TaskLimits
 
 PROGRESS_EVERY_S: Final = 0.1
@@ -69,9 +68,11 @@ def apply_limits(limits: TaskLimits) -> None:
     """Bound this very process: priority, cores, memory, and that it is the first to go when the machine's memory ends."""
     os.sched_setscheduler(0, _SCHEDULERS[limits.scheduler], os.sched_param(0))
     os.setpriority(os.PRIO_PROCESS, 0, max(limits.nice, os.getpriority(os.PRIO_PROCESS, 0)))
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
-        group.write(str(limits.nice))  # where the kernel shares cores by session (sched(7)), a session's weight counts, not its processes'
-    ask_for_slices(SHORT_NS)  # low weight alone does not make it leave a core at once
+    if os.getsid(0) == os.getpid():  # not a terminal's, in which others run
+        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
+            group.write(
+                str(limits.nice)
+            )  # where the kernel shares cores by session (sched(7)), a session's weight counts, not its processes'
     if limits.cpus:
         os.sched_setaffinity(0, limits.cpus)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -78,8 +78,3 @@ def sleeps(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
 
 def takes_memory(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
     return {"taken": len(bytearray(request["bytes"]))}
-
-
-def own_slice(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
-    lines = Path("/proc/self/sched").read_text().splitlines()
-    return {"slice_ns": next(int(line.split(":")[1]) for line in lines if line.startswith("se.slice"))}

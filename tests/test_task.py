@@ -151,10 +151,17 @@ def test_a_killed_parent_takes_the_child_and_its_descendants_along(tmp_path: Pat
     wait_for(lambda: not any(map(alive, started)), 10)
 
 
+def _weight() -> str:
+    path = Path("/proc/self/autogroup")
+    return path.read_text() if path.exists() else ""
+
+
 def test_the_command_answers_by_hand() -> None:
+    before = _weight()
     request = json.dumps({"kind": kind("surroundings"), "request": {}, "limits": {"scheduler": "other"}})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "optimizers.task"], input=request, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=60
     )
     assert json.loads(done.stdout)["result"]["nice"] == 19
+    assert _weight() == before, "run by hand it must not make light of the terminal's session, in which others run"

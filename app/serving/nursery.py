@@ -17,14 +17,11 @@ from typing import NoReturn
 
 import orjson
 
-from optimizers.scheduling import ask_for_slices
-
 
 def main(fd: int, *preload: str) -> NoReturn:
     """Import `preload`, then answer {"fork": n} with {"forked": n, "pid": p} and a pidfd, and say {"exited": p, "status": s} later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ask_for_slices(0)  # the server's are short, and runners are better left to compute
     with open("/proc/self/comm", "w") as comm:
         comm.write("hone-forkserver")
     for name in preload:
