@@ -316,6 +316,7 @@ def inputs(scene: Scene) -> Iterator[None]:
     wait(lambda: scene.model()["split"] is None, 330.0, "the watch over the int8 version did not end")
     if "." not in scene.model()["active"]:
         raise HoneError("the int8 version did not outlive its watch; look at hone timeline, and try again")
+    time.sleep(16.0)
     scene.begin()
     scene.traffic.change = brighter
     scene.say("from now on images are inverted and eight times as bright as any that it was calibrated with")

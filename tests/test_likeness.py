@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from app.catalog.model_config import ModelConfig
-from app.control.quality import less_sure, worst_class
+from app.control.quality import sureness_shift, worst_class
 from app.control.suspicion import LEAST_ROWS, Kind, Normal, Seen, learned, other_shapes, shape_shift, suspicions, with_news
 from app.serving.mirror import Mirror
 from app.telemetry.likeness import Likeness, Row
@@ -82,18 +82,19 @@ def test_a_few_flips_spread_over_the_classes_are_no_collapse_unless_a_floor_is_n
     assert worst_class(likeness(golden, other), ModelConfig.model_validate({"task": "regression"})) is None
 
 
-def test_doubt_is_judged_by_its_size_against_what_was_usual_for_the_version() -> None:
+def test_sureness_is_judged_by_its_size_against_what_was_usual_for_the_version() -> None:
     golden = scores(600)
     noisy = (golden + RNG.normal(size=golden.shape) * 0.05).astype(np.float32)
     fresh = likeness(golden, noisy)
     assert abs(fresh.entropy.effect) < 0.05
-    assert less_sure(likeness(golden, noisy), fresh) is None
-    shift = less_sure(likeness(golden, (golden * 0.35).astype(np.float32)), fresh)
+    assert sureness_shift(likeness(golden, noisy), fresh) is None
+    shift = sureness_shift(likeness(golden, (golden * 0.35).astype(np.float32)), fresh)
     assert shift is not None and shift[0] > 0.5 and shift[1] < -0.2
-    assert less_sure(likeness(golden, (golden * 3).astype(np.float32)), fresh) is None, "surer than golden is not doubt"
-    assert less_sure(likeness(golden[:50], (golden[:50] * 0.35).astype(np.float32)), fresh) is None, "too few"
+    surer = sureness_shift(likeness(golden, (golden * 3).astype(np.float32)), fresh)
+    assert surer is not None and surer[0] < -0.5 and surer[1] > 0
+    assert sureness_shift(likeness(golden[:50], (golden[:50] * 0.35).astype(np.float32)), fresh) is None, "too few"
     softer = likeness(golden, (golden * 0.35).astype(np.float32))
-    assert less_sure(softer, softer) is None, "a distilled model may be softer from its first hour on"
+    assert sureness_shift(softer, softer) is None, "a distilled model may be softer from its first hour on"
 
 
 def test_the_first_hundred_answers_make_up_what_is_usual() -> None:

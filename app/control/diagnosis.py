@@ -96,6 +96,11 @@ class Findings:
     """What happened shortly before, where something did: start, swap, settings, host class, cores."""
 
 
+FIRST_ANSWERS: Final = 40
+FIRST_AGREED: Final = 0.98
+"""A version that agreed with golden on so many of its first live rows did not fall by itself."""
+
+
 def needs_replay(found: Findings) -> bool:
     """Whether only an experiment can tell: where cost rose, or is not known to be what it was, and where time went to the calls themselves."""
     kinds = {one.kind for one in found.suspicions}
@@ -165,6 +170,10 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     if fidelity is None:
         return None
     drift = found.drift
+    agreed, compared = found.normal.likeness.agreement
+    if compared >= FIRST_ANSWERS and agreed >= FIRST_AGREED * compared:
+        text = f"{fidelity.text}, though it did on {agreed} of its first {compared} live rows: the inputs changed"
+        return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic before",))
     if drift is not None and drift > DRIFTED and not found.began_with_version:
         text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"
         return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic it was proven with",))
@@ -174,7 +183,7 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
 
 
 def _by_confidence(found: Findings) -> Diagnosis | None:
-    """Its top answers are golden's still, and it is less sure of them: with other traffic, calibration that no longer fits; alone, no verdict."""
+    """Its top answers are golden's still, and it is less or more sure of them: with other traffic, calibration that no longer fits; alone, no verdict."""
     doubt = next((one for one in found.suspicions if one.kind is Kind.CONFIDENCE), None)
     if doubt is None:
         return None

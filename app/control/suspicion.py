@@ -13,7 +13,7 @@ from typing import Final
 
 from app.catalog.model_config import ModelConfig, Promise
 from app.control.objectives import Burn
-from app.control.quality import LEAST_PAIRS, less_sure, worst_class
+from app.control.quality import LEAST_PAIRS, sureness_shift, worst_class
 from app.domain import JSON
 from app.telemetry.likeness import Likeness
 from app.telemetry.window import Block, Bucket
@@ -311,12 +311,13 @@ def _fidelity(lately: Block, config: ModelConfig) -> list[Suspicion | None]:
 
 
 def _confidence(lately: Block, normal: Normal) -> list[Suspicion | None]:
-    """It doubts more than golden does on the same requests, and did not when it was new."""
-    shift = less_sure(lately.likeness, normal.likeness)
+    """It is less sure than golden on the same requests, or surer, and was not when it was new."""
+    shift = sureness_shift(lately.likeness, normal.likeness)
     if shift is None:
         return []
     entropy, margin = shift
-    text = f"less sure than golden on the same requests: entropy {entropy:+.2f}, margin {margin:+.2f} standard deviations since it was new"
+    word = "less sure" if entropy - margin > 0 else "surer"
+    text = f"{word} than golden on the same requests: entropy {entropy:+.2f}, margin {margin:+.2f} standard deviations since it was new"
     return [Suspicion(Kind.CONFIDENCE, text, {"entropy_shift": round(entropy, 3), "margin_shift": round(margin, 3)})]
 
 
