@@ -17,7 +17,6 @@ from app.control.situation import situation_of
 from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
 from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
 from app.telemetry.hostfacts import HostFacts
-from app.telemetry.likeness import Likeness, Row
 from app.telemetry.window import Block, Cost
 
 QUIET = HostFacts(busy_ratio=0.4, others_ratio=0.02, steal_ratio=0.0, throttled_ratio=0.0, memory_pressure=0.0)
@@ -196,17 +195,11 @@ def test_causes(expected: Cause, kinds: list[Kind], seen: Block | None, more: di
     assert cause(kinds, seen, **more) is expected
 
 
-def test_what_agreed_at_first_did_not_fall_by_itself_however_young_it_is() -> None:
-    first = Likeness()
-    first.add(Row(n % 10, n != 7, 0.1, 0.1, 0.9, 0.9) for n in range(100))
-    young = {"began_with_version": True, "normal": normal(likeness=first)}
-    found = diagnose(findings([Kind.FIDELITY], None, **young))
-    assert found.cause is Cause.INPUT and "99 of its first 100 live rows" in found.text
-    few, poor = Likeness(), Likeness()
-    few.add(Row(0, True, 0.1, 0.1, 0.9, 0.9) for _ in range(20))
-    poor.add(Row(0, n % 10 > 0, 0.1, 0.1, 0.9, 0.9) for n in range(100))
-    for other in (few, poor):
-        assert cause([Kind.FIDELITY], None, began_with_version=True, normal=normal(likeness=other)) is Cause.VERSION
+def test_what_agreed_until_a_moment_ago_did_not_fall_by_itself_however_young_it_is() -> None:
+    found = diagnose(findings([Kind.FIDELITY], None, began_with_version=True, agreed_before=(99, 100)))
+    assert found.cause is Cause.INPUT and "99 of the 100 before" in found.text
+    for before in ((20, 20), (90, 100), (0, 0)):
+        assert cause([Kind.FIDELITY], None, began_with_version=True, agreed_before=before) is Cause.VERSION
 
 
 def test_an_experiment_is_made_where_numbers_alone_cannot_tell() -> None:

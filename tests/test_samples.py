@@ -477,6 +477,20 @@ def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path
         assemble(sources, read, None, spent=kept)
 
 
+def test_recent_inputs_calibrate_beside_named_ones_and_then_never_judge(tmp_path: Path) -> None:
+    read = reader(tmp_path)
+    samples(60, seed=1).save(tmp_path / "m" / "calibration.npz")
+    sources = SampleSources(calibration="calibration.npz")
+    reservoir = opened(tmp_path / "captured")
+    for value in range(80):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value))
+    plain, recent = assemble(sources, read, None, most_train=9), assemble(sources, read, None, most_train=9, recent=True)
+    assert len(plain.calibration) == 60 and plain.live is not None and len(plain.live) == 80
+    assert recent.live is not None and len(recent.calibration) == 60 + 80 - len(recent.live) and 20 < len(recent.live) < 60
+    assert not rows_of(recent.live) & rows_of(recent.calibration) and "captured inputs" in recent.notes[0]
+
+
 def test_validation_without_labels_is_refused(tmp_path: Path) -> None:
     Samples({"x": np.zeros((3, 4), "f4")}).save(reader(tmp_path).folder / "v.npz")
     with pytest.raises(ModelRejected, match="holds no labels"):

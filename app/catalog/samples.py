@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
@@ -39,6 +40,7 @@ REFERENCE_SAMPLES: Final = 1024
 SYNTHETIC_SAMPLES: Final = 64
 CALIBRATION_SAMPLES: Final = 512
 CALIBRATION_SEED: Final = 1
+LEAST_RECENT: Final = 16
 TRAIN_SAMPLES: Final = 65_536
 """A job that trains reads so many at most; everybody else needs a few."""
 _HELD_BACK: Final = 0.25
@@ -205,16 +207,20 @@ class Spent:
 
 
 def assemble(
-    sources: SampleSources, reader: SampleReader, reference: Reference | None, seed: int = 0, most_train: int = 0, spent: Spent | None = None
+    sources: SampleSources, reader: SampleReader, reference: Reference | None, seed: int = 0, most_train: int = 0, spent: Spent | None = None,
+    recent: bool = False,
 ) -> SampleSets:  # fmt: skip
     """Read every source, and part what judges from what calibrates or trains (now, or before: `spent`). Raises what reading a source raises.
 
-    `most_train`: so many training samples are read; 0 for those who only judge.
+    `most_train`: so many training samples are read; 0 for those who only judge. `recent`: half of what was captured calibrates too.
     """
     frozen = reference.samples if reference else None
     captured = load_captured(reader.captured)
     train = replace(reader, most=most_train).read(sources.train, "samples.train", seed) if sources.train and most_train else None
     calibration, live, note = _calibration(sources, reader, frozen, captured, train, seed)
+    if recent and live is not None and live is captured and len(live) >= LEAST_RECENT:
+        first, live = live.split(0.5, seed)
+        calibration, note = _joined(calibration, first), f"{note}, and {len(first)} of {len(captured)} captured inputs"
     used = {one[:_SHORT] for part in (calibration, train) if part is not None for one in part.hashes()} | (
         spent.known() if spent else set()
     )
@@ -252,6 +258,15 @@ def _calibration(
             return _most(spare), captured, "calibration: the part of samples.reference that is not frozen"
     made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED, reader.row_shapes, reader.integers)
     return made_up, captured, "calibration: made-up inputs, since no samples are named and few were captured"
+
+
+def _joined(first: Samples, other: Samples) -> Samples:
+    """Half of either at most, where both have the same inputs; else the newer alone."""
+    half = CALIBRATION_SAMPLES // 2
+    one, two = first.rows(slice(0, half)), other.rows(slice(0, half))
+    if one.inputs.keys() != two.inputs.keys() or any(one.inputs[n].shape[1:] != two.inputs[n].shape[1:] for n in one.inputs):
+        return two
+    return Samples({n: np.concatenate([one.inputs[n], two.inputs[n]]) for n in one.inputs}, None, first.origin, first.stacked)
 
 
 def _most(samples: Samples) -> Samples:

@@ -49,8 +49,9 @@ class Bench:
     state: StateFolder
     cards: Cards
 
-    def workpiece(self, model: str, golden: str, golden_sha256: str, most_train: int = 0) -> Workpiece:
+    def workpiece(self, model: str, golden: str, golden_sha256: str, most_train: int = 0, recent: bool = False) -> Workpiece:
         """With `most_train` it is for building: so many training samples, and what calibrates or trains is noted, so that it never judges.
+        `recent`: captured inputs calibrate beside what the owner named.
 
         Raises Conflict when golden changed or the model is gone, and what reading samples raises."""
         found = self.repository.find(model)
@@ -69,7 +70,7 @@ class Bench:
             reference = None
         path = self.repository.model_file(version)
         spent = Spent(self.state.spent(model))
-        sets = assemble(config.samples, reader, reference, most_train=most_train, spent=spent)
+        sets = assemble(config.samples, reader, reference, most_train=most_train, spent=spent, recent=recent)
         if most_train:
             spent.add(sets)
         return Workpiece(found, config, card, path, sets, reference)

@@ -90,6 +90,8 @@ class Findings:
     models: int = 1
     began_with_version: bool = False
     drift: float | None = None
+    agreed_before: tuple[int, int] = (0, 0)
+    """(agreed with golden, compared) since the version serves, but for the last moments."""
     replay: Replay | None = None
     fresh: FreshRunner | None = None
     event: str = ""
@@ -98,7 +100,7 @@ class Findings:
 
 FIRST_ANSWERS: Final = 40
 FIRST_AGREED: Final = 0.98
-"""A version that agreed with golden on so many of its first live rows did not fall by itself."""
+"""A version that agreed with golden on so many live requests until a moment ago did not fall by itself."""
 
 
 def needs_replay(found: Findings) -> bool:
@@ -170,9 +172,9 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     if fidelity is None:
         return None
     drift = found.drift
-    agreed, compared = found.normal.likeness.agreement
+    agreed, compared = found.agreed_before
     if compared >= FIRST_ANSWERS and agreed >= FIRST_AGREED * compared:
-        text = f"{fidelity.text}, though it did on {agreed} of its first {compared} live rows: the inputs changed"
+        text = f"{fidelity.text}, and did on {agreed} of the {compared} before: the inputs changed"
         return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic before",))
     if drift is not None and drift > DRIFTED and not found.began_with_version:
         text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"

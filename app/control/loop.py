@@ -43,6 +43,8 @@ ORPHAN_S: Final = 60.0
 """A version on trial for whom no job is open loses its share after this long."""
 SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""
+NEWEST_BLOCKS: Final = 4
+"""What fell in so many blocks is held against what was before."""
 YOUNG_S: Final = 3600.0
 """A version this young is suspected first of what begins."""
 AGAIN_S: Final = 60.0
@@ -466,11 +468,16 @@ class Loop:
         )
         others = sum(1 for name, one in self._patients.items() if name != view.name and one.incident is not None)
         event = patient.event if monotonic() - patient.event_at < LATELY_S else ""
+        whole, newest = (
+            self._window.since(view.name, view.active, began, sketches=False)
+            for began in (view.active_since, max(view.active_since, self._window.now() - NEWEST_BLOCKS * self._window.block_s))
+        )
+        before = (whole.agreed - newest.agreed, whole.compared - newest.compared)
 
         def findings(again: Replay | None = None, fresh: FreshRunner | None = None) -> Findings:
             return Findings(
                 found, block, patient.normal, self._host, self._cores, view.settings.instances, view.settings.intra_op_threads, others,
-                len(views), monotonic() - view.active_since < YOUNG_S and event == "swap", self._plane.drift(view.name), again, fresh, event,
+                len(views), monotonic() - view.active_since < YOUNG_S and event == "swap", self._plane.drift(view.name), before, again, fresh, event,
             )  # fmt: skip
 
         fresh: FreshRunner | None = None
@@ -511,7 +518,8 @@ class Loop:
             case Action.TUNE | Action.OPTIMIZE | Action.RECALIBRATE:
                 config = self._plane.config(view.name)
                 recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
-                tries = await asyncio.to_thread(parse_tries, recipes, config.allow, view.name)
+                recent = decided.action is Action.RECALIBRATE
+                tries = await asyncio.to_thread(parse_tries, recipes, config.allow, view.name, recent=recent)
                 await asyncio.to_thread(self._commands.optimize, view.name, tries, reason, "auto", "hone")
 
     # ---- after a promotion

@@ -10,8 +10,13 @@ from optimizers.catalogue import InvalidStep, parse_step
 from optimizers.host import parse_target
 
 
-def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] | None, model: str, target: str = "") -> list[list[JSON]]:
-    """Alternatives with every option spelled out, so that equal recipes compare equal. Raises InvalidRequest or NotAllowed."""
+def parse_tries(
+    tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] | None, model: str, target: str = "", recent: bool = False
+) -> list[list[JSON]]:
+    """Alternatives with every option spelled out, so that equal recipes compare equal. Raises InvalidRequest or NotAllowed.
+
+    The first step of each carries what holds for the whole: the `target` class of hosts, and whether captured inputs calibrate too (`recent`).
+    """
     parsed = [[_step(step) for step in recipe] for recipe in tries]
     for step in (step for recipe in parsed for step in recipe):
         if allowed is not None and step["method"] not in allowed:
@@ -21,6 +26,8 @@ def parse_tries(tries: Sequence[Sequence[str | JSON]], allowed: tuple[str, ...] 
             raise InvalidRequest("tune comes last in a recipe: it finds settings for what the steps before it built")
         if target:
             recipe[0]["target"] = _known_target(target)
+        if recent:
+            recipe[0]["recent"] = True
     return parsed
 
 

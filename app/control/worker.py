@@ -141,13 +141,14 @@ class Worker:
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
         most = TRAIN_SAMPLES if _trains(job) else MOST_SAMPLES
-        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most)
+        recent = any(step.get("recent") for recipe in job.tries for step in recipe)
+        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most, recent)
         await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
         candidates: list[str] = []
         skipped: list[JSON] = []
         tries: list[JSON] = []
         for index, recipe in enumerate(job.tries):
-            steps = [dict(step) for step in recipe if step["method"] not in SERVER_SIDE]
+            steps = [{k: v for k, v in step.items() if k != "recent"} for step in recipe if step["method"] not in SERVER_SIDE]
             if not steps or stop.is_set():
                 continue
             try:

@@ -61,12 +61,6 @@ class Likeness:
     entropy: Paired = field(default_factory=Paired)
     margin: Paired = field(default_factory=Paired)
 
-    @property
-    def agreement(self) -> tuple[int, int]:
-        """(agreed, compared), over all classes."""
-        counts = list(self.groups.values())
-        return sum(agreed for agreed, _ in counts), sum(compared for _, compared in counts)
-
     def add(self, rows: Iterable[Row]) -> None:
         for row in rows:
             self._count(row.group, int(row.same), 1)
