@@ -19,7 +19,7 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.commands import Commands
 from app.control.rollout import Rollout
-from app.control.steps import target_of
+from app.control.steps import is_recalibration, target_of
 from app.control.verification import (
     SERVER_SIDE,
     TUNE_S,
@@ -185,7 +185,8 @@ class JobKeeper:
         lossless = isinstance(card, BuiltCard) and bool(card.draft.facts) and bool(card.draft.facts[-1].get("lossless"))
         with self._bench.scratch() as folder:
             request = await asyncio.to_thread(
-                question, self._bench, piece, want, version, self._host_class, self._fallback, folder, proof_only, lossless
+                question, self._bench, piece, want, version, self._host_class, self._fallback, folder, proof_only, lossless,
+                is_recalibration(job),
             )  # fmt: skip
             report = await self._task("verify", request, VERIFY_S + 120, job, stop)
         before = self._bench.settings(piece, want, version, self._host_class, self._fallback)

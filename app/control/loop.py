@@ -468,9 +468,10 @@ class Loop:
         )
         others = sum(1 for name, one in self._patients.items() if name != view.name and one.incident is not None)
         event = patient.event if monotonic() - patient.event_at < LATELY_S else ""
+        fell = patient.incident.began if patient.incident is not None else monotonic()
         whole, newest = (
             self._window.since(view.name, view.active, began, sketches=False)
-            for began in (view.active_since, max(view.active_since, self._window.now() - NEWEST_BLOCKS * self._window.block_s))
+            for began in (view.active_since, max(view.active_since, fell - NEWEST_BLOCKS * self._window.block_s))
         )
         before = (whole.agreed - newest.agreed, whole.compared - newest.compared)
 

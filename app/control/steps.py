@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.domain import JSON
+from app.domain import JSON, Job
 from app.errors import InvalidRequest, NotAllowed
 from optimizers.catalogue import InvalidStep, parse_step
 from optimizers.host import parse_target
@@ -34,6 +34,11 @@ def parse_tries(
 def target_of(recipe: Sequence[JSON]) -> str:
     """The class of hosts that a recipe builds for; '' for the one it runs on."""
     return next((str(step["target"]) for step in recipe if step.get("target")), "")
+
+
+def is_recalibration(job: Job) -> bool:
+    """Whether it is built anew with captured inputs, since agreement fell with inputs that changed."""
+    return any(step.get("recent") for recipe in job.tries for step in recipe)
 
 
 def _known_target(target: str) -> str:

@@ -26,6 +26,7 @@ from app.catalog.samples import TRAIN_SAMPLES
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.keeper import is_server_side
+from app.control.steps import is_recalibration
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
 from app.errors import Conflict, HoneError
@@ -141,8 +142,7 @@ class Worker:
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
         most = TRAIN_SAMPLES if _trains(job) else MOST_SAMPLES
-        recent = any(step.get("recent") for recipe in job.tries for step in recipe)
-        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most, recent)
+        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most, is_recalibration(job))
         await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
         candidates: list[str] = []
         skipped: list[JSON] = []
