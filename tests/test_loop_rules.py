@@ -247,9 +247,20 @@ def test_the_cheapest_remedy_that_fits_comes_first() -> None:
     assert decide(Cause.VERSION, replace(HERE, tried_actions=frozenset({Action.ROLL_BACK}))) is Action.SWITCH
     assert decide(Cause.VERSION, GOLDEN) is Action.OPTIMIZE
     assert decide(Cause.INPUT, HERE) is Action.TUNE
-    assert decide(Cause.INPUT, HERE, {"suspicions": ["fidelity"]}) is Action.RECALIBRATE
+    assert decide(Cause.INPUT, HERE, {"suspicions": ["fidelity"]}) is Action.SWITCH
+    switched = replace(HERE, tried_actions=frozenset({Action.SWITCH}))
+    assert decide(Cause.INPUT, switched, {"suspicions": ["fidelity"]}) is Action.RECALIBRATE
     assert decide(Cause.INPUT, HERE, {"suspicions": ["confidence"]}) is Action.RECALIBRATE
     assert decide(Cause.UNKNOWN, HERE) is Action.NOTHING
+
+
+def test_golden_answers_at_once_where_inputs_changed_and_the_rest_is_built_where_there_is_budget() -> None:
+    found = Diagnosis(Cause.INPUT, 0.8, "", {"suspicions": ["fidelity"]})
+    decided = plan(found, HERE, ModelConfig())
+    assert (decided.version, decided.tries) == ("1", (("int8-static",),)) and "meanwhile" in decided.text
+    for spent in ({"builds_left": 0}, {"cpu_s_left": 0.0}, {"jobs_open": 1}):
+        decided = plan(found, replace(HERE, faults=True, **spent), ModelConfig())
+        assert (decided.action, decided.version, decided.tries) == (Action.SWITCH, "1", ())
 
 
 def test_never_a_build_for_the_hosts_fault_or_for_load_or_for_faults() -> None:

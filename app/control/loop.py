@@ -516,12 +516,15 @@ class Loop:
                 await asyncio.to_thread(
                     self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault
                 )  # fmt: skip
+                if decided.tries:
+                    await self._build(view.name, decided, reason, recent=True)
             case Action.TUNE | Action.OPTIMIZE | Action.RECALIBRATE:
-                config = self._plane.config(view.name)
-                recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
-                recent = decided.action is Action.RECALIBRATE
-                tries = await asyncio.to_thread(parse_tries, recipes, config.allow, view.name, recent=recent)
-                await asyncio.to_thread(self._commands.optimize, view.name, tries, reason, "auto", "hone")
+                await self._build(view.name, decided, reason, recent=decided.action is Action.RECALIBRATE)
+
+    async def _build(self, name: str, decided: Plan, reason: str, recent: bool) -> None:
+        recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
+        tries = await asyncio.to_thread(parse_tries, recipes, self._plane.config(name).allow, name, recent=recent)
+        await asyncio.to_thread(self._commands.optimize, name, tries, reason, "auto", "hone")
 
     # ---- after a promotion
     async def _watch(self, view: ModelView, patient: Patient, want: ModelState, config: ModelConfig) -> None:

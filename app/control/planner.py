@@ -112,7 +112,7 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
         case Cause.INPUT:
             kinds = diagnosis.evidence.get("suspicions", ())
             if "fidelity" in kinds:
-                return [*_recalibrate(now, config), *_go_golden(now)]
+                return [*_go_golden(now, config), *_recalibrate(now, config)]
             return _recalibrate(now, config) if "confidence" in kinds else _tune(now)
         case Cause.VERSION:
             return [*_leave(now), *([] if now.faults else [*_build(now, config), *_tune(now)])]
@@ -146,11 +146,14 @@ def _leave(now: Situation) -> list[Plan]:
     return found
 
 
-def _go_golden(now: Situation) -> list[Plan]:
-    """Where quality fell, golden is right by definition."""
+def _go_golden(now: Situation, config: ModelConfig) -> list[Plan]:
+    """Where quality fell, golden is right by definition, and answers at once; what fits the new inputs is built meanwhile, where there is budget."""
     if now.active == now.golden:
         return []
-    return [Plan(Action.SWITCH, f"golden {now.golden} answers until a version fits the new inputs", now.golden)]
+    may_build = now.builds_left > 0 and now.cpu_s_left > 0 and not now.jobs_open
+    tries = tuple(recipe for plan in _recalibrate(now, config) for recipe in plan.tries) if may_build else ()
+    meanwhile = "; int8 is calibrated anew with recent inputs meanwhile" if tries else ""
+    return [Plan(Action.SWITCH, f"golden {now.golden} answers until a version fits the new inputs{meanwhile}", now.golden, tries)]
 
 
 def _tune(now: Situation) -> list[Plan]:
