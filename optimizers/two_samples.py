@@ -20,6 +20,7 @@ Values: TypeAlias = Sequence[float] | NDArray[np.float64]
 EXACT_UP_TO: Final = 1600
 """Pairs (m × n) up to which the Mann–Whitney distribution is counted; beyond, its normal approximation is good to three digits."""
 LEAST: Final = 1e-9
+RESAMPLES: Final = 999
 """A clock that did not move counts as a nanosecond: a ratio needs values above zero."""
 
 
@@ -46,6 +47,20 @@ def ratio(first: Values, other: Values, confidence: float = 0.95) -> Interval:
     logs = [[math.log(max(value, LEAST)) for value in finite(values)] for values in (first, other)]
     found = shift(logs[0], logs[1], confidence)
     return found if math.isnan(found.estimate) else found.exp()
+
+
+def mean_ratio(first: Values, other: Values, confidence: float = 0.95) -> Interval:
+    """Mean of `other` over the mean of `first`, by the percentile bootstrap (Efron 1979; 999 resamples, always the same); nan without data.
+
+    What `ratio`, a shift of the middle, does not see: some calls that cost many times as much.
+    """
+    a, b = (np.array(finite(values)) for values in (first, other))
+    if not len(a) or not len(b) or a.mean() <= 0:
+        return Interval(math.nan, 0.0, math.inf)
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1) for values in (a, b)]
+    low, high = np.quantile(means[1] / np.maximum(means[0], LEAST), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(b.mean() / a.mean()), float(low), float(high))
 
 
 def share(hits: float, n: int, confidence: float = 0.95) -> Interval:

@@ -106,6 +106,24 @@ def test_memory_above_its_objective_fails() -> None:
     assert judge(INCUMBENT, fat).verdict is Verdict.PASSED
 
 
+def test_some_calls_that_cost_far_more_are_seen_behind_a_faster_middle() -> None:
+    """Three in ten took seven times as long; the middle said -60 %."""
+    quick, slow = times(0.0016, 280, 0.1, 9), times(0.016, 120, 0.1, 10)
+    found = judge(INCUMBENT, replace(arm(seed=4), cpu_s_per_row=quick + slow))
+    assert found.verdict is Verdict.FAILED and "some of its calls cost far more: mean CPU time per row +4" in found.text
+    assert judge(INCUMBENT, replace(arm(seed=4), cpu_s_per_row=quick[:60] + (0.2,))).verdict is not Verdict.FAILED, (
+        "one call of 61 is an accident"
+    )
+
+
+def test_agreement_is_told_from_answers_enough_or_not_at_all() -> None:
+    policy = Policy(fidelity_floor=0.99, least_compared=100)
+    few = judge(INCUMBENT, replace(arm(seed=4), agreements=20, compared=20), policy)
+    assert few.verdict is Verdict.INCONCLUSIVE and "20 of its answers were held to golden's, 100 are needed" in few.text
+    assert judge(INCUMBENT, replace(arm(seed=4), agreements=100, compared=100), policy).verdict is Verdict.PASSED
+    assert judge(INCUMBENT, arm(seed=4), policy).verdict is Verdict.PASSED, "large requests are never asked again"
+
+
 def test_a_class_below_its_floor_fails_though_the_whole_agrees() -> None:
     found = judge(INCUMBENT, replace(arm(seed=4), agreements=390, compared=400, class_below_floor="agrees with golden on 2 of 30"))
     assert found.verdict is Verdict.FAILED and "2 of 30" in found.text

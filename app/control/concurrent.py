@@ -12,7 +12,7 @@ from typing import Final
 
 from app.domain import JSON, Verdict
 from optimizers.stats import Interval
-from optimizers.two_samples import finite, ratio, share, share_difference
+from optimizers.two_samples import finite, mean_ratio, ratio, share, share_difference
 
 LEAST_FAULTS: Final = 3
 """Errors, or answers that differ from golden's, below which their share is an accident and not a rate."""
@@ -50,6 +50,8 @@ class Policy:
     fatal_deaths: int = 3
     error_margin: float = 0.005
     fidelity_floor: float | None = None
+    least_compared: int = 0
+    """With a floor, so many of the candidate's answers must have been held to golden's; not asked for where none could be."""
     memory_limit_bytes: int = 0
 
 
@@ -69,6 +71,7 @@ class _Intervals:
     errors: Interval
     non_finite: Interval
     cpu: Interval
+    mean_cpu: Interval
     latency: Interval
     fidelity: Interval
 
@@ -92,6 +95,7 @@ def _compare(incumbent: ArmFacts, candidate: ArmFacts, confidence: float) -> _In
         share_difference((incumbent.errors, incumbent.requests), (candidate.errors, candidate.requests), confidence),
         share_difference((incumbent.non_finite, incumbent.requests), (candidate.non_finite, candidate.requests), confidence),
         ratio(incumbent.cpu_s_per_row, candidate.cpu_s_per_row, confidence),
+        mean_ratio(incumbent.cpu_s_per_row, candidate.cpu_s_per_row, confidence),
         ratio(incumbent.latencies_s, candidate.latencies_s, confidence),
         share(candidate.agreements, candidate.compared, confidence),
     )
@@ -117,6 +121,8 @@ def _harms(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals, policy: 
     enough = not _shortages(incumbent, candidate, policy)
     if enough and found.cpu.low > 1 + policy.effect and found.latency.low > 1 + policy.effect:
         harms.append(f"it is slower: CPU time per row {change(found.cpu)}, latency {change(found.latency)}")
+    elif enough and found.cpu.low <= 1 + policy.effect < found.mean_cpu.low:
+        harms.append(f"some of its calls cost far more: mean CPU time per row {change(found.mean_cpu)}, the middle {change(found.cpu)}")
     return harms
 
 
@@ -129,6 +135,8 @@ def _shortages(incumbent: ArmFacts, candidate: ArmFacts, policy: Policy) -> list
             "latencies": len(finite(facts.latencies_s)),
         }
         short += [f"{n} {what} of the {side}, {policy.least_samples} are needed" for what, n in counts.items() if n < policy.least_samples]
+    if policy.fidelity_floor is not None and 0 < candidate.compared < policy.least_compared:
+        short.append(f"{candidate.compared} of its answers were held to golden's, {policy.least_compared} are needed")
     return short
 
 
@@ -140,6 +148,8 @@ def _doubts(candidate: ArmFacts, found: _Intervals, policy: Policy) -> list[str]
         doubts.append(f"CPU time per row {change(found.cpu)}, but latency {change(found.latency)} does not show it")
     elif found.cpu.high > bound:
         doubts.append(f"CPU time per row {change(found.cpu)} is not told from {policy.effect:+.0%}")
+    elif found.mean_cpu.estimate > bound:
+        doubts.append(f"mean CPU time per row {change(found.mean_cpu)}: some of its calls cost far more, too few to be sure")
     if candidate.errors and found.errors.estimate > policy.error_margin:
         doubts.append(
             f"{_counts(candidate.errors, candidate)} requests failed, a larger share than the incumbent's, but too few to be sure"
@@ -193,7 +203,7 @@ def _numbers(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals) -> JSO
         for side, facts in sides.items()
     }  # fmt: skip
     intervals = {
-        "error_difference": found.errors, "cpu_ratio": found.cpu, "latency_ratio": found.latency, "fidelity": found.fidelity,
+        "error_difference": found.errors, "cpu_ratio": found.cpu, "mean_cpu_ratio": found.mean_cpu, "latency_ratio": found.latency, "fidelity": found.fidelity,
     }  # fmt: skip
     return counts | {name: _json(interval) for name, interval in intervals.items()}
 

@@ -34,6 +34,7 @@ from app.store.base import Journal, StoreUnavailable
 from app.telemetry.hostfacts import HostFacts, HostSensor
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Block, Window
+from optimizers.stats import least_samples
 
 log = logging.getLogger("hone.control")
 TICK_S: Final = 1.0
@@ -45,6 +46,8 @@ SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""
 NEWEST_BLOCKS: Final = 4
 """What fell in so many blocks is held against what was before."""
+SURE: Final = least_samples(0.99)
+"""Answers held to golden's before a promoted version is confirmed: so many show 99 %."""
 YOUNG_S: Final = 3600.0
 """A version this young is suspected first of what begins."""
 AGAIN_S: Final = 60.0
@@ -533,7 +536,9 @@ class Loop:
         if split is None or view.active != want.desired:
             return
         patient.watch_since = patient.watch_since or self._window.cut(view.name)
-        judgement = compared(self._window, view.name, split.version, view.active, patient.watch_since, view, config)
+        judgement = compared(
+            self._window, view.name, split.version, view.active, (patient.watch_since, patient.watch_since), view, config, SURE
+        )
         age = time() - split.since
         if judgement.verdict is Verdict.FAILED:
             self._metrics.count("hone_verdicts", "watch", "failed")

@@ -26,6 +26,8 @@ SHADOW_ENOUGH: Final = 20
 LOAD_S: Final = 120.0
 SAMPLE: Final = 300
 TRAFFIC_S: Final = 30.0
+LEAST_COMPARED: Final = 100
+"""Answers of a candidate that were held to golden's before it is promoted: three wrong in a hundred stay unseen in one trial of five."""
 
 
 class Plane(Protocol):
@@ -73,7 +75,7 @@ class Rollout:
     async def _through_stages(
         self, model: str, incumbent: str, version: str, config: ModelConfig, job: str, stop: Callable[[], bool]
     ) -> End:  # fmt: skip
-        until = monotonic() + config.rollout.max_age_s
+        until, tried = monotonic() + config.rollout.max_age_s, self._window.now()
         await self._split(model, version, 0.0, "shadow", job, "asked what others answered, compared with golden, dropped")
         end = await self._shadow(model, version, config, stop)
         if end is not None:
@@ -82,7 +84,7 @@ class Rollout:
         for share in config.rollout.canary:
             await self._split(model, version, share, "canary", job, judgement.text if judgement.numbers else f"{share:.0%} of the requests")
             began = self._window.cut(model)
-            judgement = await self._stage(model, incumbent, version, config, began, until, stop)
+            judgement = await self._stage(model, incumbent, version, config, (began, tried), until, stop)
             if judgement.verdict is not Verdict.PASSED:
                 return End(judgement.verdict, f"at {share:.0%}: {judgement.text}")
         return End(Verdict.PASSED, judgement.text)
@@ -106,14 +108,15 @@ class Rollout:
         return _disagrees(self._window.since(model, version, began), config)
 
     async def _stage(
-        self, model: str, incumbent: str, version: str, config: ModelConfig, began: float, until: float, stop: Callable[[], bool]
+        self, model: str, incumbent: str, version: str, config: ModelConfig, began: tuple[float, float], until: float, stop: Callable[[], bool]
     ) -> Judgement:  # fmt: skip
+        """`began`: the stage, and the trial, over which the answers that were held to golden's add up."""
         while True:
             await asyncio.sleep(LOOK_S)
             view = self._plane.model(model)
             if stop() or view is None or view.active != incumbent:
                 return Judgement(Verdict.ERROR, "the model or the job changed meanwhile", {})
-            judgement = compared(self._window, model, incumbent, version, began, view, config)
+            judgement = compared(self._window, model, incumbent, version, began, view, config, LEAST_COMPARED)
             undecided = judgement.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)
             if not undecided or monotonic() > until:
                 return judgement
@@ -123,18 +126,23 @@ class Rollout:
         await asyncio.to_thread(self._journal.append, Event("traffic.split", model, version, job, data=data))
 
 
-def compared(window: Window, model: str, incumbent: str, candidate: str, began: float, view: ModelView, config: ModelConfig) -> Judgement:
-    """The candidate beside the incumbent, both since `began`."""
-    first, other = window.since(model, incumbent, began), window.since(model, candidate, began)
+def compared(
+    window: Window, model: str, incumbent: str, candidate: str, began: tuple[float, float], view: ModelView, config: ModelConfig, least: int
+) -> Judgement:  # fmt: skip
+    """The candidate beside the incumbent, both since `began[0]`; its agreement with golden since `began[1]`, of `least` answers."""
+    first, other = window.since(model, incumbent, began[0]), window.since(model, candidate, began[0])
+    held = window.since(model, candidate, began[1], sketches=False)
     metric, floor = config.quality.resolved(config.task)
     limit = config.objective.memory_mb
     policy = Policy(
         least_samples=config.rollout.min_samples,
         fidelity_floor=floor if metric in ("agreement", "accuracy") else 0.99,
+        least_compared=least,
         memory_limit_bytes=int(limit * (1 << 20)) if limit is not None else 0,
     )
-    arms, worst = _arms(first, other), worst_class(other.likeness, config)
-    return judge(arms[0], replace(arms[1], class_below_floor=worst.text if worst is not None else ""), policy)
+    arms, worst = _arms(first, other), worst_class(held.likeness, config)
+    below = worst.text if worst is not None else ""
+    return judge(arms[0], replace(arms[1], agreements=held.agreed, compared=held.compared, class_below_floor=below), policy)
 
 
 def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
