@@ -49,15 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=10, help="of each cause (10); 0: none")
     parser.add_argument("--causes", nargs="*", metavar="CAUSE", default=list(REPAIRED), help=f"default: {', '.join(REPAIRED)}")
     parser.add_argument("--candidates", type=int, default=100, help="bad candidates (100); 0: none")
+    parser.add_argument("--kinds", default="", metavar="TEXT", help="only bad candidates whose kind holds this; default: all kinds in turn")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run after the injection (240)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/loop.md")
     arguments = parser.parse_args(argv)
+    kinds = [kind for kind in KINDS if arguments.kinds in kind.name]
+    if not kinds:
+        parser.error(f"no kind holds {arguments.kinds!r}; there are {'; '.join(kind.name for kind in KINDS)}")
     if arguments.runs:
         _publish("repair", _times(arguments), arguments.docs)
     if arguments.candidates:
         with tempfile.TemporaryDirectory(prefix="hone-candidates-") as name:
-            tried = _candidates(Path(name), arguments.candidates)
-        _publish("candidates", _told(tried, arguments.candidates), arguments.docs)
+            tried = _candidates(Path(name), arguments.candidates, kinds)
+        kept = f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
+        _publish("candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{kept}"), arguments.docs)
         return 1 if any(one["promoted"] or one["failed"] for one in tried) else 0
     return 0
 
@@ -104,7 +109,7 @@ def _spread(runs: Sequence[Mapping[str, Any]], name: str) -> str:
 # ---- bad candidates
 
 
-def _candidates(folder: Path, count: int) -> list[dict[str, Any]]:
+def _candidates(folder: Path, count: int, kinds: Sequence[Kind]) -> list[dict[str, Any]]:
     repository, state = folder / "repository", folder / "state"
     model = models.demo(repository)
     config = repository / MODEL / "model.yaml"
@@ -121,7 +126,7 @@ def _candidates(folder: Path, count: int) -> list[dict[str, Any]]:
         tried = []
         with Traffic(HOST, hone.port, images, RATE, callers=16) as traffic:
             for number in range(count):
-                tried.append(_try(hone, builder, traffic, KINDS[number % len(KINDS)], number))
+                tried.append(_try(hone, builder, traffic, kinds[number % len(kinds)], number))
                 print(f"candidate {number + 1} of {count}: {tried[-1]}", flush=True)
         journal.close()
     return tried
@@ -223,7 +228,7 @@ def _some_marked(images: Any) -> Any:
     return marked(images) if random.random() < MARKED else images
 
 
-def _told(tried: Sequence[Mapping[str, Any]], count: int) -> str:
+def _told(tried: Sequence[Mapping[str, Any]], command: str) -> str:
     rows: list[list[object]] = []
     for kind in dict.fromkeys(one["kind"] for one in tried):
         of = [one for one in tried if one["kind"] == kind]
@@ -239,7 +244,6 @@ def _told(tried: Sequence[Mapping[str, Any]], count: int) -> str:
         "bad how", "candidates", "outcome of the job", "stopped at", "answers it gave", "largest share of the answers (its canary's)", "promoted",
         "failed requests", "why (of the first)",
     ]  # fmt: skip
-    command = f"python -m benchmarks.repair --runs 0 --candidates {count}"
     total = f"{len(tried)} candidates at {RATE:.0f} requests/s: {sum(one['promoted'] for one in tried)} promoted, {sum(one['failed'] for one in tried)} requests failed."
     return f"{_where(command)}\n\n{report.table(head, rows)}\n\n{total}"
 
