@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="hone-candidates-") as name:
             tried = _candidates(Path(name), arguments.candidates, kinds)
         kept = f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
-        _publish("candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{kept}"), arguments.docs)
+        _publish(
+            "candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{kept}"), arguments.docs
+        )
         return 1 if any(one["promoted"] or one["failed"] for one in tried) else 0
     return 0
 

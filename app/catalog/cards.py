@@ -148,7 +148,7 @@ class Cards:
                     if (card := self.golden(model, path.name)) is not None:
                         self._put_aside(path, card.sha256)
             self.prune(model, ())
-            for samples in (self.state.captured(model), self.state.reference(model)):
+            for samples in (self.state.captured(model), self.state.reference(model), self.state.spent(model)):
                 durable.discard(samples)
 
     # ---- proofs
