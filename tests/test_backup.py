@@ -89,6 +89,24 @@ def test_links_that_lead_elsewhere_are_told_of_and_left_out(tmp_path: Path, caps
     assert b"not yours" not in file.read_bytes()
 
 
+def test_a_model_called_captured_and_two_links_to_one_folder_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left out is a model's captured inputs, in the state folder alone; a link that leads back up ends there."""
+    journal(tmp_path)
+    scaled(tmp_path / "models" / "captured" / "1" / "model.onnx")
+    (tmp_path / "models" / "again").symlink_to("captured")
+    (tmp_path / "models" / "captured" / "up").symlink_to("..")
+    for folder in ("captured", "reference"):
+        (tmp_path / "state" / "models" / "m" / folder).mkdir(parents=True)
+        (tmp_path / "state" / "models" / "m" / folder / "inputs").write_text("private")
+    file = tmp_path / "hone.tar"
+    status, _, said = hone("backup", str(file), "--state", str(tmp_path / "state"), "--repository", str(tmp_path / "models"), capsys=capsys)
+    assert status == 0, said
+    with tarfile.open(file) as tar:
+        names = set(tar.getnames())
+    assert {"repository/captured/1/model.onnx", "repository/again/1/model.onnx", "state/models/m/reference/inputs"} <= names
+    assert "state/models/m/captured/inputs" not in names
+
+
 def entry(name: str, content: bytes = b"x", kind: bytes = tarfile.REGTYPE) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = len(content), kind, "/etc/passwd"

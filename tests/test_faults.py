@@ -355,7 +355,8 @@ def test_the_end_of_a_server_by_signal_and_by_kill(tmp_path: Path) -> None:
         follower.join()
         kept.close()
         assert done == [200], "what was accepted is answered"
-        # A caller whose connection came as the listening socket closed may see it reset, and its next one too; then it is refused.
+        # A caller whose connection came as the listening socket closed may see it reset, then it is refused. One of three was once reset
+        # twice on a busy machine; why the second time is not known.
         assert set(statuses) <= {200, "ConnectError", "ReadError", "RemoteProtocolError"}, statuses
         assert statuses["ReadError"] + statuses["RemoteProtocolError"] <= 6 and statuses[200] > 3
         assert "Traceback" not in running.log

@@ -198,12 +198,16 @@ class Spent:
 
     def add(self, sets: SampleSets) -> None:
         """Note what a job is about to build from. Raises InsufficientStorage or NotAllowed."""
-        before = self.known()
-        now = before | {one[:_SHORT] for part in (sets.calibration, sets.train) if part is not None for one in part.hashes()}
-        if now != before:
-            with durable.storage_errors("noting what calibrates and trains", self.path.parent):
-                durable.make_folder(self.path.parent, 0o700)
-                durable.write_file(self.path, "\n".join(sorted(now)).encode(), 0o600)
+        what, more = (
+            "noting what calibrates and trains",
+            {h[:_SHORT] for part in (sets.calibration, sets.train) if part for h in part.hashes()},
+        )
+        with durable.storage_errors(what, self.path.parent):
+            durable.make_folder(self.path.parent, 0o700)
+            with durable.exclusive(self.path.with_name(".lock"), what):  # workers build side by side
+                before = self.known()
+                if not more <= before:
+                    durable.write_file(self.path, "\n".join(sorted(before | more)).encode(), 0o600)
 
 
 def assemble(

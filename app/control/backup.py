@@ -27,7 +27,7 @@ from app.store.open import open_journal
 JOURNAL: Final = "journal.jsonl"
 MODELS: Final = "state/models"
 REPOSITORY: Final = "repository"
-_LEFT_OUT: Final = frozenset({"captured", ".lock", "__pycache__"})
+_LEFT_OUT: Final = frozenset({".lock", "__pycache__"})
 _BLOCK: Final = 1 << 20
 Say = Callable[[str], None]
 
@@ -108,15 +108,17 @@ def _pieces(settings: Settings, notes: list[str]) -> Iterator[Piece]:
     for prefix, root, allowed in roots:
         if root.is_dir():
             policy = links_within(root, *allowed)
-            yield from (Piece(f"{prefix}/{path.relative_to(root)}", real) for path, real in _files(root, policy, notes))
+            for path, real in _files(root, policy, notes):
+                inside = path.relative_to(root)
+                if prefix == REPOSITORY or inside.parts[1:2] != ("captured",):
+                    yield Piece(f"{prefix}/{inside}", real)
 
 
 def _files(root: Path, policy: LinkPolicy, notes: list[str]) -> Iterator[tuple[Path, Path]]:
     """Every regular file below `root` as (where it is seen, where it lies); links that lead elsewhere are told of and left out."""
-    seen: set[Path] = set()
-    stack = [root]
+    stack = [(root, frozenset({root.resolve()}))]
     while stack:
-        folder = stack.pop()
+        folder, above = stack.pop()
         for path in sorted(folder.iterdir()):
             if path.name in _LEFT_OUT or path.name.startswith(durable.TEMPORARY):
                 continue
@@ -125,9 +127,8 @@ def _files(root: Path, policy: LinkPolicy, notes: list[str]) -> Iterator[tuple[P
             except HoneError as error:
                 notes.append(f"left out: {error}")
                 continue
-            if real.is_dir() and real not in seen:
-                seen.add(real)
-                stack.append(path)
+            if real.is_dir() and real not in above:  # a link may lead back up, and two may lead to one folder
+                stack.append((path, above | {real}))
             elif real.is_file():
                 yield path, real
 

@@ -53,7 +53,8 @@ class Bench:
         """With `most_train` it is for building: so many training samples, and what calibrates or trains is noted, so that it never judges.
         `recent`: captured inputs calibrate beside what the owner named.
 
-        Raises Conflict when golden changed or the model is gone, and what reading samples raises."""
+        Raises Conflict when golden changed or the model is gone, and what reading samples raises.
+        """
         found = self.repository.find(model)
         version = next((v for v in found.versions if v.number == golden), None)
         card = self.cards.golden(model, golden)

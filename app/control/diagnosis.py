@@ -98,8 +98,8 @@ class Findings:
     """What happened shortly before, where something did: start, swap, settings, host class, cores."""
 
 
-FIRST_ANSWERS: Final = 40
-FIRST_AGREED: Final = 0.98
+BEFORE_ANSWERS: Final = 40
+BEFORE_AGREED: Final = 0.98
 """A version that agreed with golden on so many live requests until a moment ago did not fall by itself."""
 
 
@@ -173,7 +173,7 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
         return None
     drift = found.drift
     agreed, compared = found.agreed_before
-    if compared >= FIRST_ANSWERS and agreed >= FIRST_AGREED * compared:
+    if compared >= BEFORE_ANSWERS and agreed >= BEFORE_AGREED * compared:
         text = f"{fidelity.text}, and did on {agreed} of the {compared} before: the inputs changed"
         return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic before",))
     if drift is not None and drift > DRIFTED and not found.began_with_version:
