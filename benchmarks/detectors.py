@@ -14,7 +14,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from app.catalog.model_config import ModelConfig
-from app.control.suspicion import COST_LIMIT, Kind, Normal, Seen, learned, suspicions
+from app.control.suspicion import COST_LIMIT, LEAP_LIMIT, Kind, Normal, Seen, learned, suspicions
+from app.control.loop import TICK_S
 from app.domain import Observation
 from app.telemetry.window import BLOCK_S as HONE_BLOCK_S
 from app.telemetry.window import Block, Track, Window
@@ -81,7 +82,7 @@ class Hone:
 
     normal: Normal = field(default_factory=Normal)
     now: float = 0.0
-    looked: int = 0
+    looked: float = 0.0
 
     def __post_init__(self) -> None:
         self._window = Window(clock=lambda: self.now)
@@ -90,13 +91,15 @@ class Hone:
         self.now = at_s
         self._window.observe(Observation("m", "1", 200, value_s, 0.0, 0.0, value_s, 0.0, 1, 1, value_s, 0.0))
         self._window.called("m", "1", 1, 4096, value_s, value_s, 0.0)
-        track = self._track
-        if len(track.blocks) == self.looked:
+        if at_s < self.looked + TICK_S:
             return False
-        self.looked = len(track.blocks)
-        blocks = list(track.blocks)[-2:]
-        found = suspicions(Seen(blocks, Block(at_s, at_s), 0, 0), self.normal, ModelConfig(), None, None)
-        return any(one.kind is Kind.COST for one in found)
+        self.looked = at_s
+        track = self._track
+        for blocks in (list(track.blocks)[-2:], [track.open]):
+            found = suspicions(Seen(blocks, Block(at_s, at_s), 0, 0), self.normal, ModelConfig(), None, None)
+            if any(one.kind is Kind.COST for one in found):
+                return True
+        return False
 
     @property
     def _track(self) -> Track:
@@ -165,7 +168,11 @@ class River:
 
 def plain_rules() -> list[Rule]:
     """All that need no library."""
-    hone = Rule(f"Hone's suspicion: 2 blocks of {HONE_BLOCK_S:.0f} s > {COST_LIMIT - 1:+.0%}", "cpu", Hone.after)
+    hone = Rule(
+        f"Hone's suspicion: 2 blocks of {HONE_BLOCK_S:.0f} s > {COST_LIMIT - 1:+.0%}, or one, even open, > {LEAP_LIMIT - 1:+.0%}",
+        "cpu",
+        Hone.after,
+    )
     rules = [
         Rule(f"{count} blocks of {BLOCK_S:.0f} s > {limit - 1:+.0%}", signal, _in_a_row(count, limit))
         for signal, count, limit in (("cpu", 2, 1.15), ("cpu", 2, 1.06), ("wall", 3, 1.2))

@@ -67,6 +67,14 @@ def test_cost_is_suspected_only_when_two_undisturbed_blocks_agree() -> None:
     assert look([block(0.0012), block(0.0012, disturbed=True)]) == []
 
 
+def test_cost_that_leaps_is_suspected_in_the_first_block_that_shows_it() -> None:
+    assert look([block(0.0016)]) == [Kind.COST]
+    assert look([block(), block(0.0016)]) == [Kind.COST]
+    assert look([block(0.0016, requests=30)]) == [], "too few calls"
+    assert look([block(0.0016, disturbed=True)]) == []
+    assert look([block(0.0016), block()]) == [], "it is over"
+
+
 def test_wall_time_is_held_to_the_promise_and_without_one_to_twice_its_normal() -> None:
     promised = ModelConfig.model_validate({"objective": {"p95_ms": 3}})
     assert look([block(within=150), block(within=150)], promised) == [Kind.LATENCY]

@@ -161,6 +161,12 @@ def test_a_packed_model_is_unpacked_once_served_and_held_to_its_hash(tmp_path: P
         unpacked.write_bytes(b"spoiled")
         running.restart().ready("m")
         assert unpacked.read_bytes() == source.read_bytes()
+        other = scaled(tmp_path / "other.onnx", 5.0)
+        assert main(["pack", str(other), str(folder / "model.onnx.packed")]) == 0
+        running.restart().ready("m")
+        assert running.call("POST", "/v2/models/m/infer", json={"inputs": [x]}).json()["outputs"][0]["data"] == [5.0, 10.0, 15.0, 20.0]
+        (unpacked,) = (tmp_path / "state" / "unpacked").iterdir()
+        assert unpacked.read_bytes() == other.read_bytes(), "what came out of a packed file that is gone is gone too"
 
 
 def test_a_packed_model_that_is_damaged_is_refused_with_its_reason(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ It runs nothing: whoever needs the file runs the task `unpack` into `room`, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,3 +52,10 @@ class Unpacked:
         os.replace(str(result["path"]), target)
         durable.sync_folder(self.folder)
         return target
+
+    def keep_only(self, packed: Iterable[ModelFile]) -> None:
+        """Remove what was unpacked from files that are in the repository no more; sessions that are open keep theirs."""
+        wanted = {self.hashes.of(file.path) for file in packed}
+        for path in self.folder.glob("*.*.onnx"):
+            if path.name.split(".")[0] not in wanted:
+                path.unlink(missing_ok=True)

@@ -121,6 +121,11 @@ class Repository:
             raise NotReady(f"{version.path} is not unpacked yet", retry_after_s=2.0)
         return path
 
+    def forget_unpacked(self) -> None:
+        """Remove the unpacked copies of packed files that are gone. Blocks on the disk. Raises NotFound, NotAllowed or ModelRejected."""
+        versions = (version for model in self.scan() for version in model.versions)
+        self.unpacked.keep_only(version.files[0] for version in versions if version.packed and version.files)
+
     def factory(self, config: ModelConfig) -> tuple[Path, str]:
         """File and function of the model's PyTorch source, in a folder that the operator allowed. Raises ModelRejected or NotAllowed."""
         if config.source is None:

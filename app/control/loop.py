@@ -346,7 +346,7 @@ class Loop:
     def _suspicions(self, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
         """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
 
-        The rest is judged when a block closes, and stands until the next one does.
+        So does a leap of the cost. The rest is judged when a block closes, and stands until the next one does.
         """
         now = self._window.now()
         judged = blocks[-1].ended if blocks else 0.0
@@ -359,10 +359,10 @@ class Loop:
             seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
             patient.found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
         found = list(patient.found)
-        opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s), sketches=False)
-        urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), Normal(), config, None, None)
+        opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s))
+        urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), patient.normal, config, None, None)
         kinds = {one.kind for one in found}
-        found += [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE) and one.kind not in kinds]
+        found += [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE, Kind.COST) and one.kind not in kinds]
         if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
             found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
         return found
@@ -466,9 +466,8 @@ class Loop:
         self, view: ModelView, patient: Patient, want: ModelState, found: list[Suspicion], views: list[ModelView]
     ) -> Diagnosis:  # fmt: skip
         """Experiments where only they can tell, then the rules."""
-        block = self._window.since(
-            view.name, view.active, max(view.active_since, self._window.now() - (SETTLE_BLOCKS + 1) * self._window.block_s)
-        )
+        stretch = 1 if any(one.numbers.get("leapt") for one in found) else SETTLE_BLOCKS + 1  # what was before the leap would hide it
+        block = self._window.since(view.name, view.active, max(view.active_since, self._window.now() - stretch * self._window.block_s))
         others = sum(1 for name, one in self._patients.items() if name != view.name and one.incident is not None)
         event = patient.event if monotonic() - patient.event_at < LATELY_S else ""
         fell = patient.incident.began if patient.incident is not None else monotonic()

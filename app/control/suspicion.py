@@ -21,6 +21,9 @@ from optimizers.stats import wilson
 
 COST_LIMIT: Final = 1.15
 """CPU time per row against the bucket's normal. Neighbours move it by up to 8 % (shared measurements); two blocks in a row beyond 15 % are rare."""
+LEAP_LIMIT: Final = 1.5
+"""One block, and be it the open one, is enough where the middle call costs so much more. Neighbours do that to models that live off memory alone (shared measurements)."""
+LEAP_CALLS: Final = 40
 SLOW_LIMIT: Final = 2.0
 """p95 against its normal, where nothing is promised. Wall time doubles beside neighbours: it only asks for a look."""
 LEAST_CALLS: Final = 20
@@ -265,11 +268,15 @@ def _slow(blocks: Sequence[Block], normal: Normal, promise: Promise | None, burn
 
 
 def _cost(quiet: Sequence[Block], normal: Normal) -> list[Suspicion | None]:
-    ratios = [cost_ratio(block, normal) for block in quiet]
-    if not normal.known or len(ratios) < 2 or not all(ratio is not None and ratio > COST_LIMIT for ratio in ratios):
+    ratios = [cost_ratio(block, normal) or 0.0 for block in quiet]
+    if not normal.known or not ratios:
         return []
-    ratio = ratios[-1] or 0.0
-    return [Suspicion(Kind.COST, f"CPU time per row {ratio:.2f} × its normal, two blocks in a row", {"ratio": round(ratio, 4)})]
+    leapt = ratios[-1] > LEAP_LIMIT and quiet[-1].calls >= LEAP_CALLS
+    if not leapt and (len(ratios) < 2 or min(ratios) <= COST_LIMIT):
+        return []
+    how_long = f"over {quiet[-1].calls} calls" if leapt else "two blocks in a row"
+    text = f"CPU time per row {ratios[-1]:.2f} × its normal, {how_long}"
+    return [Suspicion(Kind.COST, text, {"ratio": round(ratios[-1], 4), "leapt": leapt})]
 
 
 def _dear(quiet: Sequence[Block], most_s: float | None) -> list[Suspicion | None]:

@@ -6,6 +6,7 @@ Heavy looks (inspecting a file, computing golden's outputs) happen in task child
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -133,7 +134,10 @@ class Admission:
             if await asyncio.to_thread(unpacked.find, packed) is None:
                 with unpacked.room() as folder:
                     result = await self._checked("unpack", {"path": str(packed.path), "out": str(folder / ONNX_NAME)})
-                    return await asyncio.to_thread(unpacked.take, packed, result)
+                    path = await asyncio.to_thread(unpacked.take, packed, result)
+                with contextlib.suppress(HoneError, OSError):
+                    await asyncio.to_thread(self._repository.forget_unpacked)
+                return path
         return await asyncio.to_thread(self._repository.model_file, version)
 
     async def _inspected(self, found: FoundModel, version: FoundVersion, path: Path, sha256: str, config: ModelConfig) -> GoldenCard:
