@@ -67,6 +67,7 @@ class Mirror:
     metric: str
     floor: float
     kept: deque[Seen] = field(default_factory=lambda: deque(maxlen=WAITING))
+    every_s: float = EVERY_S
     opens_at: float = 0.0
     usual: dict[int, float] = field(default_factory=dict)
     """Shares of golden's classes on the reference."""
@@ -77,7 +78,7 @@ class Mirror:
         now = monotonic()
         if now < self.opens_at or request.caller == OWN:
             return
-        self.opens_at = now + EVERY_S
+        self.opens_at = now + self.every_s
         if sum(len(tensor.data) for tensor in request.inputs) > MOST_BYTES:
             return
         self.kept.append(Seen(_copied(request.inputs), request.outputs, _copied(result.outputs), result.version))

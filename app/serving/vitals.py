@@ -20,7 +20,7 @@ from app.domain import OWN, InferenceRequest, ModelView, Tensor
 from app.errors import HoneError, NotReady
 from app.serving.engine import Engine
 from app.serving.loader import Loader
-from app.serving.mirror import Compared
+from app.serving.mirror import EVERY_S, Compared
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
 from app.telemetry.window import Window
@@ -35,6 +35,8 @@ MOST_ROUNDS: Final = 30
 DEATHS_S: Final = 300.0
 MIRROR_SHARE: Final = 0.05
 """Most of the cores' time that comparing live answers with golden's may use."""
+TRIAL_TIMES: Final = 3
+"""As many times the answers are compared while a version is on trial or watched: it waits for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,10 @@ class Vitals:
         """Put kept live requests to golden and to a version on trial, while nobody waits and the budget lasts; (model, outcome) of each."""
         found: list[tuple[str, Compared]] = []
         for slot in list(self._service.slots.values()):
-            for _ in range(most):
+            eager = TRIAL_TIMES if slot.split is not None else 1
+            if slot.mirror is not None:
+                slot.mirror.every_s = EVERY_S / eager
+            for _ in range(most * eager):
                 if slot.mirror is None or not slot.mirror.kept or not self.idle or not self._spent.allows(self._cores):
                     break
                 found += [(slot.name, compared) async for compared in self._compare(slot)]
