@@ -115,7 +115,7 @@ def blamed(suite: Suite, rounds: int, nice: int) -> list[dict[str, Any]]:
 
 
 def _replayed(request: Mapping[str, Any], nice: int) -> dict[str, Any]:
-    limits = TaskLimits(seconds=30, nice=nice, scheduler="other")
+    limits = TaskLimits(seconds=30, nice=nice)
     began = time.monotonic()
     try:
         report = run_task_sync("blame", request, limits)
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--record", type=float, default=0.0, metavar="MINUTES", help="record a trace of the demo model for so long")
     parser.add_argument("--save", type=Path, help="keep the recorded trace here")
     parser.add_argument("--blame", type=int, default=0, metavar="ROUNDS", help="so many paired replays of each case beside each neighbour")
-    parser.add_argument("--nice", type=int, default=0, help="niceness of the replays")
+    parser.add_argument("--nice", type=int, default=5, help="niceness of the replays")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/loop-detection.md")
     return parser

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,28 @@ def parse_target(text: str) -> HostClass:
     if unknown:
         raise ValueError(f"{text!r} names the unknown instruction set {unknown[0]!r}; known are {', '.join((*X86_FLAGS, *ARM_FLAGS))}")
     return HostClass(match["arch"], isa, match["version"], match["provider"])
+
+
+def spare_ratio(look_s: float = 0.2) -> float:
+    """Share of this process's cores that nobody uses, by a short look; 0 where that cannot be told (a CPU quota, no /proc)."""
+    budget = cpu_budget()
+    if budget.quota is not None:
+        return 0.0  # the cores may idle while the quota is used up
+    try:
+        before = _idle_and_all(budget.affinity)
+        time.sleep(look_s)
+        after = _idle_and_all(budget.affinity)
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    passed = after[1] - before[1]
+    return (after[0] - before[0]) / passed if passed > 0 else 0.0
+
+
+def _idle_and_all(cores: Collection[int]) -> tuple[int, int]:
+    """Clock ticks of these cores since the start of the machine: idle, and all."""
+    wanted = {f"cpu{core}" for core in cores}
+    rows = [[int(n) for n in rest] for name, *rest in map(str.split, Path("/proc/stat").read_text().splitlines()) if name in wanted]
+    return sum(row[3] + row[4] for row in rows), sum(sum(row[:8]) for row in rows)
 
 
 @dataclass(frozen=True)

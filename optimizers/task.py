@@ -68,7 +68,9 @@ class TaskFailed(Exception):
 class TaskLimits:
     """Bounds of one task child. `memory_bytes` bounds its private writable memory (RLIMIT_DATA), 0 is no bound.
 
-    `scheduler` is 'other', 'batch' or 'idle' (runs only where nobody else wants the core). `cpus` empty: the parent's.
+    `scheduler` is 'other', 'batch', 'idle' (runs only where nobody else wants the core) or 'spare': idle where cores have time to spare when
+    it starts, else other, since there is no way back from idle without privileges, and on a full host nothing would ever come of it.
+    `cpus` empty: the parent's.
     `scratch` is the folder in which a temporary one is made for the task; empty is the system's.
     """
 
@@ -76,7 +78,7 @@ class TaskLimits:
     threads: int = 1
     memory_bytes: int = 0
     nice: int = 19
-    scheduler: str = "batch"
+    scheduler: str = "spare"
     cpus: tuple[int, ...] = ()
     oom_score_adj: int = 900
     scratch: str = ""
@@ -150,9 +152,23 @@ async def _start(limits: TaskLimits) -> asyncio.subprocess.Process:
     # -P and a path appended: neither the working folder nor ours may shadow the standard library.
     bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.task_child import main; sys.exit(main())"
     pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", "-c", bootstrap, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True, limit=LINE_LIMIT
     )  # fmt: skip
+    with contextlib.suppress(OSError):
+        lower(process.pid, limits.nice)  # from its first import on
+    return process
+
+
+def lower(pid: int, nice: int) -> None:
+    """Give a process that leads its own session a priority no higher than `nice`, and its session the weight that goes with it.
+
+    Where the kernel shares cores by session (autogroups, sched(7)), a session's weight counts, not its processes'.
+    """
+    os.setpriority(os.PRIO_PROCESS, pid, max(nice, os.getpriority(os.PRIO_PROCESS, pid)))
+    if os.getsid(pid) == pid:  # not a terminal's, in which others run
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/autogroup", "w") as group:
+            group.write(str(nice))
 
 
 async def _converse(

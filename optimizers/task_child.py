@@ -5,7 +5,6 @@ Library output cannot mix with the answer: stdout is moved away and file descrip
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import enum
@@ -23,9 +22,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from optimizers.base import Budget, Cancelled, NotApplicable, Progress, Rejected
-from optimizers.task import KINDS, Failure, TaskLimits
+from optimizers.host import spare_ratio
+from optimizers.task import KINDS, Failure, TaskLimits, lower
 
 PROGRESS_EVERY_S: Final = 0.1
+LEAST_SPARE: Final = 0.1
+"""Share of the cores that must be free for a task to run only where nobody else wants them."""
 _PR_SET_PDEATHSIG: Final = 1
 _SCHEDULERS: Final = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 
@@ -66,15 +68,10 @@ def _first_line(descriptor: int) -> bytes:
 
 def apply_limits(limits: TaskLimits) -> None:
     """Bound this very process: priority, cores, memory, and that it is the first to go when the machine's memory ends."""
-    os.sched_setscheduler(0, _SCHEDULERS[limits.scheduler], os.sched_param(0))
-    os.setpriority(os.PRIO_PROCESS, 0, max(limits.nice, os.getpriority(os.PRIO_PROCESS, 0)))
-    if os.getsid(0) == os.getpid():  # not a terminal's, in which others run
-        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as group:
-            group.write(
-                str(limits.nice)
-            )  # where the kernel shares cores by session (sched(7)), a session's weight counts, not its processes'
     if limits.cpus:
         os.sched_setaffinity(0, limits.cpus)
+    os.sched_setscheduler(0, _policy(limits.scheduler), os.sched_param(0))
+    lower(os.getpid(), limits.nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.memory_bytes:
         resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_bytes, limits.memory_bytes))
@@ -83,6 +80,12 @@ def apply_limits(limits: TaskLimits) -> None:
             file.write(str(limits.oom_score_adj))
     except OSError:
         pass  # a container may forbid it; everything else still holds
+
+
+def _policy(scheduler: str) -> int:
+    if scheduler == "spare":
+        scheduler = "idle" if spare_ratio() >= LEAST_SPARE else "other"
+    return _SCHEDULERS[scheduler]
 
 
 def _function(kind: str) -> Callable[[dict[str, Any], Budget], Any]:

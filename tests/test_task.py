@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from optimizers import task
+from optimizers import task, task_child
 from optimizers.base import Progress
+from optimizers.host import cpu_budget, spare_ratio
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task, run_task_sync
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,26 @@ def test_the_child_is_bounded_and_apart() -> None:
     assert result["oom"] == 900
     assert result["stdin"] == ""
     assert result["first_on_path"] not in {"", str(ROOT)}, "nothing may shadow the standard library"
+
+
+@pytest.mark.parametrize(("spare", "scheduler"), [(0.5, os.SCHED_IDLE), (0.0, os.SCHED_OTHER)])
+def test_a_task_takes_only_what_nobody_wants_unless_nothing_would_be_left(
+    monkeypatch: pytest.MonkeyPatch, spare: float, scheduler: int
+) -> None:
+    monkeypatch.setattr("optimizers.task_child.spare_ratio", lambda: spare)
+    assert task_child._policy("spare") == scheduler
+
+
+def test_spare_cores_are_told_from_busy_ones() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    hogs = [subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"]) for core in cores]
+    try:
+        wait_for(lambda: spare_ratio(0.3) < 0.1 or cpu_budget().quota is not None)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    wait_for(lambda: spare_ratio(0.3) > 0.1 or cpu_budget().quota is not None)
 
 
 @pytest.mark.parametrize(

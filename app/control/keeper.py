@@ -351,7 +351,7 @@ class JobKeeper:
         try:
             with self._bench.scratch() as scratch:
                 limits = TaskLimits(
-                    seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scheduler="other",
+                    seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10,
                     scratch=str(scratch),
                 )  # fmt: skip
                 with self._window.background(kind):

@@ -34,9 +34,7 @@ def prove_here(settings: Settings, model: str, version: str = "") -> JSON:
         fallback = RuntimeSettings(cpu_budget().cores, 1, 16, 512)
         with bench.scratch() as folder:
             request = question(bench, piece, want, chosen, here, fallback, folder, proof_only=True, lossless=False)
-            limits = TaskLimits(
-                seconds=VERIFY_S * 2, memory_bytes=settings.job_memory_bytes, nice=10, scheduler="other", scratch=str(folder)
-            )
+            limits = TaskLimits(seconds=VERIFY_S * 2, memory_bytes=settings.job_memory_bytes, nice=10, scratch=str(folder))
             try:
                 report = run_task_sync("verify", request, limits)
             except TaskFailed as failure:

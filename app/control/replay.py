@@ -27,7 +27,7 @@ async def replay(bench: Bench, want: ModelState, version: str, settings: Runtime
             request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, folder)
             if request is None:
                 return None
-            limits = TaskLimits(seconds=REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scheduler="other", scratch=str(folder))
+            limits = TaskLimits(seconds=REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scratch=str(folder))
             report = await run_task("blame", request, limits)
     except TaskFailed as failure:
         log.warning("model %s: the replay failed: %s", want.name, failure.text)

@@ -236,7 +236,7 @@ class Worker:
 
         with self._bench.scratch() as scratch:
             limits = TaskLimits(
-                seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19, scheduler="batch",
+                seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19,
                 scratch=str(scratch),
             )  # fmt: skip
             return await run_task(kind, request, limits, progress, stop)
