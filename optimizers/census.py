@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from optimizers.onnx_file import graphs, in_order, tensors
 
@@ -139,12 +139,27 @@ def _without_weights(model: ModelProto) -> ModelProto:
     graph.node.extend(in_order(model.graph))
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":  # ONNX's shape inference does not know it
+            _as_product(graph, node)
     for tensor in model.graph.initializer:
         if math.prod(tensor.dims) <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
             graph.initializer.append(tensor)
         else:
             graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
     return bare
+
+
+def _as_product(graph: GraphProto, node: NodeProto) -> None:
+    """A product with 4-bit weights [K, N] as the plain one of the same shapes."""
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    weight = f"{node.output[0]}.weight"
+    graph.initializer.add(name=weight, data_type=TensorProto.FLOAT, dims=(sizes["K"], sizes["N"]))
+    values, output = node.input[0], node.output[0]
+    node.Clear()
+    node.op_type = "MatMul"
+    node.input.extend((values, weight))
+    node.output.append(output)
 
 
 def multiply_adds(model: ModelProto, row: Shapes | None = None) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from optimizers import NotApplicable, Samples
-from optimizers.census import quantization_of
+from optimizers.census import multiply_adds, quantization_of
 from optimizers.int4 import Int4LinearConfig
 from optimizers.int4_graph import blockwise
 from optimizers.onnx_graph import set_constant
@@ -63,6 +63,9 @@ def test_families_with_linear_layers_keep_their_contract(family: str, compute: s
     assert len(products) == len(facts["layers"]) >= 3
     assert {helper.get_node_attr_value(n, "bits") for n in products} == {4} and facts["domains"] == ["com.microsoft"]
     assert error_of(FAMILIES[family], artifact) < 0.25 and facts["output_error"] < 0.25
+    row = {"ids": (1, 6)} if family == "encoder" else None
+    as_before = multiply_adds(FAMILIES[family], row)
+    assert as_before and multiply_adds(onnx.load(artifact.path), row) == as_before, "they can still be counted"
 
 
 def test_the_file_is_six_times_smaller(tmp_path: Path) -> None:
