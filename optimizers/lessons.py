@@ -23,6 +23,8 @@ from optimizers.torch_source import Outputs, Signature, outputs_of, tensors_of
 from optimizers.training import Score
 
 HELD_OUT: Final = 0.15
+MOST_HELD_OUT: Final = 2048
+"""Rows that are scored after each epoch: so many tell shares to a point, and more would take the time of training."""
 SHIFT: Final = 1 / 12
 NOISE: Final = 0.05
 CHUNK: Final = 64
@@ -68,32 +70,42 @@ class Lesson:
     def __init__(
         self, signature: Signature, samples: Samples, teacher: Teacher, task: str, terms: Terms, seed: int = 0, extra: Extra | None = None
     ) -> None:
-        train, held = samples.split(1 - HELD_OUT, seed)
+        train, held = samples.split(1 - min(HELD_OUT, MOST_HELD_OUT / max(1, len(samples))), seed)
         if len(held) < 2 or len(train) < 2:
             raise NotApplicable(f"{len(samples)} different rows are too few to train on and to hold some out; about 100 are a beginning")
         self.signature, self.teacher, self.terms, self.extra = signature, teacher, terms, extra
         self.inputs, self.held = tensors_of(train, signature), tensors_of(held, signature)
         self.classes = task == "classification"
         self.labels = torch.from_numpy(train.labels) if self.classes and train.labels is not None else None
-        self.known, self.held_answers = teacher.all(self.inputs), teacher.all(self.held)
+        self.held_answers = teacher.all(self.held)
+        self._known = tuple(torch.empty((self.rows, *answer.shape[1:]), dtype=answer.dtype) for answer in self.held_answers)
+        self._asked = torch.zeros(self.rows, dtype=torch.bool)
         self.float_outputs = [i for i, answer in enumerate(self.held_answers) if answer.is_floating_point() and answer.ndim > 1]
         if not self.float_outputs:
             raise NotApplicable("no output is a tensor of floats with a batch axis, so there is nothing to train for")
-        if self.labels is not None and int(self.labels.max()) >= self.known[self.float_outputs[0]].shape[-1]:
-            raise NotApplicable(
-                f"a label is {int(self.labels.max())}, but the model has {self.known[self.float_outputs[0]].shape[-1]} classes"
-            )
+        if self.labels is not None and int(self.labels.max()) >= (classes := self.held_answers[self.float_outputs[0]].shape[-1]):
+            raise NotApplicable(f"a label is {int(self.labels.max())}, but the model has {classes} classes")
 
     @property
     def rows(self) -> int:
         return len(self.inputs[0])
 
+    def known(self, index: Tensor) -> Outputs:
+        """Golden's answers to rows of the training set, asked for when first needed."""
+        new = index[~self._asked[index]]
+        if len(new):
+            for kept, answer in zip(self._known, self.teacher.all(tuple(value[new] for value in self.inputs)), strict=True):
+                kept[new] = answer
+            self._asked[new] = True
+        return tuple(kept[index] for kept in self._known)
+
     def loss(self, module: nn.Module, index: Tensor, random: torch.Generator) -> Tensor:
         inputs = tuple(value[index] for value in self.inputs)
-        answers = tuple(value[index] for value in self.known)
         if self.terms.augment and any(_is_image(value) for value in inputs):
             inputs = tuple(augmented(value, random) if _is_image(value) else value for value in inputs)
             answers = self.teacher(inputs)
+        else:
+            answers = self.known(index)
         given = outputs_of(module(*inputs), self.signature.outputs)
         total = self._distance(given, answers)
         if self.labels is not None:
@@ -109,8 +121,7 @@ class Lesson:
         given = outputs_of(module(*(value[index] for value in self.inputs)), self.signature.outputs)
         if not self.classes:
             return torch.stack([given[i].float().pow(2).mean() for i in self.float_outputs]).mean()
-        golden = self.known[self.float_outputs[0]][index].argmax(-1)
-        chosen = self.labels[index] if self.labels is not None else golden
+        chosen = self.labels[index] if self.labels is not None else self.known(index)[self.float_outputs[0]].argmax(-1)
         return hard_labels(as_logits(given[self.float_outputs[0]]).float(), chosen)
 
     def score(self, module: nn.Module) -> Score:

@@ -144,7 +144,7 @@ def test_alpha_weighs_golden_against_true_labels(tmp_path: Path) -> None:
         lesson, student = work.lesson(), make(torch_models.factory(tmp_path, "small")).eval()
         index, random = torch.arange(8), torch.Generator()
         assert lesson.labels is not None
-        logits, taught, true = student(lesson.inputs[0][index]), lesson.known[0][index], lesson.labels[index]
+        logits, taught, true = student(lesson.inputs[0][index]), lesson.known(index)[0], lesson.labels[index]
         expected = alpha * soft_labels(logits, taught, 1.5) + (1 - alpha) * hard_labels(logits, true)
         assert lesson.loss(student, index, random).item() == pytest.approx(expected.item(), rel=1e-5)
         last = Watch(Budget(), "distill", after_step=lambda module, rate: None)  # keeps the last weights, not those nearest to golden
@@ -153,6 +153,32 @@ def test_alpha_weighs_golden_against_true_labels(tmp_path: Path) -> None:
             return float((student(lesson.inputs[0]).argmax(-1) == lesson.labels).float().mean())
 
     assert follows_labels(0.05) > 0.7 and follows_labels(0.95) < 0.3
+
+
+def test_golden_is_asked_once_and_only_about_rows_that_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from optimizers.lessons import Teacher
+    from optimizers.torch_source import make
+    from optimizers.workshop import Workshop
+
+    asked: list[int] = []
+    answer = Teacher.__call__
+
+    def counted(teacher: Teacher, inputs: Any) -> Any:
+        asked.append(len(inputs[0]))
+        return answer(teacher, inputs)
+
+    monkeypatch.setattr(Teacher, "__call__", counted)
+    monkeypatch.setattr("optimizers.lessons.MOST_HELD_OUT", 10)
+    golden, data = torch_models.artifact(tmp_path, "cnn"), torch_models.rows("cnn", 256)
+    lesson = Workshop.open(golden, DistillConfig(augment=False), data, Budget(scratch=str(tmp_path / "s"))).lesson()
+    assert sum(asked) == len(lesson.held[0]) < 30 and lesson.rows + len(lesson.held[0]) == 256
+    student, index = make(torch_models.factory(tmp_path, "small")).eval(), torch.arange(8)
+    for _ in range(2):
+        lesson.loss(student, index, torch.Generator())
+        assert sum(asked) == len(lesson.held[0]) + 8
+    assert torch.equal(lesson.known(index)[0], lesson.teacher(tuple(value[index] for value in lesson.inputs))[0])
 
 
 def test_attention_matrices_by_hand_and_whoever_computes_them(tmp_path: Path) -> None:
