@@ -102,9 +102,14 @@ def files_to_deploy(path: Path, name: str | None, config: str | None) -> tuple[s
     if not path.exists():
         raise ClientError(f"{path} does not exist; give an .onnx file, or a folder with 1/model.onnx")
     model, found_config = (path, None) if path.is_file() else _model_in(path)
-    if model.suffix != ".onnx":
-        raise ClientError(f"{model} is no .onnx file; models of other kinds are put into the server's repository folder")
-    files = {"model.onnx": model} | {data: model.parent / data for data in _external_data(model)}
+    if model.suffix == ".packed":
+        files = {"model.onnx.packed": model}
+    elif model.suffix == ".onnx":
+        files = {"model.onnx": model} | {data: model.parent / data for data in _external_data(model)}
+    else:
+        raise ClientError(
+            f"{model} is no .onnx file, nor packed (hone pack); models of other kinds are put into the server's repository folder"
+        )
     yaml = Path(config) if config else found_config
     if yaml:
         files["model.yaml"] = yaml
@@ -112,12 +117,13 @@ def files_to_deploy(path: Path, name: str | None, config: str | None) -> tuple[s
     for shown, file in files.items():
         if not file.is_file():
             raise ClientError(f"{file} does not exist; it is the {shown} of this model")
-    return name or (path.resolve().name if path.is_dir() else path.stem), files
+    return name or (path.resolve().name if path.is_dir() else Path(path.name.removesuffix(".packed")).stem), files
 
 
 def _model_in(folder: Path) -> tuple[Path, Path | None]:
     numbers = sorted((int(sub.name) for sub in folder.iterdir() if sub.is_dir() and sub.name.isdigit()), reverse=True)
-    candidates = [folder / str(number) / "model.onnx" for number in numbers] + [folder / "model.onnx"]
+    places = [*(folder / str(number) for number in numbers), folder]
+    candidates = [place / name for place in places for name in ("model.onnx", "model.onnx.packed")]
     model = next((candidate for candidate in candidates if candidate.is_file()), None)
     if model is None:
         raise ClientError(f"{folder} holds no model: expected {folder / '1' / 'model.onnx'}")

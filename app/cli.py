@@ -181,7 +181,9 @@ def _add_models(commands: Parsers) -> None:
         "hone deploy resnet.onnx --name resnet",
         "hone deploy models/resnet            # a folder with model.yaml and 1/model.onnx",
     )
-    deploy.add_argument("path", metavar="PATH", help="an .onnx file (its external data beside it), or a model's folder")
+    deploy.add_argument(
+        "path", metavar="PATH", help="an .onnx file (its external data beside it), a packed one (hone pack), or a model's folder"
+    )
     deploy.add_argument("--name", metavar="NAME", help="name to serve it under; default: the file's or folder's")
     deploy.add_argument("--config", metavar="FILE", help="its model.yaml; default: the folder's")
     remove = _asking(

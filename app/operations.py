@@ -234,9 +234,13 @@ class ServerOperations:
     async def deploy_files(self, name: str, files: Mapping[str, Path], actor: str) -> JSON:
         with await asyncio.to_thread(stage_upload, self._state, files, self._repository) as staged:
             data_files = staged.data_files
-            if staged.model.suffix == ".onnx":
-                report = await self._admission.inspect({"path": str(staged.model), "rows": "auto"})
-                data_files = tuple(file for file in report["files"] if file != staged.model.name)
+            if staged.model.suffix != ".safetensors":
+                file = staged.model
+                if file.suffix == ".packed":
+                    file = staged.folder / f"{file.name}.onnx"
+                    await self._admission.unpack(staged.model, file)
+                report = await self._admission.inspect({"path": str(file), "rows": "auto"})
+                data_files = tuple(name for name in report["files"] if name != file.name)
                 await asyncio.to_thread(self._check_processing, name, staged, report)
             known = self._fleet.state.models.get(name)
             taken = [known.golden] if known is not None else []

@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.arguments import files_to_deploy
+from optimizers.packed import pack
 from tests.models import corrupt, identity, killer, scaled
 from tests.odd_models import half_with_cast_left, json_input, with_external_data
 from tests.running_server import ROOT, Running, server
@@ -266,6 +268,20 @@ def test_hone_deploy_sends_a_whole_folder_and_hone_remove_takes_it_back(running:
     removed = hone("remove", "packed")
     assert removed.returncode == 0, removed.stderr
     running.until(lambda: running.call("GET", "/v2/models/packed/ready").status_code == 404)
+
+
+def test_a_packed_model_is_deployed_as_it_is_and_a_damaged_one_is_not(running: Running, tmp_path: Path) -> None:
+    pack(scaled(tmp_path / "small.onnx", 4.0), tmp_path / "small.onnx.packed")
+    name, files = files_to_deploy(tmp_path / "small.onnx.packed", None, None)
+    assert (name, set(files)) == ("small", {"model.onnx.packed"})
+    packed = files["model.onnx.packed"].read_bytes()
+    assert upload(running, name, {"model.onnx.packed": packed}).status_code == 201
+    document = {"inputs": [json_input("x", "FP32", [1, 4], [1, 2, 3, 4])]}
+    assert running.call("POST", f"/v2/models/{name}/infer", json=document).json()["outputs"][0]["data"] == [4, 8, 12, 16]
+    assert [path.name for path in (running.folder / "models" / name / "1").iterdir()] == ["model.onnx.packed"]
+    damaged = packed[:-1] + bytes([packed[-1] ^ 1])
+    refused(upload(running, "damaged", {"model.onnx.packed": damaged}), "packed")
+    assert not (running.folder / "models" / "damaged").exists() and not leftovers(running)
 
 
 def test_uploads_can_be_switched_off_and_need_a_writable_repository(tmp_path: Path, good: bytes) -> None:

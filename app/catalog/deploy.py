@@ -14,6 +14,7 @@ from app.catalog import durable
 from app.catalog.model_config import FILE_NAME, ModelConfig, parse_model_config, read_config
 from app.catalog.model_files import LinkPolicy, ModelFile, checked_file, copy_regular, links_within
 from app.catalog.model_names import check_name, printable
+from app.catalog.packed import PACKED_NAME
 from app.catalog.repository import ONNX_NAME, FoundModel, Repository
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 
@@ -46,9 +47,9 @@ def deploy(
     data_files: Sequence[str] = (),
     taken: Sequence[str] = (),
 ) -> FoundModel:
-    """Copy `source` (an .onnx or .safetensors file, or a folder with one) into NAME/<next version>; blocks on the disk.
+    """Copy `source` (an .onnx, .packed or .safetensors file, or a folder with one) into NAME/<next version>; blocks on the disk.
 
-    `config` is the text of a model.yaml (None: what lies beside in a source folder, else what the model has). `data_files` are the names of
+    A packed file (.packed) is kept packed. `config` is the text of a model.yaml (None: what lies beside in a source folder, else what the model has). `data_files` are the names of
     external data beside the model file; `taken` versions that may not be used again. Deploying what golden is already changes nothing.
     Raises InvalidRequest, ModelRejected, NotFound, NotAllowed or InsufficientStorage; then nothing was changed.
     """
@@ -95,7 +96,7 @@ def plan_of(repository: Repository, source: Path, name: str, config: bytes | Non
         files.append(checked_file(source.parent / data, data, policy, repository.limits))
     if len(files) > repository.limits.max_files or sum(file.bytes for file in files) > repository.limits.max_total_bytes:
         raise ModelRejected(f"{source}: {len(files)} files; the model passes the bound of files or bytes")
-    if target != ONNX_NAME:
+    if target not in (ONNX_NAME, PACKED_NAME):
         repository.factory(parsed)
     beside = _side_files(repository, source.parent, name, parsed, policy) if config is not None else ()
     return Plan(tuple(files), config, beside)
@@ -193,9 +194,9 @@ def _already_there(repository: Repository, name: str, plan: Plan) -> FoundModel 
 
 def _model_in(folder: Path) -> Path:
     """The one model file in a folder (a download, a version's folder). Raises ModelRejected."""
-    for suffix in (".onnx", ".safetensors"):
+    for suffix, name in ((".onnx", ONNX_NAME), (".packed", PACKED_NAME), (".safetensors", "model.safetensors")):
         found = sorted(path for path in folder.iterdir() if path.suffix == suffix and not path.name.startswith("."))
-        named = [path for path in found if path.name == f"model{suffix}"]
+        named = [path for path in found if path.name == name]
         if named or len(found) == 1:
             return (named or found)[0]
         if found:
@@ -204,16 +205,16 @@ def _model_in(folder: Path) -> Path:
 
 
 def _target_name(source: Path, config: ModelConfig) -> str:
-    if source.suffix == ".onnx":
+    if source.suffix in (".onnx", ".packed"):
         if config.platform == "torch":
             raise ModelRejected(f"{source.name} is ONNX, but {FILE_NAME} says platform: torch; leave that out, or send .safetensors")
-        return ONNX_NAME
+        return ONNX_NAME if source.suffix == ".onnx" else PACKED_NAME
     if source.suffix == ".safetensors":
         if config.source is None:
             raise ModelRejected(f"{source}: a PyTorch model needs a {FILE_NAME} with source: {{factory: FILE.py:FUNCTION}}")
         return config.source.weights
     raise ModelRejected(
-        f"{source} is neither .onnx nor .safetensors; export the model to ONNX (torch.onnx.export), or save its weights with safetensors"
+        f"{source} is none of .onnx, .packed and .safetensors; export the model to ONNX (torch.onnx.export), or save its weights with safetensors"
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from app.catalog import durable
 from app.catalog.deploy import UPLOAD_HELP, check_file_name, is_plain, listed
@@ -15,6 +16,8 @@ from app.catalog.model_names import printable
 from app.catalog.repository import ONNX_NAME, Repository
 from app.catalog.state_folder import StateFolder
 from app.errors import ModelRejected
+
+MODEL_SUFFIXES: Final = (".onnx", ".packed", ".safetensors")
 
 
 @dataclass
@@ -40,9 +43,9 @@ class Staged:
 def stage_upload(state: StateFolder, files: Mapping[str, Path], repository: Repository) -> Staged:
     """Move uploaded files (name in the form -> where they lie now) into a folder of their own. Blocks on the disk.
 
-    One .onnx (or .safetensors) file, its data files, and model.yaml if there is one. Raises ModelRejected, NotAllowed, InsufficientStorage.
+    One .onnx (or .packed, or .safetensors) file, its data files, and model.yaml if there is one. Raises ModelRejected, NotAllowed, InsufficientStorage.
     """
-    models = [name for name in files if name.endswith(".onnx")] or [name for name in files if name.endswith(".safetensors")]
+    models = next((found for suffix in MODEL_SUFFIXES if (found := [name for name in files if name.endswith(suffix)])), [])
     if len(models) != 1:
         raise ModelRejected(f"an upload holds one .onnx file, got {len(models)} among {listed(files)}; {UPLOAD_HELP}")
     config = read_config(files[FILE_NAME]) if FILE_NAME in files else None

@@ -133,7 +133,7 @@ class Admission:
             unpacked, packed = self._repository.unpacked, version.files[0]
             if await asyncio.to_thread(unpacked.find, packed) is None:
                 with unpacked.room() as folder:
-                    result = await self._checked("unpack", {"path": str(packed.path), "out": str(folder / ONNX_NAME)})
+                    result = await self.unpack(packed.path, folder / ONNX_NAME)
                     path = await asyncio.to_thread(unpacked.take, packed, result)
                 with contextlib.suppress(HoneError, OSError):
                     await asyncio.to_thread(self._repository.forget_unpacked)
@@ -162,6 +162,10 @@ class Admission:
     async def inspect(self, request: Mapping[str, Any]) -> JSON:
         """The full check of an ONNX file in a task child. Raises ModelRejected or InsufficientStorage."""
         return await self._checked("inspect", request)
+
+    async def unpack(self, packed: Path, out: Path) -> JSON:
+        """The model of a packed file, in a task child. Raises ModelRejected or InsufficientStorage."""
+        return await self._checked("unpack", {"path": str(packed), "out": str(out)})
 
     async def _checked(self, kind: str, request: Mapping[str, Any]) -> JSON:
         try:
