@@ -10,8 +10,8 @@ import pytest
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
-from app.control.loop import Looks
 from app.control.objectives import Burn, burn
+from app.control.patient import Looks
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.situation import situation_of
 from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
