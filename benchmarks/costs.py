@@ -22,6 +22,7 @@ from benchmarks.servers import HOST, Hone, HoneWorker
 
 FORKS: Final = 20
 BODIES: Final = 32
+PROBES_PER_S: Final = 50.0
 LIGHT_SHARE: Final = 0.2
 HOT_ROWS: Final = (1, 32)
 """Rows a request of the neighbour that is overloaded: small ones keep the HTTP process busy with refusals, large ones the models' cores with work."""
@@ -198,7 +199,7 @@ def optimization(folder: Path, effort: Effort) -> dict[str, Any]:
 
 
 def bodies(folder: Path, effort: Effort) -> list[dict[str, Any]]:
-    """How long live and ready take while large bodies come at once, in binary and as JSON."""
+    """How long live and ready take, asked from another process, while large bodies come at once, in binary and as JSON."""
     repository = folder / "repository"
     model = models.linear(repository)
     found = []
@@ -208,19 +209,22 @@ def bodies(folder: Path, effort: Effort) -> list[dict[str, Any]]:
         for form, make in (("binary", binary_body), ("JSON", json_body)):
             some = make(model, model.rows(1000))
             body = make(model, np.tile(model.rows(1000), (effort.body_bytes // len(some.data), 1)))
+            health = [
+                f"GET {path} HTTP/1.1\r\nHost: {HOST}:{hone.port}\r\n\r\n".encode() for path in ("/v2/health/live", "/v2/health/ready")
+            ]
+            probes = openloop.Running(openloop.Plan(HOST, hone.port, health, PROBES_PER_S, 600.0, 64))
+            time.sleep(1.0)
+            began = time.monotonic()
             with ThreadPoolExecutor(BODIES) as pool:
                 sent = [pool.submit(hone.ask, "POST", body.path, body.data, body.headers, 600.0) for _ in range(BODIES)]
-                took: list[float] = []
-                while not all(one.done() for one in sent):
-                    for path in ("/v2/health/live", "/v2/health/ready"):
-                        began = time.monotonic()
-                        assert hone.ask("GET", path)[0] == 200
-                        took.append(time.monotonic() - began)
                 codes = [one.result()[0] for one in sent]
+            ended = time.monotonic()
+            probes.stop()
+            seen = probes.result().between(began, ended)
             found.append({
                 "form": form, "count": BODIES, "megabytes": round(len(body.data) / 1e6), "answered": codes.count(200), "refused": sum(code in (429, 503) for code in codes),
-                "failed": sum(code not in (200, 429, 503) for code in codes), "asked": len(took), "p99_ms": round(float(np.quantile(took, 0.99)) * 1e3, 1),
-                "worst_ms": round(max(took) * 1e3, 1), "rss_mb": round(status_bytes(hone.pid) / 2**20),
+                "failed": sum(code not in (200, 429, 503) for code in codes), "asked": len(seen.start), "unwell": seen.failed, "seconds": round(ended - began, 1),
+                "p99_ms": round(seen.quantile_ms(0.99), 1), "worst_ms": round(seen.quantile_ms(1.0), 1), "rss_mb": round(status_bytes(hone.pid) / 2**20),
             })  # fmt: skip
     return found
 

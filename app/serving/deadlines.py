@@ -28,10 +28,10 @@ def check(work: Work, queue: Queue, rates: Rates, settings: RuntimeSettings, now
     if rates.batches < ENOUGH or now - rates.last_at > STALE_S:
         return
     before = queue.rows_before(work.priority)
-    needed_s = rates.drain_s(before, settings.batch_limit, settings.instances) + rates.wall_s(work.rows)
+    needed_s = rates.least_drain_s(before, settings.batch_limit, settings.instances) + rates.least_wall_s(work.rows)
     if needed_s > left_s:
         raise CannotMeetDeadline(
-            f"{before} rows are before this request and it would take about {needed_s * 1e3:.1f} ms; its deadline is in {left_s * 1e3:.1f} ms"
+            f"{before} rows are before this request and it would take {needed_s * 1e3:.1f} ms or more; its deadline is in {left_s * 1e3:.1f} ms"
         )
 
 

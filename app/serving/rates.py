@@ -5,6 +5,7 @@ Buckets are powers of two of rows. Pure arithmetic; `now` comes in as an argumen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 _SHARE: Final = 0.1
@@ -43,6 +44,13 @@ class Rates:
         """Expected seconds of a call with so many rows; 0.0 while nothing is known. Unseen sizes go by the nearest one seen."""
         return self._nearest(self._wall_s, rows)
 
+    def least_wall_s(self, rows: int) -> float:
+        """What a call with so many rows takes at least: as long as the largest one seen that is no larger; 0.0 where none was.
+
+        Small calls are mostly overhead: a thousand rows need not take a thousand times as long as one, and who is refused for that never shows it.
+        """
+        return next((self._wall_s[bucket] for bucket in range(_bucket(rows), -1, -1) if self._seen[bucket]), 0.0)
+
     def cpu_s(self, rows: int) -> float:
         """Expected CPU seconds of a call with so many rows."""
         return self._nearest(self._cpu_s, rows)
@@ -55,10 +63,11 @@ class Rates:
 
     def drain_s(self, rows: int, limit: int, lanes: int) -> float:
         """Seconds until so many queued rows have been served, in batches of `limit` on `lanes` instances."""
-        if rows <= 0:
-            return 0.0
-        size = min(rows, max(1, limit))
-        return self.wall_s(size) * (rows / size) / max(1, lanes)
+        return _drained(rows, limit, lanes, self.wall_s)
+
+    def least_drain_s(self, rows: int, limit: int, lanes: int) -> float:
+        """As `drain_s`, by what is known to be needed."""
+        return _drained(rows, limit, lanes, self.least_wall_s)
 
     def rows_within(self, seconds: float, limit: int) -> int:
         """The most rows, at least one, whose expected CPU time stays within `seconds`."""
@@ -77,6 +86,13 @@ class Rates:
             if bucket + distance < _BUCKETS and self._seen[bucket + distance]:
                 return values[bucket + distance]
         return 0.0
+
+
+def _drained(rows: int, limit: int, lanes: int, wall_s: Callable[[int], float]) -> float:
+    if rows <= 0:
+        return 0.0
+    size = min(rows, max(1, limit))
+    return wall_s(size) * (rows / size) / max(1, lanes)
 
 
 def _bucket(rows: int) -> int:
