@@ -1,7 +1,7 @@
 """Heavy one-off work in a child process: `run_task` starts `python -m optimizers.task`, bounds it and brings back its answer.
 
-The child gets one JSON line on stdin and answers in JSON lines: {"progress": …} any number of times, then {"result": …} or
-{"error": TEXT, "kind": FAILURE}. This module knows nothing of what the kinds do; the child's side is optimizers.task_child.
+The child gets one JSON line on stdin and answers in JSON lines: {"progress": …} any number of times, then {"result": …, "cpu_s": …} or
+{"error": TEXT, "kind": FAILURE, "cpu_s": …}. This module knows nothing of what the kinds do; the child's side is optimizers.task_child.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -91,23 +92,31 @@ async def run_task(
     limits: TaskLimits = TaskLimits(),
     on_progress: Callable[[Progress], None] | None = None,
     cancelled: asyncio.Event | None = None,
+    on_spent: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Run one task in a child of its own session and return its result; raise TaskFailed when there is none.
 
-    When `cancelled` is set the child is asked to stop and killed after a grace time. Whatever happens (this coroutine cancelled, time
+    `on_spent` is told once, at the end, how many CPU seconds it took; for a child that was killed, how many seconds it ran. When `cancelled` is set the child is asked to stop and killed after a grace time. Whatever happens (this coroutine cancelled, time
     over, this process killed) the child and its descendants end, and its scratch folder is removed (but for a killed parent).
     """
     scratch = tempfile.mkdtemp(prefix="hone-task-", dir=limits.scratch or None)
+    began = time.monotonic()
+    answer: dict[str, Any] | None = None
     try:
         process = await _start(limits)
         try:
             async with asyncio.timeout(limits.seconds + TIME_GRACE_S):
-                return await _converse(process, _message(kind, request, limits, scratch), on_progress, cancelled)
+                answer = await _converse(process, _message(kind, request, limits, scratch), on_progress, cancelled)
+            if "result" in answer:
+                return dict(answer["result"])
+            raise TaskFailed(Failure(answer["kind"]), str(answer["error"]), answer["stderr"])
         except TimeoutError:
             raise TaskFailed(Failure.TIMEOUT, f"{kind}: not done within {limits.seconds:.0f} s, and ended") from None
         finally:
             await _end(process)
     finally:
+        if on_spent is not None:
+            on_spent(answer["cpu_s"] if answer is not None else time.monotonic() - began)
         await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
 
@@ -189,10 +198,10 @@ async def _converse(
             code = await process.wait()
             _kill(process)
             raise TaskFailed(*_obituary(code, cancelled is not None and cancelled.is_set()), await errors)
-        if "result" in answer:
-            return dict(answer["result"])
-        _kill(process)
-        raise TaskFailed(Failure(answer["kind"]), str(answer["error"]), await errors)
+        if "result" not in answer:
+            _kill(process)
+            answer["stderr"] = await errors
+        return answer
     finally:
         both = [task for task in (errors, stopping) if task]
         for task in both:

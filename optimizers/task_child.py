@@ -50,13 +50,20 @@ def main() -> int:
         _start_guardian(control, answers)
     try:
         apply_limits(limits)
-        say(result=plain(_function(message["kind"])(message["request"], _budget(limits, asked_to_stop, say))))
+        result = plain(_function(message["kind"])(message["request"], _budget(limits, asked_to_stop, say)))
+        say(result=result, cpu_s=_spent_s())
     except Exception as error:  # noqa: BLE001  the boundary of the process: whatever went wrong is the answer
         if not isinstance(error, NotApplicable | Rejected | Cancelled):
             traceback.print_exc()
-        say(error=_text(error, limits), kind=_failure(error, asked_to_stop))
+        say(error=_text(error, limits), kind=_failure(error, asked_to_stop), cpu_s=_spent_s())
     sys.stderr.flush()
     os._exit(0)  # threads of native libraries have nothing left to say
+
+
+def _spent_s() -> float:
+    """CPU seconds of this process and of those that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return round(sum(one.ru_utime + one.ru_stime for one in used), 3)
 
 
 def _first_line(descriptor: int) -> bytes:

@@ -78,3 +78,11 @@ def sleeps(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
 
 def takes_memory(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
     return {"taken": len(bytearray(request["bytes"]))}
+
+
+def spins(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
+    """Uses so many CPU seconds itself, and as many in a child."""
+    code = f"import time\nwhile time.process_time() < {request['seconds']}: pass"
+    exec(code)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -55,6 +56,16 @@ def test_brings_back_the_result_and_progress_in_order(tmp_path: Path) -> None:
     assert seen[-1].detail == {"i": 2}
     assert Path(result["scratch"]).parent == tmp_path
     assert list(tmp_path.iterdir()) == [], "the scratch folder is removed"
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"), [("spins", {"seconds": 0.5}), ("raises", {"error": "ValueError", "text": ""}), ("crashes", {"how": "segfault"})]
+)
+def test_what_a_task_spent_is_told_once_however_it_ends(name: str, request_: dict[str, Any]) -> None:
+    spent: list[float] = []
+    with contextlib.suppress(TaskFailed):
+        asyncio.run(run_task(kind(name), request_, TaskLimits(), on_spent=spent.append))
+    assert len(spent) == 1 and (1.0 if name == "spins" else 0.0) < spent[0] < 30
 
 
 def test_the_child_is_bounded_and_apart() -> None:

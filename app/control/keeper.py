@@ -67,6 +67,8 @@ class JobKeeper:
         self._leads_until = 0.0
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
         self._counted: set[str] | None = None
+        self._cpu_s: dict[str, float] = {}
+        """CPU seconds of each open job's tasks here."""
 
     async def run(self) -> None:
         while True:
@@ -134,6 +136,7 @@ class JobKeeper:
         finally:
             watch.cancel()
         report = {**job.report, **report}
+        report["cpu_s"] = round(float(job.report.get("cpu_s") or 0.0) + self._cpu_s.pop(job.id, 0.0), 1)
         report["summary"] = summary_of(report)
         await self._say("job.finished", job, outcome=outcome, candidate=candidate, report=report)
         await self._remove_unneeded(job.model)
@@ -348,6 +351,9 @@ class JobKeeper:
         def progress(seen: Progress) -> None:
             loop.run_in_executor(None, self._post, job, seen)
 
+        def spend(cpu_s: float) -> None:
+            self._cpu_s[job.id] = self._cpu_s.get(job.id, 0.0) + cpu_s
+
         try:
             with self._bench.scratch() as scratch:
                 limits = TaskLimits(
@@ -355,7 +361,7 @@ class JobKeeper:
                     scratch=str(scratch),
                 )  # fmt: skip
                 with self._window.background(kind):
-                    return await run_task(kind, request, limits, progress, stop)
+                    return await run_task(kind, request, limits, progress, stop, spend)
         finally:
             self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
 

@@ -19,12 +19,12 @@ VAIN: Final = frozenset({"refused", "nothing_changed", "not_applicable", "promot
 def situation_of(
     state: State, want: ModelState, view: ModelView, config: ModelConfig, cause: Cause, host_class: str, tried: Collection[Action], wait_s: float
 ) -> Situation:  # fmt: skip
-    """`tried` are this incident's remedies so far. A job's seconds count from its request to its end."""
+    """`tried` are this incident's remedies so far."""
     jobs = [job for job in state.jobs.values() if job.model == view.name]
     own = [job for job in jobs if job.actor == "hone" and job.requested_at > time() - DAY_S]
     latest = max(own, key=lambda job: job.requested_at, default=None)
     loud = latest is not None and latest.outcome == "inconclusive"  # the host was too busy to tell: it may be tried again
-    spent = sum(max(0.0, job.finished_at - job.requested_at) for job in own if job.state is JobState.FINISHED)
+    spent = sum(float(job.report.get("cpu_s") or 0.0) for job in own)
     budget, golden_left = config.budget, want.golden in want.left
     return Situation(
         active=view.active,

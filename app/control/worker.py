@@ -59,6 +59,8 @@ class Worker:
         self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._stopping = asyncio.Event()
         self._doing = ""
+        self._cpu_s = 0.0
+        """CPU seconds of the present job's tasks."""
         self._seen: State | None = None
 
     def stop(self) -> None:
@@ -111,7 +113,7 @@ class Worker:
     # ---- building
     async def _work(self, job: Job) -> None:
         log.info("job %s: %s for %s (attempt %d)", job.id, _tries(job), job.model, job.attempt)
-        self._doing = job.id
+        self._doing, self._cpu_s = job.id, 0.0
         self._metrics.gauge("hone_worker_busy", value=1)
         stop = asyncio.Event()
         watch = asyncio.create_task(self._watch(job, stop), name=f"watch-{job.id}")
@@ -124,10 +126,11 @@ class Worker:
         except StoreUnavailable:
             raise
         except (HoneError, OSError) as error:
-            await self._say("job.finished", job, outcome="failed", report={"reason": str(error)})
+            await self._say("job.finished", job, outcome="failed", report={"reason": str(error), "cpu_s": round(self._cpu_s, 1)})
         except Exception as error:
             log.exception("job %s could not be built", job.id)
-            await self._say("job.finished", job, outcome="failed", report={"reason": f"internal error: {type(error).__name__}: {error}"})
+            reason = f"internal error: {type(error).__name__}: {error}"
+            await self._say("job.finished", job, outcome="failed", report={"reason": reason, "cpu_s": round(self._cpu_s, 1)})
         finally:
             watch.cancel()
             self._doing = ""
@@ -162,7 +165,7 @@ class Worker:
                 continue
             candidates.append(version)
             tries.append({"try": [step["method"] for step in recipe], "version": version, **facts})
-        return candidates, {"built": tries, "skipped": skipped}
+        return candidates, {"built": tries, "skipped": skipped, "cpu_s": round(self._cpu_s, 1)}
 
     async def _try(self, job: Job, piece: Workpiece, index: int, steps: list[JSON], stop: asyncio.Event) -> tuple[str, JSON]:
         known = [
@@ -239,7 +242,10 @@ class Worker:
                 seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19,
                 scratch=str(scratch),
             )  # fmt: skip
-            return await run_task(kind, request, limits, progress, stop)
+            return await run_task(kind, request, limits, progress, stop, self._spend)
+
+    def _spend(self, cpu_s: float) -> None:
+        self._cpu_s += cpu_s
 
     # ---- staying known
     async def _watch(self, job: Job, stop: asyncio.Event) -> None:
