@@ -144,6 +144,7 @@ class Worker:
 
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
+        await asyncio.to_thread(self._post, f"job:{job.id}", asdict(Progress("samples", "reading", 0.0)), 60.0)
         most = TRAIN_SAMPLES if _trains(job) else MOST_SAMPLES
         piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most, is_recalibration(job))
         await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
