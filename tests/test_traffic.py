@@ -102,6 +102,7 @@ def test_a_model_yaml_that_becomes_wrong_changes_nothing_and_is_told(running: Ru
     config.write_text(right + "obective: {p95_ms: 5}\n")
     said = running.until(lambda: running.admin("GET", "/admin/models/m")["reason"], 20)
     assert "obective" in said and "objective" in said, "it names the key and the nearest valid one"
+    assert running.log.count("goes on as it was") == 1 and "obective" in running.log, "once, in the log"
     model = running.admin("GET", "/admin/models/m")
     assert (model["state"], model["mode"], model["settings"]["queue_limit"]) == ("ready", "approve", 6)
     with httpx.Client(base_url=running.url, timeout=30) as client:

@@ -277,7 +277,10 @@ class Fleet:
         for name, found in self._found.items():
             reconciler = self._reconcilers.get(name) or self._begin(name, found)
             slot = reconciler.slot
-            slot.trouble = self._told(found.error) if found.error and slot.active is not None else ""
+            trouble = self._told(found.error) if found.error and slot.active is not None else ""
+            if trouble and slot.trouble != trouble:
+                log.warning("model %s goes on as it was: %s", name, trouble)
+            slot.trouble = trouble
             if slot.trouble and reconciler.found is not None:
                 found = reconciler.found  # a model.yaml that became wrong changes nothing for a model that serves
             config = found.config or ModelConfig()

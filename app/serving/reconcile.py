@@ -122,7 +122,10 @@ class ModelReconciler:
         """One pass."""
         want, found, slot = self.want, self.found, self.slot
         if found is not None and found.error and slot.active is None:
-            slot.reason = self._told(found.error)
+            reason = self._told(found.error)
+            if slot.reason != reason:
+                log.warning("model %s is not served: %s", slot.name, reason)
+            slot.reason = reason
         if want is None or found is None:
             return
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
@@ -300,6 +303,7 @@ class ModelReconciler:
             "host_class": self._loader.host_class, "notes": list(loaded.notes), "from": old.version if old else "",
         }  # fmt: skip
         self._record(Event("version.activated", self.slot.name, loaded.version, data=data))
+        log.info("model %s: version %s answers, %.1f s after it was asked for", self.slot.name, loaded.version, took_s)
 
     def _failed(self, version: str, identity: object, error: HoneError) -> None:
         reason = self.slot.failed[version] = self._told(str(error))
