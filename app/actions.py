@@ -82,6 +82,8 @@ def remove(arguments: argparse.Namespace) -> int:
 
 def settings(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
+        if not arguments.changes:
+            return _show(arguments, client.model(arguments.model)["settings"], tables.fields_of)
         return _show(arguments, client.change_settings(arguments.model, settings_of(arguments.changes)), tables.fields_of)
 
 
@@ -92,7 +94,10 @@ def mode(arguments: argparse.Namespace) -> int:
 
 def ladder(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        return _show(arguments, client.set_ladder(arguments.model, arguments.rungs), tables.fields_of)
+        if not arguments.rungs:
+            return _show(arguments, {"model": arguments.model, "rungs": client.model(arguments.model)["rungs"]}, tables.ladder)
+        rungs = [] if arguments.rungs == ["none"] else arguments.rungs
+        return _show(arguments, client.set_ladder(arguments.model, rungs), tables.ladder)
 
 
 def capture(arguments: argparse.Namespace) -> int:

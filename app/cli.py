@@ -193,14 +193,15 @@ def _add_models(commands: Parsers) -> None:
     settings = _asking(
         commands,
         "settings",
-        "change run-time settings on the live server: a new generation, undone by rollback",
+        "show run-time settings, or change them on the live server: a new generation, undone by rollback",
         "settings",
+        "hone settings digits",
         "hone settings digits batch_limit=16 instances=2",
     )
     settings.add_argument("model", metavar="MODEL")
     settings.add_argument(
         "changes",
-        nargs="+",
+        nargs="*",
         metavar="NAME=VALUE",
         help="batch_limit, instances, queue_limit, intra_op_threads, spin_duration_us, lone_threads (whole numbers)",
     )
@@ -208,11 +209,11 @@ def _add_models(commands: Parsers) -> None:
     mode.add_argument("model", metavar="MODEL")
     mode.add_argument("mode", choices=("auto", "approve", "observe"))
     ladder = _asking(
-        commands, "ladder", "versions that may answer in a model's place under load, the best first; none: nobody", "ladder", "hone ladder digits 1.2",
-        "hone ladder digits",
+        commands, "ladder", "show or set which versions may answer in a model's place under load", "ladder", "hone ladder digits",
+        "hone ladder digits 1.2", "hone ladder digits none",
     )  # fmt: skip
     ladder.add_argument("model", metavar="MODEL")
-    ladder.add_argument("rungs", nargs="*", metavar="VERSION")
+    ladder.add_argument("rungs", nargs="*", metavar="VERSION", help="the best first; none: nobody; without any, the present ones are shown")
     capture = _asking(commands, "capture", "delete a model's captured inputs", "capture", "hone capture digits --clear")
     capture.add_argument("model", metavar="MODEL")
     capture.add_argument("--clear", action="store_true", required=True, help="delete them")

@@ -176,6 +176,15 @@ class ServerOperations:
         for version in rungs:
             if version not in slot.known:
                 raise NotFound(f"model {name!r} has no version {version!r}; it has {', '.join(slot.known) or 'none'}")
+            if version == slot.desired:
+                raise InvalidRequest(f"version {version} answers anyway; name versions that may answer in its place")
+        want = self._fleet.state.models.get(name)
+        mode = want.mode if want is not None and want.mode is not None else slot.config.mode
+        if mode is Mode.AUTO and slot.config.ladder:
+            raise Conflict(
+                f"the loop keeps the ladder of {name!r} in auto mode, and would undo this: take another mode (hone mode {name} approve), "
+                "or say ladder: false in its model.yaml"
+            )
         await self._do(self._commands.set_ladder, name, rungs, actor)
         return {"model": name, "rungs": list(rungs)}
 

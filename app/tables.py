@@ -27,8 +27,8 @@ def table(rows: Iterable[JSON], columns: Sequence[tuple[str, Cell]]) -> str:
 
 
 def fields_of(row: JSON, indent: str = "") -> str:
-    """One thing as `name  value` lines; nested objects are indented, empty values left out."""
-    shown = {key: value for key, value in row.items() if value not in (None, "", [], {}, ())}
+    """One thing as `name  value` lines; nested objects are indented, empty values (objects of nothing else, too) left out."""
+    shown = {key: value for key, value in row.items() if not _empty(value)}
     width = max((len(key) for key in shown), default=0)
     lines: list[str] = []
     for key, value in shown.items():
@@ -39,6 +39,20 @@ def fields_of(row: JSON, indent: str = "") -> str:
         else:
             lines.append(f"{indent}{key.ljust(width)}  {_text(value)}")
     return "\n".join(lines)
+
+
+def _empty(value: object) -> bool:
+    return value in (None, "", [], {}, ()) or (isinstance(value, dict) and all(map(_empty, value.values())))
+
+
+def ladder(found: JSON) -> str:
+    """Who may answer in a model's place under load."""
+    rungs = found.get("rungs")
+    return (
+        f"{found.get('model')}: under load, {' then '.join(rungs)} may answer"
+        if rungs
+        else f"{found.get('model')}: no other version may answer, whatever the load"
+    )
 
 
 def models(rows: Iterable[JSON]) -> str:
@@ -95,7 +109,9 @@ def explanation(found: JSON) -> str:
 
 def _now(loop: JSON) -> Iterable[str]:
     if loop.get("objective"):
-        yield f"objective {loop['objective']}, met by {_percent(loop.get('attained'))} of the answers of five minutes"
+        met = loop.get("attained")
+        held = "no answers to hold to it" if met is None else f"met by {met:.1%} of the answers of five minutes"
+        yield f"objective {loop['objective']}: {held}"
     if loop.get("p95_s"):
         yield f"p95 {loop['p95_s'] * 1e3:.3g} ms at {loop.get('requests_per_s', 0):.3g} requests/s"
     fidelity = loop.get("fidelity")
@@ -117,10 +133,6 @@ def _lowest(classes: Sequence[JSON]) -> str:
     if not classes or classes[0]["agreed"] == classes[0]["compared"]:
         return ""
     return f"; least on class {classes[0]['class']}: {classes[0]['agreed']} of {classes[0]['compared']}"
-
-
-def _percent(share: float | None) -> str:
-    return f"{share:.1%}" if isinstance(share, int | float) else "none yet"
 
 
 def versions(rows: Iterable[JSON]) -> str:

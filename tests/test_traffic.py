@@ -68,6 +68,7 @@ def test_a_version_on_trial_gets_its_share_and_a_caller_stays_with_one(running: 
 def test_under_load_a_quicker_version_answers_and_goes_again_when_the_load_does(running: Running) -> None:
     assert running.admin("PUT", "/admin/models/m/ladder", 200, json={"rungs": ["1"]})["rungs"] == ["1"]
     assert "has no version" in running.admin("PUT", "/admin/models/m/ladder", 404, json={"rungs": ["7"]})["error"]
+    assert "answers anyway" in running.admin("PUT", "/admin/models/m/ladder", 400, json={"rungs": ["2"]})["error"]
     running.until(lambda: "1" in [one["version"] for one in running.admin("GET", "/admin/models/m")["loaded"]], 20)
     stop = threading.Event()
     seen: Counter[str] = Counter()
@@ -94,6 +95,16 @@ def test_under_load_a_quicker_version_answers_and_goes_again_when_the_load_does(
     steps = [event for event in running.admin("GET", "/admin/timeline?model=m&limit=100")["events"] if event["kind"] == "ladder.stepped"]
     assert steps and steps[0]["data"]["from"] == "2" and "load" in steps[0]["data"]["summary"]
     running.until(lambda: running.admin("GET", "/admin/models/m")["stepped_down_to"] == "", 60)
+
+
+def test_the_ladder_is_the_loops_in_auto_mode_and_a_persons_in_others(running: Running) -> None:
+    running.admin("PUT", "/admin/models/m/mode", 200, json={"mode": "auto"})
+    running.until(lambda: running.admin("GET", "/admin/models/m")["mode"] == "auto", 20)
+    assert "hone mode m approve" in running.admin("PUT", "/admin/models/m/ladder", 409, json={"rungs": ["1"]})["error"]
+    running.admin("PUT", "/admin/models/m/mode", 200, json={"mode": "approve"})
+    running.until(lambda: running.admin("GET", "/admin/models/m")["mode"] == "approve", 20)
+    running.admin("PUT", "/admin/models/m/ladder", 200, json={"rungs": ["1"]})
+    running.until(lambda: running.admin("GET", "/admin/models/m")["rungs"] == ["1"], 20)
 
 
 def test_a_model_yaml_that_becomes_wrong_changes_nothing_and_is_told(running: Running) -> None:
