@@ -404,3 +404,10 @@ def test_weights_and_leftovers_go_from_a_disk_that_is_full(tmp_path: Path) -> No
                 (disk / f"filler{count}").touch()
         cards.remove_weights("m", "1.1")
         assert not cards.has_weights(card) and cards.card("m", "1.1") == card
+
+
+def test_what_cannot_be_a_state_folder_is_named_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", Path("/proc/hone")):
+        with pytest.raises(NotAllowed, match=f"{place}.*(--state|make it writable)"):
+            StateFolder(place).prepare()

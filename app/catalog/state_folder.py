@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from app.catalog import durable
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, NotAllowed
 
 BUILT_VERSION: Final = re.compile(r"([1-9][0-9]*)\.([1-9][0-9]*)")
 GOLDEN_VERSION: Final = re.compile(r"[1-9][0-9]*")
@@ -24,11 +24,14 @@ class StateFolder:
 
     def prepare(self) -> StateFolder:
         """Create what is missing, and remove what dead processes left. Raises NotAllowed or InsufficientStorage."""
-        with durable.storage_errors("preparing the state folder", self.root):
-            durable.make_folder(self.root, 0o700)
-            for folder in (self.models, self.staging, self.scratch):
-                durable.make_folder(folder, 0o700)
-            self.sweep()
+        try:
+            with durable.storage_errors("preparing the state folder", self.root):
+                durable.make_folder(self.root, 0o700)
+                for folder in (self.models, self.staging, self.scratch):
+                    durable.make_folder(folder, 0o700)
+                self.sweep()
+        except OSError as error:
+            raise NotAllowed(f"{self.root} cannot be the state folder: {error.strerror}; name another with --state or HONE_STATE") from None
         return self
 
     def sweep(self) -> int:
