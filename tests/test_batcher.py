@@ -268,6 +268,7 @@ def test_rates_know_nothing_first_and_then_follow() -> None:
     assert rates.wall_s(4) == pytest.approx(0.020, abs=0.021), "an unseen size goes by its nearest neighbour"
     assert rates.drain_s(80, 8, 2) == pytest.approx(0.2)
     assert rates.least_wall_s(1000) == pytest.approx(0.040) and rates.least_drain_s(80, 8, 2) == pytest.approx(0.2)
+    assert rates.reaches(8) and rates.reaches(2) and not rates.reaches(9)
     assert rates.least_wall_s(4) == pytest.approx(0.010), "no less than one row takes"
     assert rates.rows_within(0.010, 8) == 1
     assert rates.rows_within(1.0, 8) == 8

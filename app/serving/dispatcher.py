@@ -198,9 +198,9 @@ class Dispatcher:
         await self._exchange.settled()
 
     def usual(self, batch: Batch) -> Usual:
-        """What batches like this one took at worst."""
+        """What batches like this one took at worst; one larger than any before may take what it needs, and attention grows by the square."""
         costs = self.costs
-        return Usual(costs.batches >= ENOUGH, costs.worst_wall_s(batch.kind), costs.worst_cpu_s(batch.kind))
+        return Usual(costs.batches >= ENOUGH and costs.reaches(batch.kind), costs.worst_wall_s(batch.kind), costs.worst_cpu_s(batch.kind))
 
     @property
     def busy(self) -> int:

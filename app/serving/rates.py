@@ -51,6 +51,10 @@ class Rates:
         """
         return next((self._wall_s[bucket] for bucket in range(_bucket(rows), -1, -1) if self._seen[bucket]), 0.0)
 
+    def reaches(self, rows: int) -> bool:
+        """Whether a call as large as this, or larger, was seen."""
+        return any(self._seen[_bucket(rows) :])
+
     def cpu_s(self, rows: int) -> float:
         """Expected CPU seconds of a call with so many rows."""
         return self._nearest(self._cpu_s, rows)
