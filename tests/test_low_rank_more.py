@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,28 @@ def test_what_cannot_be_split_is_said_and_cancelling_works(golden: Artifact, tmp
     for kind, wrong in wrongs:
         with pytest.raises(ValueError):
             kind(**wrong)
+
+
+def test_cp_is_as_near_as_the_librarys_and_takes_no_more_memory_than_its_kernel() -> None:
+    import torch
+    from tensorly.decomposition import parafac
+
+    from optimizers.kernels import cp_factors
+
+    kernel = torch.randn(32, 16, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+
+    def lost(factors: Any) -> float:
+        return float((kernel - torch.einsum("or,ir,yr,xr->oiyx", *factors)).pow(2).sum() / kernel.pow(2).sum())
+
+    _, theirs = parafac(kernel.numpy(), 24, n_iter_max=60, init="random", tol=1e-6, random_state=0)
+    assert lost(cp_factors(kernel, 24)) < 1.03 * lost([torch.from_numpy(factor) for factor in theirs])
+    code = """
+import resource, torch
+from optimizers.kernels import cp_factors
+kernel = torch.randn(512, 512, 3, 3, dtype=torch.double)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cp_factors(kernel, 287)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert grown < 300_000, "kilobytes; a Khatri-Rao product of three axes takes 1.8 GB"
