@@ -20,6 +20,8 @@ from examples.resnet18_cifar10.repository import FACTORIES, MODEL
 
 START_S: Final = 180.0
 POLL_S: Final = 0.5
+JOB_BYTES: Final = 8 << 30
+"""Of a job: 50,000 images are 0.6 GB, and DARTS holds every choice of every layer at once."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def running(
 ) -> Iterator[Service]:  # fmt: skip
     """`hone serve` and `hone worker` on FOLDER/repository and FOLDER/state, until the block is left. Raises HoneError and ClientError."""
     settings = Settings(state=folder / "state", port=_free_port(), factories=(factories,))
-    environment = child_environment(settings, folder / "repository") | {"HONE_JOB_THREADS": str(threads), "HONE_STORE": ""}
+    environment = child_environment(settings, folder / "repository") | {
+        "HONE_JOB_THREADS": str(threads), "HONE_JOB_MEMORY_BYTES": str(JOB_BYTES), "HONE_STORE": "",
+    }  # fmt: skip
     with Children(settings, environment) as children:
         children.start("serve")
         _until_ready(settings, children, model)
