@@ -116,7 +116,8 @@ def _solved(sums: Tensor, *others: Tensor) -> Tensor:
 
 
 def _unit(factor: Tensor) -> Tensor:
-    return factor / factor.norm(dim=0).clamp_min(1e-30)
+    lengths: Tensor = factor.norm(dim=0).clamp_min(1e-30)
+    return factor / lengths
 
 
 class Cp(Form):
