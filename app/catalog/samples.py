@@ -198,10 +198,8 @@ class Spent:
 
     def add(self, sets: SampleSets) -> None:
         """Note what a job is about to build from. Raises InsufficientStorage or NotAllowed."""
-        what, more = (
-            "noting what calibrates and trains",
-            {h[:_SHORT] for part in (sets.calibration, sets.train) if part for h in part.hashes()},
-        )
+        what = "noting what calibrates and trains"
+        more = {digest[:_SHORT] for part in (sets.calibration, sets.train) if part for digest in part.hashes()}
         with durable.storage_errors(what, self.path.parent):
             durable.make_folder(self.path.parent, 0o700)
             with durable.exclusive(self.path.with_name(".lock"), what):  # workers build side by side

@@ -22,7 +22,7 @@ from optimizers.stats import wilson
 COST_LIMIT: Final = 1.15
 """CPU time per row against the bucket's normal. Neighbours move it by up to 8 % (shared measurements); two blocks in a row beyond 15 % are rare."""
 LEAP_LIMIT: Final = 1.5
-"""One block, and be it the open one, is enough where the middle call costs so much more. Neighbours do that to models that live off memory alone (shared measurements)."""
+"""One block, and be it the open one, is enough where the middle call costs so much more. Neighbours come near that only for models that live off memory (shared measurements)."""
 LEAP_CALLS: Final = 40
 SLOW_LIMIT: Final = 2.0
 """p95 against its normal, where nothing is promised. Wall time doubles beside neighbours: it only asks for a look."""
