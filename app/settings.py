@@ -58,6 +58,7 @@ class Settings:
     allow_uploads: bool = setting(True, "POST /admin/models may deploy a model")
     allow_file_parameters: bool = setting(False, "the load call of the repository extension may carry files")
     job_threads: int = setting(1, "threads of an optimization job")
+    job_device: str = setting("auto", "where jobs train: cpu, cuda, or auto (cuda where PyTorch finds one)")
     job_memory_bytes: int = setting(4 << 30, "memory of an optimization job")
     job_seconds: float = setting(3600.0, "time limit of an optimization job")
     block_s: float = setting(5.0, "seconds of one block of the sensor: what the loop compares with what is normal")
@@ -84,6 +85,8 @@ class Settings:
     def checked(self) -> Settings:
         if self.metrics not in {"open", "admin", "off"}:
             raise InvalidRequest(f"HONE_METRICS={self.metrics!r}: must be open, admin or off")
+        if self.job_device not in {"auto", "cpu", "cuda"}:
+            raise InvalidRequest(f"HONE_JOB_DEVICE={self.job_device!r}: must be auto, cpu or cuda")
         for name in ("port", "admin_port", "worker_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise InvalidRequest(f"HONE_{name.upper()}={getattr(self, name)}: a port lies between 0 and 65535")

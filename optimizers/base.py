@@ -85,6 +85,8 @@ class Budget:
 
     seconds: float = 1800.0
     threads: int = 1
+    device: str = "cpu"
+    """Where trainings run: cpu, cuda, or auto (cuda where PyTorch finds one). Everything else runs on cores."""
     memory_bytes: int = 0
     seed: int = 0
     scratch: str = ""

@@ -82,7 +82,7 @@ class Inside:
 
     def term(self, inputs: Outputs) -> Tensor:
         """features · Σ distance + attention · Σ ‖difference of maps‖² + attention_matrices · Σ KL; the student ran on these inputs just before."""
-        with torch.no_grad(), listening(self.golden, self.names) as taught, MatrixWatch() as watch:
+        with torch.no_grad(), listening(self.golden.to(inputs[0].device), self.names) as taught, MatrixWatch() as watch:
             self.golden(*inputs)
         total = torch.zeros(())
         if self.config.attention_matrices:

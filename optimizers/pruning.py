@@ -20,7 +20,8 @@ IMPORTANCES: Final = ("l1", "l2", "taylor", "bn-scale")
 class TrainingConfig(Config):
     """What every method that fine-tunes shares. `minutes` bounds the training, whatever `epochs` says; 0 epochs: none.
 
-    `alpha` weighs golden's soft answers (temperature `temperature`) against true labels, where there are any.
+    `alpha` weighs golden's soft answers (temperature `temperature`) against true labels, where there are any. `augment`: images are moved and
+    made a little noisy; `mirror`: half of them are mirrored, for images that mean the same then.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.SOURCE, Need.TRAINING})
@@ -31,14 +32,18 @@ class TrainingConfig(Config):
     rate: float = 1e-3
     batch: int = 64
     optimizer: str = "adamw"
+    weight_decay: float = 1e-4
     patience: int = 10
     temperature: float = 2.0
     alpha: float = 0.7
     augment: bool = True
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.minutes <= 0 or self.rate <= 0 or self.batch < 2 or self.patience < 1:
             raise ValueError("epochs must be at least 0, minutes and rate above 0, batch at least 2 and patience at least 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay:g}")
         if self.temperature <= 0 or not 0 <= self.alpha <= 1:
             raise ValueError(f"temperature must be above 0 and alpha from 0 to 1, not {self.temperature} and {self.alpha}")
         if self.optimizer not in {"adamw", "sgd"}:

@@ -77,6 +77,7 @@ class TaskLimits:
 
     seconds: float = 600.0
     threads: int = 1
+    device: str = "cpu"
     memory_bytes: int = 0
     nice: int = 19
     scheduler: str = "spare"

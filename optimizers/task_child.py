@@ -114,8 +114,8 @@ def _budget(limits: TaskLimits, asked_to_stop: threading.Event, say: Callable[..
             say(progress=plain(progress))
 
     return Budget(
-        seconds=limits.seconds, threads=limits.threads, memory_bytes=limits.memory_bytes, seed=limits.seed, scratch=limits.scratch,
-        on_progress=report, cancelled=asked_to_stop.is_set,
+        seconds=limits.seconds, threads=limits.threads, device=limits.device, memory_bytes=limits.memory_bytes, seed=limits.seed,
+        scratch=limits.scratch, on_progress=report, cancelled=asked_to_stop.is_set,
     )  # fmt: skip
 
 
@@ -168,6 +168,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         sign in text
         for sign in (
             "bad_alloc",
+            "out of memory",
             "failed to allocate memory",
             "bad allocation",
             "not enough memory",

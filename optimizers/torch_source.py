@@ -77,7 +77,7 @@ def open_source(artifact: Artifact, samples: Samples, method: str) -> Opened:
         raise NotApplicable(f"the samples lack the input {missing[0]!r}; they have {', '.join(samples.inputs)}")
     module = load_module(artifact.source)
     rows = samples.rows(slice(0, 8))
-    error = _difference(module, artifact.path, signature, rows)
+    error = difference(module, artifact.path, signature, rows)
     if error > SAME:
         raise NotApplicable(
             f"the PyTorch source does not answer as the model it should be the source of: outputs differ by {error:.2g} of their largest "
@@ -220,7 +220,7 @@ def export(module: nn.Module, signature: Signature, rows: Samples, path: Path) -
     save(model, path)
     batches = TRIED_BATCHES if all(0 in axes for axes in signature.free.values()) else (len(next(iter(rows.inputs.values()))),)
     for batch in batches:
-        apart = _difference(module, path, signature, _repeated(rows, batch))
+        apart = difference(module, path, signature, _repeated(rows, batch))
         if apart > SAME:
             raise NotApplicable(f"the exported file differs from the module by {apart:.2g} of its largest output at batch {batch}")
     return path
@@ -248,7 +248,7 @@ def _repeated(rows: Samples, batch: int) -> Samples:
 
 
 @torch.no_grad()
-def _difference(module: nn.Module, path: Path, signature: Signature, rows: Samples) -> float:
+def difference(module: nn.Module, path: Path, signature: Signature, rows: Samples) -> float:
     """The largest distance of the two forms' outputs, as a share of the largest output."""
     try:
         run = runner(open_session(path, Settings(graph_level="none")))

@@ -25,10 +25,13 @@ BFLOAT16_GAIN: Final = 0.9
 """bfloat16 loses digits, so it must be faster than this share of float32's time (on AVX2 it is 20 times slower)."""
 LEAST_STEP_MS: Final = 5.0
 """A shorter step of float32 is noise to time and nothing to gain from: it stays, so that equal seeds train equally."""
+FORMS: Final = ("float32", "float32-channels-last", "bfloat16", "bfloat16-channels-last")
+TIMED_ROWS: Final = 8
+"""Of a step that is timed on cores; a GPU is timed on a whole batch, since small ones only keep it waiting."""
 
 
 class Objective(Protocol):
-    """What to train for. `rows`: how many rows there are to train on."""
+    """What to train for. `rows`: how many rows there are to train on. `index` and `random` lie where the module does."""
 
     @property
     def rows(self) -> int: ...
@@ -50,7 +53,7 @@ class Plan:
     patience: int = 10
     seconds: float = 600.0
     form: str = "auto"
-    """auto | float32 | float32-channels-last | bfloat16"""
+    """auto, or one of FORMS"""
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Trained:
     best_epoch: int
     score: Score
     history: list[dict[str, float]] = field(default_factory=list)
+    device: str = "cpu"
     form: str = "float32"
     timed_ms: dict[str, float] = field(default_factory=dict)
     resumed_at: int = 0
@@ -68,7 +72,7 @@ class Trained:
 
     def facts(self) -> dict[str, Any]:
         return {
-            "epochs": len(self.history), "best_epoch": self.best_epoch, "score": list(self.score), "form": self.form, "timed_ms": self.timed_ms,
+            "epochs": len(self.history), "best_epoch": self.best_epoch, "score": list(self.score), "device": self.device, "form": self.form, "timed_ms": self.timed_ms,
             "resumed_at": self.resumed_at, "seconds": round(self.seconds, 1), "stopped": self.stopped, "history": self.history,
         }  # fmt: skip
 
@@ -86,19 +90,35 @@ class Watch:
 
 
 def train(module: nn.Module, objective: Objective, plan: Plan, watch: Watch) -> Trained:
-    """Train `module` in place and leave the best weights in it. Raises Cancelled, and NotApplicable where the loss is no number."""
+    """Train `module` in place, on the budget's device, and leave the best weights in it, back on the cores.
+
+    Raises Cancelled, and NotApplicable where the loss is no number or there is no such device.
+    """
     if objective.rows < 2:
         raise NotApplicable(f"{watch.method} has {objective.rows} rows to train on; it needs at least 2")
-    form, timed = choose_form(module, objective, plan, watch.budget)
-    _lay_out(module, form)
-    run = _Run(
-        module,
-        objective,
-        replace(plan, batch=min(plan.batch, objective.rows)),
-        watch,
-        Trained(0, (-math.inf, 0.0), form=form, timed_ms=timed),
-    )
-    return run.all()
+    device, plan = device_of(watch.budget.device), replace(plan, batch=min(plan.batch, objective.rows))
+    try:
+        module.to(device)
+        form, timed = choose_form(module, objective, plan, watch.budget)
+        _lay_out(module, form)
+        return _Run(module, objective, plan, watch, Trained(0, (-math.inf, 0.0), device=named(device), form=form, timed_ms=timed)).all()
+    finally:
+        module.to("cpu")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that 'auto', 'cpu' or 'cuda' means here. Raises NotApplicable where cuda is asked for and there is none."""
+    found = torch.cuda.is_available() if name != "cpu" else False
+    if name == "cuda" and not found:
+        built = torch.version.cuda or "no CUDA"
+        raise NotApplicable(
+            f"device cuda was asked for, and PyTorch {torch.__version__} (built for {built}) finds none here: use auto or cpu"
+        )
+    return torch.device("cuda" if found else "cpu")
+
+
+def named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class _Run:
@@ -107,7 +127,8 @@ class _Run:
     def __init__(self, module: nn.Module, objective: Objective, plan: Plan, watch: Watch, trained: Trained) -> None:
         self.module, self.objective, self.plan, self.watch, self.trained = module, objective, plan, watch, trained
         self.optimizer = optimizer_of(module, plan)
-        self.random = torch.Generator().manual_seed(watch.budget.seed)
+        self.device = place_of(module)
+        self.random = torch.Generator(self.device).manual_seed(watch.budget.seed)
         self.started = time.monotonic()
         self.best: dict[str, Tensor] = {}
         self.steps = objective.rows // plan.batch
@@ -137,7 +158,7 @@ class _Run:
 
     def _epoch(self, epoch: int) -> None:
         self.module.train()
-        order, total, done = torch.randperm(self.objective.rows, generator=self.random), 0.0, 0
+        order, total, done = torch.randperm(self.objective.rows, generator=self.random, device=self.device), 0.0, 0
         for step in range(self.steps):
             if self.elapsed >= self.plan.seconds:
                 break
@@ -154,7 +175,7 @@ class _Run:
         self._judge(epoch + 1, total / max(done, 1))
 
     def _step(self, index: Tensor) -> float:
-        with _precision(self.trained.form):
+        with _precision(self.trained.form, self.device):
             loss = self.objective.loss(self.module, index, self.random)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -217,10 +238,10 @@ class _Run:
         """Take up where a killed run of the same plan left off; only tensors and numbers are read."""
         if self.watch.checkpoint is None or not self.watch.checkpoint.is_file():
             return False
-        state = torch.load(self.watch.checkpoint, weights_only=True)
+        state = torch.load(self.watch.checkpoint, map_location=self.device, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.random.set_state(state["random"])
+        self.random.set_state(state["random"].cpu())
         self.best = state["best"]
         done = self.trained
         done.history, done.score, done.best_epoch = state["history"], tuple(state["score"]), state["best_epoch"]
@@ -239,41 +260,55 @@ def optimizer_of(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
 
 # ---- precision and memory layout
 def choose_form(module: nn.Module, objective: Objective, plan: Plan, budget: Budget) -> tuple[str, dict[str, float]]:
-    """The fastest form here, and milliseconds of a step in each: the shorter of two steps, on a copy of the module."""
+    """The fastest form where the module lies, and milliseconds of a step in each: the shortest of a few, on a copy of the module."""
     if plan.form != "auto":
         return plan.form, {}
-    forms = ["float32", "bfloat16"]
-    if any(p.ndim == 4 for p in module.parameters()):
-        forms.insert(1, "float32-channels-last")
+    images, cores = any(p.ndim == 4 for p in module.parameters()), place_of(module).type == "cpu"
+    forms = [form for form in FORMS if (images or "channels-last" not in form) and not (cores and form == "bfloat16-channels-last")]
     timed = {form: _timed(module, objective, plan, form, budget) for form in forms}
     told = {form: round(ms, 1) for form, ms in timed.items()}
     if timed["float32"] < LEAST_STEP_MS:
         return "float32", told
-    allowed = {form: ms / (BFLOAT16_GAIN if form == "bfloat16" else 1.0) for form, ms in timed.items()}
+    allowed = {form: ms / (BFLOAT16_GAIN if form.startswith("bfloat16") else 1.0) for form, ms in timed.items()}
     return min(allowed, key=lambda form: allowed[form]), told
 
 
 def _timed(module: nn.Module, objective: Objective, plan: Plan, form: str, budget: Budget) -> float:
     twin = copy.deepcopy(module).train()
     _lay_out(twin, form)
-    optimizer = optimizer_of(twin, plan)
-    index = torch.arange(min(8, plan.batch, objective.rows))
+    optimizer, device = optimizer_of(twin, plan), place_of(twin)
+    rows = min(plan.batch, objective.rows)
+    index = torch.arange(rows if device.type == "cuda" else min(TIMED_ROWS, rows), device=device)
     seconds = math.inf
-    for _ in range(2):
-        started = time.process_time()
-        with _precision(form):
-            loss = objective.loss(twin, index, torch.Generator().manual_seed(0))
+    for _ in range(2 if device.type == "cpu" else 6):
+        started = _clock(device)
+        with _precision(form, device):
+            loss = objective.loss(twin, index, torch.Generator(device).manual_seed(0))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        seconds = min(seconds, time.process_time() - started)
+        seconds = min(seconds, _clock(device) - started)
         budget.tick("training", f"timing {form}", 0.0)
     return seconds * 1e3
 
 
+def _clock(device: torch.device) -> float:
+    """Seconds: CPU time on cores, which others' work does not count into, wall time after all is done on a GPU."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
 def _lay_out(module: nn.Module, form: str) -> None:
-    module.to(memory_format=torch.channels_last if form == "float32-channels-last" else torch.contiguous_format)  # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last if form.endswith("channels-last") else torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def _precision(form: str) -> torch.autocast:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=form == "bfloat16")
+def _precision(form: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=form.startswith("bfloat16"))
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Where the module's weights lie."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

@@ -105,7 +105,16 @@ class Examiner:
 
     def _plan(self, form: str) -> Plan:
         c = self.config
-        return Plan(c.trial_epochs, c.batch, c.rate, c.optimizer, patience=c.trial_epochs + 1, seconds=max(self.left_s, 1.0), form=form)
+        return Plan(
+            c.trial_epochs,
+            c.batch,
+            c.rate,
+            c.optimizer,
+            c.weight_decay,
+            patience=c.trial_epochs + 1,
+            seconds=max(self.left_s, 1.0),
+            form=form,
+        )
 
 
 def cpu_ratio(path: Path, other: Path, feeds: dict[str, Any], threads: int) -> float:
@@ -119,6 +128,6 @@ def _short_lesson(work: Workshop, config: ArchitectureSearchConfig) -> Lesson:
     """Few rows; what it holds out, the whole lesson holds out too."""
     count = len(work.samples)
     drawn = np.random.default_rng(work.budget.seed).permutation(count)[: config.trial_rows]
-    terms = Terms(config.temperature, config.alpha, config.augment)
+    terms = Terms.of(config)
     samples = work.samples.rows(sorted(int(i) for i in drawn))
     return Lesson(work.opened.signature, samples, work.teacher, work.artifact.task, terms, work.budget.seed)

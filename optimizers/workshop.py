@@ -15,7 +15,7 @@ from optimizers.base import Budget
 from optimizers.lessons import Extra, Lesson, Teacher, Terms, facts_of
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
-from optimizers.torch_source import Opened, delivered, open_source
+from optimizers.torch_source import Opened, delivered, golden_source, open_source
 from optimizers.training import Plan, Trained, Watch, train
 
 
@@ -36,11 +36,11 @@ class Workshop:
         """Raises NotApplicable where source, samples and parent do not fit together."""
         opened = open_source(artifact, samples, config.method)
         budget.tick(config.method, "opened", 0.05)
-        teacher = Teacher(artifact.golden or artifact.path, opened.signature, budget.threads)
+        teacher = Teacher(artifact.golden or artifact.path, opened.signature, budget.threads, golden_source(artifact), opened.rows)
         return cls(artifact, config, samples, budget, opened, teacher, budget.folder(config.method))
 
     def lesson(self, extra: Extra | None = None) -> Lesson:
-        terms = Terms(self.config.temperature, self.config.alpha, self.config.augment)
+        terms = Terms.of(self.config)
         return Lesson(self.opened.signature, self.samples, self.teacher, self.artifact.task, terms, self.budget.seed, extra)
 
     def fine_tune(self, module: nn.Module, lesson: Lesson, part: str = "fine-tuning", share: float = 1.0, **watch: Any) -> Trained | None:
@@ -50,7 +50,7 @@ class Workshop:
         if epochs == 0:
             return None
         seconds = min(config.minutes * 60 * share, 0.9 * self.budget.left_s)
-        plan = Plan(epochs, config.batch, config.rate, config.optimizer, patience=config.patience, seconds=seconds)
+        plan = Plan(epochs, config.batch, config.rate, config.optimizer, config.weight_decay, config.patience, seconds)
         return train(module, lesson, plan, Watch(self.budget, config.method, part, checkpoint=self._checkpoint(part), **watch))
 
     def deliver(self, module: nn.Module, lesson: Lesson, facts: dict[str, Any], trained: Trained | None, factory: str = "") -> Artifact:

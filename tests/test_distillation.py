@@ -172,13 +172,38 @@ def test_golden_is_asked_once_and_only_about_rows_that_are_needed(tmp_path: Path
     monkeypatch.setattr(Teacher, "__call__", counted)
     monkeypatch.setattr("optimizers.lessons.MOST_HELD_OUT", 10)
     golden, data = torch_models.artifact(tmp_path, "cnn"), torch_models.rows("cnn", 256)
-    lesson = Workshop.open(golden, DistillConfig(augment=False), data, Budget(scratch=str(tmp_path / "s"))).lesson()
+    work = Workshop.open(golden, DistillConfig(augment=False), data, Budget(scratch=str(tmp_path / "s")))
+    lesson = work.lesson()
     assert sum(asked) == len(lesson.held[0]) < 30 and lesson.rows + len(lesson.held[0]) == 256
     student, index = make(torch_models.factory(tmp_path, "small")).eval(), torch.arange(8)
     for _ in range(2):
         lesson.loss(student, index, torch.Generator())
         assert sum(asked) == len(lesson.held[0]) + 8
     assert torch.equal(lesson.known(index)[0], lesson.teacher(tuple(value[index] for value in lesson.inputs))[0])
+    asked.clear()
+    by_labels = replace(work, config=DistillConfig(alpha=0.0)).lesson()
+    assert by_labels.labels is not None and sum(asked) == len(by_labels.held[0])
+    by_labels.loss(student, index, torch.Generator())
+    assert sum(asked) == len(by_labels.held[0]), "labels alone: only the rows that judge are golden's"
+
+
+def test_images_are_moved_within_their_borders_and_mirrored_where_asked() -> None:
+    import torch
+
+    from optimizers.lessons import augmented, mirrored
+
+    images = torch.arange(64.0 * 2 * 12 * 16).reshape(64, 2, 12, 16)
+    flipped = mirrored(images, torch.Generator().manual_seed(0))
+    turned = [bool(torch.equal(one, other.flip(-1))) for one, other in zip(flipped, images, strict=True)]
+    same = [bool(torch.equal(one, other)) for one, other in zip(flipped, images, strict=True)]
+    assert all(a != b for a, b in zip(turned, same, strict=True)) and 16 < sum(turned) < 48
+    flat = torch.stack([torch.arange(16.0).repeat(12, 1), torch.arange(12.0)[:, None].repeat(1, 16)]).repeat(64, 1, 1, 1)
+    moved = augmented(flat, torch.Generator().manual_seed(0))
+    across, down = (moved[:, axis].flatten(1).mean(1) - flat[:, axis].flatten(1).mean(1) for axis in (0, 1))
+    steps = {round(float(value)) for value in (moved[:, 0, 6, 8] - 8)}
+    assert steps == {-1, 0, 1}, "by up to a twelfth of the shorter side"
+    assert float(across.abs().max()) < 1.3 and float(down.abs().max()) < 1.3
+    assert moved.shape == flat.shape and moved.is_contiguous()
 
 
 def test_attention_matrices_by_hand_and_whoever_computes_them(tmp_path: Path) -> None:

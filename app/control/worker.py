@@ -240,8 +240,8 @@ class Worker:
 
         with self._bench.scratch() as scratch:
             limits = TaskLimits(
-                seconds=self._settings.job_seconds, threads=self._settings.job_threads, memory_bytes=memory, nice=19,
-                scratch=str(scratch),
+                seconds=self._settings.job_seconds, threads=self._settings.job_threads, device=self._settings.job_device,
+                memory_bytes=memory, nice=19, scratch=str(scratch),
             )  # fmt: skip
             return await run_task(kind, request, limits, progress, stop, self._spend)
 

@@ -63,20 +63,23 @@ def _prepared(arguments: argparse.Namespace, test: images.Images) -> Path:
 
 def _build(arguments: argparse.Namespace, chosen: list[rows.Row], found: records.Records) -> None:
     from examples.resnet18_cifar10.service import running
+    from optimizers.training import device_of, named
 
-    with running(arguments.state, arguments.threads, _say) as service:
+    device = named(device_of(arguments.device))
+    with running(arguments.state, arguments.threads, _say, device=arguments.device) as service:
         for row in chosen:
-            recipe = row.asked(arguments.minutes)
+            recipe = row.asked(arguments.minutes, arguments.device)
             _say(f"\n{row.name}: hone optimize {repository.MODEL} --with '{recipe}' --promote manual --wait")
             quiet = Quiet()
             built = service.build(recipe, arguments.state / "built" / f"{row.name}.onnx")
             _say(f"{row.name}: {built.outcome}: {built.text}")
-            found.put_build(row.name, recipe, built, _given(row, arguments), quiet.report())
+            found.put_build(row.name, recipe, built, _given(row, arguments, device), quiet.report())
 
 
-def _given(row: rows.Row, arguments: argparse.Namespace) -> str:
+def _given(row: rows.Row, arguments: argparse.Namespace, device: str) -> str:
     """What the row was given to train with."""
-    return f"{arguments.minutes:g} min, {arguments.train} images" if row.trains else ""
+    where = f" on {device}" if device != "cpu" else ""
+    return f"{arguments.minutes:g} min{where}, {arguments.train} images" if row.trains else ""
 
 
 def _measure(arguments: argparse.Namespace, chosen: list[rows.Row], found: records.Records, onnx: Path, test: images.Images) -> None:
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="folder with CIFAR-10; without it, this says how to get one")
     add("--checkpoint", type=Path, help="trained weights (.safetensors, torchvision's ResNet-18 names; default: trains its own)")
     add("--epochs", type=int, default=12, help="of its own training (12: 18 hours on two busy AVX2 cores)")
-    add("--device", default="cpu", help="of its own training: cpu, or cuda (not tried yet)")
+    add("--device", choices=tuple(rows.TRAIN), default="cpu", help="where rows and its own checkpoint train (cpu)")
     add("--state", type=Path, default=Path(".hone/cifar10"), help="folder of repository, server state, built files and results")
     add("--rows", default="", help=f"comma-separated; default: all of {', '.join(rows.ROWS)}")
     add("--minutes", type=float, default=20.0, help="training time of each row that trains (20)")

@@ -5,21 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-PRUNE: Final = "structured-pruning(ratio={ratio},epochs=100,minutes={third}),distill(epochs=100,minutes={rest})"
-SEARCH: Final = "architecture-search(strategy={name},trials=8,trial_rows=256,search_minutes={half},epochs=100,minutes={half})"
+PRUNE: Final = "structured-pruning(ratio={ratio},{train},minutes={third}),distill({train},minutes={rest})"
+SEARCH: Final = "architecture-search(strategy={name},trials=8,trial_rows=256,search_minutes={half},{train},minutes={half})"
+TRAIN: Final = {
+    "cpu": "epochs=100,mirror=true",
+    "cuda": "epochs=1000,patience=1000,mirror=true,alpha=0.3,batch=512,optimizer=sgd,rate=0.1,weight_decay=0.0005",
+}
+"""How a row trains. On cores the clock ends it after one or two passes; on a GPU there are dozens, and no reason to stop before the rate is down."""
+SMALL: Final = "epochs=1000,patience=1000,mirror=true,alpha=0,batch=128,optimizer=sgd,rate=0.1,weight_decay=0.0005"
+"""A student of a tenth of golden's operations: by labels alone, since golden's answers would take most of the time."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """`recipe` as `hone optimize --with` takes it; {minutes}, {half}, {third} and {rest} (two thirds) stand for shares of the budget."""
+    """`recipe` as `hone optimize --with` takes it; {minutes}, {half}, {third} and {rest} (two thirds) are shares of the budget, {train} is TRAIN's."""
 
     name: str
     recipe: str
     trains: bool = False
 
-    def asked(self, minutes: float) -> str:
+    def asked(self, minutes: float, device: str = "cpu") -> str:
         shares = {"minutes": minutes, "half": minutes / 2, "third": minutes / 3, "rest": minutes * 2 / 3}
-        return self.recipe.format(**{name: round(value, 2) for name, value in shares.items()})
+        return self.recipe.format(train=TRAIN[device], **{name: round(value, 2) for name, value in shares.items()})
 
 
 def _searched(strategy: str) -> Row:
@@ -31,7 +38,7 @@ def _pruned(ratio: float, after: str = "", suffix: str = "") -> Row:
 
 
 def _split(method: str) -> Row:
-    return Row(method, method + "(epochs=100,minutes={minutes})", trains=True)
+    return Row(method, method + "({train},minutes={minutes})", trains=True)
 
 
 ROWS: Final = {
@@ -47,17 +54,18 @@ ROWS: Final = {
         Row("int8-aware", "int8-aware"),
         Row("low-rank", "low-rank(energy=0.9)"),
         Row("codebook-perceptual", "codebook(levels=perceptual,bits=3,samples=64)"),
-        Row("qat", "qat(epochs=100,minutes={minutes})", trains=True),
+        Row("qat", "qat({train},minutes={minutes})", trains=True),
         _pruned(0.3, ",int8-static", "-int8"),
-        Row("pruned-30-qat", "structured-pruning(ratio=0.3,epochs=100,minutes={rest}),qat(epochs=100,minutes={third})", trains=True),
+        Row("pruned-30-qat", "structured-pruning(ratio=0.3,{train},minutes={rest}),qat({train},minutes={third})", trains=True),
         _pruned(0.3),
         _pruned(0.5, ",int8-static", "-int8"),
+        Row("pruned-70-int8", f"structured-pruning(ratio=0.7,{SMALL},minutes={{minutes}}),int8-static", trains=True),
         _split("tucker"),
         _split("spatial"),
         _split("cp"),
         _split("depthwise"),
-        Row("sensitivity-pruning", "sensitivity-pruning(ratio=0.5,epochs=100,minutes={minutes})", trains=True),
-        Row("l1-sparsity", "l1-sparsity(epochs=100,minutes={minutes})", trains=True),
+        Row("sensitivity-pruning", "sensitivity-pruning(ratio=0.5,{train},minutes={minutes})", trains=True),
+        Row("l1-sparsity", "l1-sparsity({train},minutes={minutes})", trains=True),
         _searched("evolution"),
         _searched("reinforcement"),
         _searched("darts"),

@@ -1,6 +1,7 @@
 """A checkpoint of one's own: ResNet-18 trained on CIFAR-10 from nothing. Needs torch, and patience or a GPU.
 
-0.11 s an image on two AVX2 cores beside other work, so 12 epochs of 50,000 take 18 hours there; `device` cuda was not tried.
+0.11 s an image on two AVX2 cores beside other work, so 12 epochs of 50,000 take 18 hours there. On an H200 that six other trainings shared they took under
+four minutes (88.8 % of the first 1,000 test images).
 """
 
 from __future__ import annotations
