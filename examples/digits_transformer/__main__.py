@@ -14,7 +14,6 @@ from typing import Final
 
 from app.client import ClientError
 from app.errors import HoneError
-from benchmarks.machine import Quiet
 from benchmarks.report import replaced
 from examples.digits_transformer import digits
 from examples.resnet18_cifar10 import records, table
@@ -73,28 +72,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(arguments: argparse.Namespace, chosen: Sequence[Row], found: records.Records) -> None:
-    from examples.resnet18_cifar10.service import running
+    from examples.resnet18_cifar10.service import build_rows, running
 
     with running(arguments.state, arguments.threads, _say, digits.MODEL, digits.FACTORIES) as service:
-        for row in chosen:
-            recipe = row.asked(arguments.minutes)
-            _say(f"\n{row.name}: hone optimize {digits.MODEL} --with '{recipe}' --promote manual --wait")
-            quiet = Quiet()
-            built = service.build(recipe, arguments.state / "built" / f"{row.name}.onnx")
-            _say(f"{row.name}: {built.outcome}: {built.text}")
-            found.put_build(row.name, recipe, built, f"{arguments.minutes:g} min" if row.trains else "", quiet.report())
+        build_rows(service, chosen, found, arguments.state, arguments.minutes)
 
 
 def _measure(arguments: argparse.Namespace, chosen: Sequence[Row], found: records.Records, onnx: Path, judging: digits.Digits) -> None:
-    from examples.resnet18_cifar10.measuring import Bench
+    from examples.resnet18_cifar10.measuring import Bench, measure_rows
 
     source = Source(f"{digits.FACTORIES}/{digits.FACTORY}", onnx.with_name("model.safetensors"))
     with Bench.open(onnx, judging, arguments.threads, arguments.seconds, _say, source, digits.INPUT) as bench:
-        found.put_measured(records.GOLDEN, onnx, bench)
-        for row in chosen:
-            path = arguments.state / "built" / f"{row.name}.onnx"
-            if found.has_file(row.name) and path.is_file():
-                found.put_measured(row.name, path, bench)
+        measure_rows(bench, chosen, found, arguments.state, onnx)
 
 
 def _say(text: str) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 from app.client import ClientError
 from app.errors import HoneError
-from benchmarks.machine import Quiet
 from examples.resnet18_cifar10 import images, records, repository, rows, table
 from optimizers.artifact import Source
 from optimizers.base import NotApplicable
@@ -62,36 +61,21 @@ def _prepared(arguments: argparse.Namespace, test: images.Images) -> Path:
 
 
 def _build(arguments: argparse.Namespace, chosen: list[rows.Row], found: records.Records) -> None:
-    from examples.resnet18_cifar10.service import running
+    from examples.resnet18_cifar10.service import build_rows, running
     from optimizers.training import device_of, named
 
-    device = named(device_of(arguments.device))
+    where = "" if arguments.device == "cpu" else f" on {named(device_of(arguments.device))}"
     with running(arguments.state, arguments.threads, _say, device=arguments.device) as service:
-        for row in chosen:
-            recipe = row.asked(arguments.minutes, arguments.device)
-            _say(f"\n{row.name}: hone optimize {repository.MODEL} --with '{recipe}' --promote manual --wait")
-            quiet = Quiet()
-            built = service.build(recipe, arguments.state / "built" / f"{row.name}.onnx")
-            _say(f"{row.name}: {built.outcome}: {built.text}")
-            found.put_build(row.name, recipe, built, _given(row, arguments, device), quiet.report())
-
-
-def _given(row: rows.Row, arguments: argparse.Namespace, device: str) -> str:
-    """What the row was given to train with."""
-    where = f" on {device}" if device != "cpu" else ""
-    return f"{arguments.minutes:g} min{where}, {arguments.train} images" if row.trains else ""
+        given = f"{where}, {arguments.train} images"
+        build_rows(service, chosen, found, arguments.state, arguments.minutes, given, arguments.device)
 
 
 def _measure(arguments: argparse.Namespace, chosen: list[rows.Row], found: records.Records, onnx: Path, test: images.Images) -> None:
-    from examples.resnet18_cifar10.measuring import Bench
+    from examples.resnet18_cifar10.measuring import Bench, measure_rows
 
     source = Source(f"{repository.FACTORIES}/{repository.FACTORY}", onnx.with_name("model.safetensors"))
     with Bench.open(onnx, test, arguments.threads, arguments.seconds, _say, source, repository.INPUT) as bench:
-        found.put_measured(records.GOLDEN, onnx, bench)
-        for row in chosen:
-            path = arguments.state / "built" / f"{row.name}.onnx"
-            if found.has_file(row.name) and path.is_file():
-                found.put_measured(row.name, path, bench)
+        measure_rows(bench, chosen, found, arguments.state, onnx)
 
 
 def _say(text: str) -> None:

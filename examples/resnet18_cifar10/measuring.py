@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import Quiet
 from examples.resnet18_cifar10.eager import EagerArm
+from examples.resnet18_cifar10.records import GOLDEN, Records
+from examples.resnet18_cifar10.rows import Row
 from optimizers.artifact import Source, sha256_of
 from optimizers.census import census
 from optimizers.measure import Arm, compare
@@ -114,6 +116,15 @@ class Bench:
 
     def _feeds(self, batch: int) -> Feeds:
         return {self.entry: self.test[:batch].inputs()}
+
+
+def measure_rows(bench: Bench, chosen: Iterable[Row], found: Records, folder: Path, golden: Path) -> None:
+    """Golden and every row whose file lies in FOLDER/built, unless the very file was measured before."""
+    found.put_measured(GOLDEN, golden, bench)
+    for row in chosen:
+        path = folder / "built" / f"{row.name}.onnx"
+        if found.has_file(row.name) and path.is_file():
+            found.put_measured(row.name, path, bench)
 
 
 def _packed_bytes(path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,10 @@ from app.arguments import steps_of
 from app.client import Address, Client, ClientError
 from app.demo import Children, child_environment
 from app.settings import Settings
+from benchmarks.machine import Quiet
+from examples.resnet18_cifar10.records import Records
 from examples.resnet18_cifar10.repository import FACTORIES, MODEL
+from examples.resnet18_cifar10.rows import Row
 
 START_S: Final = 180.0
 POLL_S: Final = 0.5
@@ -66,6 +69,19 @@ class Service:
         keep.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, keep)
         return True
+
+
+def build_rows(
+    service: Service, chosen: Iterable[Row], found: Records, folder: Path, minutes: float, given: str = "", device: str = "cpu"
+) -> None:
+    """Have each row built into FOLDER/built and note what became of it. `given`: what the rows that train had beside their minutes."""
+    for row in chosen:
+        recipe = row.asked(minutes, device)
+        service.say(f"\n{row.name}: hone optimize {service.model} --with '{recipe}' --promote manual --wait")
+        quiet = Quiet()
+        built = service.build(recipe, folder / "built" / f"{row.name}.onnx")
+        service.say(f"{row.name}: {built.outcome}: {built.text}")
+        found.put_build(row.name, recipe, built, f"{minutes:g} min{given}" if row.trains else "", quiet.report())
 
 
 def report_of(job: Any) -> str:
