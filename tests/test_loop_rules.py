@@ -11,10 +11,10 @@ import pytest
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
 from app.control.objectives import Burn, burn
-from app.control.patient import Looks
+from app.control.patient import Looks, Patient
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.situation import situation_of
-from app.control.suspicion import Kind, Normal, Seen, Suspicion, learned, suspicions
+from app.control.suspicion import Kind, Normal, Seen, Suspicion, leap_of_latency, learned, suspicions
 from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block, Cost
@@ -23,13 +23,14 @@ QUIET = HostFacts(busy_ratio=0.4, others_ratio=0.02, steal_ratio=0.0, throttled_
 BUCKET = (0, 13)
 
 
-def block(cpu_s: float = 0.001, requests: int = 200, total_s: float = 0.004, **more: Any) -> Block:
-    """Ten seconds of `requests` answers that took `total_s` and cost `cpu_s` a row."""
+def block(cpu_s: float = 0.001, requests: int = 200, total_s: float = 0.004, stretch: float = 1.0, **more: Any) -> Block:
+    """Ten seconds of `requests` answers that took `total_s` and cost `cpu_s` a row, in calls of `stretch` × their CPU time."""
     found = Block(0.0, 10.0, requests=requests, rows=requests, calls=requests, called_rows=requests, total_s=requests * total_s)
     found.cpu_s, found.within = requests * cpu_s, requests
     cost = found.costs[BUCKET] = Cost(requests, requests, requests * cpu_s)
     for number in range(requests):
         cost.cpu.add(cpu_s * (1 + 0.02 * (number % 3 - 1)))
+        found.stretch.add(stretch)
         found.total.add(total_s * (1 + 0.1 * (number % 10) / 10))
     for name, value in more.items():
         setattr(found, name, value)
@@ -73,6 +74,45 @@ def test_cost_that_leaps_is_suspected_in_the_first_block_that_shows_it() -> None
     assert look([block(0.0016, requests=30)]) == [], "too few calls"
     assert look([block(0.0016, disturbed=True)]) == []
     assert look([block(0.0016), block()]) == [], "it is over"
+
+
+def leaps(seen: Block, host: HostFacts = QUIET, usual: Normal | None = None) -> bool:
+    promised = ModelConfig.model_validate({"objective": {"p95_ms": 10}})
+    found = leap_of_latency(seen, usual or normal(), promised.objective.promise, host)
+    assert found is None or (found.kind is Kind.LATENCY and "threshold_s" not in found.numbers), (
+        "no such thing as a version too slow as ever"
+    )
+    return found is not None
+
+
+def test_time_that_leaps_for_the_runner_alone_is_suspected_in_the_first_block_that_shows_it() -> None:
+    assert leaps(block(stretch=6.0, within=120))
+    assert not leaps(block(stretch=6.0, within=160)), "too few are late"
+    assert not leaps(block(stretch=6.0, within=10, requests=30)), "too few answers"
+    assert not leaps(block(stretch=6.0, within=120, disturbed=True))
+    assert not leaps(block(stretch=6.0, within=120), usual=Normal()), "nothing is known of it"
+    unpromised = block(stretch=6.0, total_s=0.012)
+    assert leap_of_latency(unpromised, normal(), None, QUIET) is not None
+    assert leap_of_latency(block(stretch=6.0, total_s=0.006), normal(), None, QUIET) is None
+
+
+def test_time_that_leaps_for_the_server_as_well_or_in_the_queue_is_left_to_the_second_block() -> None:
+    late = block(stretch=6.0, within=120)
+    assert leaps(late, replace(QUIET, server_waiting_ratio=0.4)), "it waits by far more than the server"
+    assert not leaps(late, replace(QUIET, server_waiting_ratio=0.8)), "neighbours hold up both"
+    assert not leaps(late, replace(QUIET, throttled_ratio=0.2)) and not leaps(late, replace(QUIET, steal_ratio=0.2))
+    assert not leaps(block(stretch=1.2, within=0, queue_s=200 * 0.1)), "load alone: the calls are as quick as ever"
+    unknown = replace(QUIET, server_waiting_ratio=None)
+    assert not leaps(block(stretch=6.0, within=120, wait_s=200 * 0.005), unknown), "no witness: its waiting is the host's"
+    assert leaps(late, unknown), "it neither works nor waits for a core"
+    assert not leaps(late, usual=normal(stretch=4.0)), "it always took so long for its CPU time"
+
+
+def test_a_leap_of_time_stands_once_the_host_was_read_again_and_is_forgotten_when_it_is_over() -> None:
+    patient = Patient()
+    assert not patient.leap_stands(True, 100.0, 99.0), "what was read before it began knows nothing of it"
+    assert not patient.leap_stands(True, 101.0, 99.0) and patient.leap_stands(True, 101.5, 101.2)
+    assert not patient.leap_stands(False, 102.0, 101.2) and not patient.leap_stands(True, 103.0, 101.2)
 
 
 def test_wall_time_is_held_to_the_promise_and_without_one_to_twice_its_normal() -> None:

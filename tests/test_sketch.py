@@ -57,7 +57,12 @@ def test_json_and_back(seen: list[float]) -> None:
 
 
 def test_without_values_there_is_no_quantile_and_no_sample() -> None:
-    assert LogSketch().quantile(0.5) is None and LogSketch().sample(5) == []
+    assert LogSketch().quantile(0.5) is None and LogSketch().sample(5) == [] and LogSketch().share_above(1.0) == 0.0
+
+
+def test_the_share_above_a_value_counts_what_is_clearly_above_it() -> None:
+    sketch = sketch_of([0.0, 0.5, 1.0, 2.0, 4.0])
+    assert [sketch.share_above(value) for value in (0.0, 0.4, 1.0, 3.0, 5.0)] == [0.8, 0.8, 0.4, 0.2, 0.0]
 
 
 def test_zero_and_a_clock_that_went_back_are_the_smallest() -> None:

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from app.domain import Observation
 from app.telemetry.hostfacts import HostSensor
 from app.telemetry.window import Window, bucket_of
@@ -67,6 +69,9 @@ def test_costs_are_kept_by_bucket_of_rows_and_size() -> None:
     assert abs(medians[0] - 0.0008) < 0.00001 and abs(medians[1] - 0.001) < 0.00002
     assert (block.calls, block.called_rows) == (2, 9)
     assert abs(block.waiting_ratio - 0.0016 / 0.0090) < 1e-6
+    assert (block.stretch.quantile(1.0) or 0.0) == pytest.approx(2.0, rel=0.01), "the first took twice its CPU time"
+    found.called("m", "1", 1, 4096, 0.002, 0.0, 0.0)
+    assert found.since("m", "1", 0.0).stretch.count == 2, "without CPU time there is nothing to hold it against"
 
 
 def test_blocks_that_see_our_own_work_are_marked() -> None:

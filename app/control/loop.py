@@ -16,7 +16,18 @@ from typing import Any, Final, Protocol
 from app.catalog.model_config import ModelConfig
 from app.control.bench import Bench
 from app.control.commands import Commands
-from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
+from app.control.diagnosis import (
+    DECAYED_CPU,
+    DECAYED_WALL,
+    Cause,
+    Diagnosis,
+    Findings,
+    FreshRunner,
+    Replay,
+    diagnose,
+    needs_probe,
+    needs_replay,
+)
 from app.control.objectives import burn
 from app.control.patient import Condition, Incident, Looks, Patient
 from app.control.planner import Action, Plan, plan, wait_after
@@ -26,7 +37,19 @@ from app.control.rungs import cheaper_versions
 from app.control.situation import situation_of
 from app.control.standing import LATELY_S, standing
 from app.control.steps import parse_tries
-from app.control.suspicion import LEAST_CALLS, Kind, Normal, Seen, Suspicion, learned, other_shapes, suspicions, with_news
+from app.control.suspicion import (
+    LEAP_CALLS,
+    LEAST_CALLS,
+    Kind,
+    Normal,
+    Seen,
+    Suspicion,
+    leap_of_latency,
+    learned,
+    other_shapes,
+    suspicions,
+    with_news,
+)
 from app.domain import JSON, Event, JobState, Mode, ModelState, ModelView, Split, State, Verdict
 from app.errors import HoneError
 from app.settings import Settings
@@ -70,7 +93,7 @@ class Plane(Protocol):
     def drift(self, name: str) -> float | None: ...
     def own_cpu(self) -> Callable[[], float]: ...
     async def renew(self, name: str) -> str: ...
-    async def against_fresh(self, name: str, seconds: float) -> Probed | None: ...
+    async def against_fresh(self, name: str, seconds: float, limits: tuple[float, float]) -> Probed | None: ...
     async def compare_some(self) -> Any: ...
 
 
@@ -180,7 +203,7 @@ class Loop:
         before, patient.identity = patient.identity, identity
         patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
         patient.event_at, patient.normal, patient.seen_until = monotonic(), Normal(), 0.0
-        patient.judged_until, patient.found, patient.requests, patient.looks = -1.0, [], 0, Looks()
+        patient.judged_until, patient.found, patient.requests, patient.looks, patient.leapt_at = -1.0, [], 0, Looks(), 0.0
         patient.due = patient.event == "swap" and patient.incident is None
         if patient.incident is not None and not patient.incident.acted_at:
             patient.incident.acted_at = monotonic()  # somebody else acted
@@ -262,7 +285,7 @@ class Loop:
     def _suspicions(self, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
         """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
 
-        So does a leap of the cost. The rest is judged when a block closes, and stands until the next one does.
+        So do leaps of the cost and of the latency. The rest is judged when a block closes, and stands until the next one does.
         """
         now = self._window.now()
         judged = blocks[-1].ended if blocks else 0.0
@@ -277,11 +300,21 @@ class Loop:
         found = list(patient.found)
         opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s))
         urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), patient.normal, config, None, None)
+        urgent = [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE, Kind.COST)]
+        urgent += self._leap(opened, blocks, patient, config)
         kinds = {one.kind for one in found}
-        found += [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE, Kind.COST) and one.kind not in kinds]
+        found += [one for one in urgent if one.kind not in kinds]
         if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
             found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
         return found
+
+    def _leap(self, opened: Block, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
+        """A leap of latency that two readings of the host in a row leave unexplained, seen in the newest block that has answers enough."""
+        latest = [block for block in blocks[-1:] if block.ended > self._window.now() - self._window.block_s]
+        block = opened if opened.requests >= LEAP_CALLS or not latest else latest[0]
+        leap = leap_of_latency(block, patient.normal, config.objective.promise, self._host)
+        stands = patient.leap_stands(leap is not None, monotonic(), self._host_at)
+        return [leap] if leap is not None and stands else []
 
     def _acting(self, view: ModelView, incident: Incident) -> bool:
         """A remedy is under way, or so fresh that the blocks since do not show it yet."""
@@ -402,7 +435,7 @@ class Loop:
         fresh: FreshRunner | None = None
         if needs_probe(findings()):
             began = monotonic()
-            probe = await self._plane.against_fresh(view.name, PROBE_S)
+            probe = await self._plane.against_fresh(view.name, PROBE_S, (DECAYED_CPU, DECAYED_WALL))
             patient.experiments_s += monotonic() - began
             self._metrics.count("hone_background_seconds", "probe", by=monotonic() - began)
             fresh = FreshRunner(probe.cpu, probe.wall) if probe is not None else None

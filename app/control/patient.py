@@ -75,6 +75,8 @@ class Patient:
     failures: dict[Cause, int] = field(default_factory=dict)
     event: str = ""
     event_at: float = 0.0
+    leapt_at: float = 0.0
+    """Since when a leap of latency stands; 0 where none does."""
     due: bool = False
     """An event asks for a look."""
     watch_since: float = 0.0
@@ -87,6 +89,11 @@ class Patient:
     """Answers of the stretch that was looked at then."""
     remedied_at: dict[Cause, float] = field(default_factory=dict)
     ladder_for: tuple[int, str] = (0, "")
+
+    def leap_stands(self, leapt: bool, now: float, read_at: float) -> bool:
+        """Whether a leap was there before the host was read last (at `read_at`): an older reading may know nothing of what explains it."""
+        self.leapt_at = (self.leapt_at or now) if leapt else 0.0
+        return leapt and read_at > self.leapt_at
 
     @property
     def condition(self) -> Condition:

@@ -15,6 +15,7 @@ from app.catalog.model_config import ModelConfig, Promise
 from app.control.objectives import Burn
 from app.control.quality import LEAST_PAIRS, sureness_shift, worst_class
 from app.domain import JSON
+from app.telemetry.hostfacts import HostFacts
 from app.telemetry.likeness import Likeness
 from app.telemetry.window import Block, Bucket
 from optimizers.stats import wilson
@@ -24,6 +25,13 @@ COST_LIMIT: Final = 1.15
 LEAP_LIMIT: Final = 1.5
 """One block, and be it the open one, is enough where the middle call costs so much more. Neighbours come near that only for models that live off memory (shared measurements)."""
 LEAP_CALLS: Final = 40
+LEAP_MISSED: Final = 0.25
+"""Share of 40 answers that are late from which a leap of their time is looked into at once, where LEAP_ALONE holds as well."""
+LEAP_ALONE: Final = 2.0
+"""The middle call's wall time over its CPU time, against its normal and against what the server's own main thread has to wait. Neighbours hold up
+both: at most 1.2 was measured beside them, 3 and more where the runner alone was held up (docs/loop.md)."""
+HELD_BACK: Final = 0.05
+"""Share of the time that a quota or the hypervisor takes, from which the host is what makes calls longer."""
 SLOW_LIMIT: Final = 2.0
 """p95 against its normal, where nothing is promised. Wall time doubles beside neighbours: it only asks for a look."""
 LEAST_CALLS: Final = 20
@@ -75,6 +83,8 @@ class Normal:
     p95_s: float = 0.0
     memory_bytes: int = 0
     mean_batch: float = 0.0
+    stretch: float = 0.0
+    """The middle call's wall time over its CPU time."""
     blocks: int = 0
     labelled: int = 0
     right: int = 0
@@ -118,6 +128,7 @@ def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
     return replace(
         normal, costs=costs, p95_s=mean(normal.p95_s, p95), memory_bytes=max(normal.memory_bytes, memory_bytes),
         mean_batch=mean(normal.mean_batch, block.called_rows / block.calls if block.calls else 0.0),
+        stretch=mean(normal.stretch, block.stretch.quantile(0.5) or 0.0),
         blocks=count + 1,
     )  # fmt: skip
 
@@ -265,6 +276,43 @@ def _slow(blocks: Sequence[Block], normal: Normal, promise: Promise | None, burn
         text = f"p95 {_ms(p95)}, {p95 / normal.p95_s:.1f} × its normal {_ms(normal.p95_s)}"
         return [Suspicion(Kind.LATENCY, text, {"p95_s": p95, "normal_s": normal.p95_s})]
     return []
+
+
+def leap_of_latency(block: Block, normal: Normal, promise: Promise | None, host: HostFacts) -> Suspicion | None:
+    """Many answers of this one block are late, since the calls themselves wait, and far more than the server does beside them on the same host.
+
+    The server's main thread is the witness: neighbours, load and quotas hold up both. What holds up the runner alone (its cores, its priority, its
+    memory) a fresh one may not have. Time in the queue is none of it.
+    """
+    stretch, usual = block.stretch.quantile(0.5), normal.stretch
+    if not normal.known or not usual or stretch is None or block.disturbed:
+        return None
+    if block.requests < LEAP_CALLS or block.stretch.count < LEAST_CALLS or _held_back(host):
+        return None
+    late, limit_s = _late(block, normal, promise)
+    alone = stretch / usual / _server_stretch(block, host)
+    if late <= (LEAP_MISSED if promise is None else max(LEAP_MISSED, 2 * (1 - promise.share))) or alone <= LEAP_ALONE:
+        return None
+    text = f"{late:.0%} of {block.requests} answers took more than {_ms(limit_s)}: calls wait {alone:.1f} × as long as they did and as the server does"
+    return Suspicion(Kind.LATENCY, text, {"missed": round(late, 4), "alone": round(alone, 2), "leapt": True})
+
+
+def _late(block: Block, normal: Normal, promise: Promise | None) -> tuple[float, float]:
+    """Share of the answers that came later than promised, or than twice their normal p95 where nothing is, and that limit."""
+    if promise is not None:
+        return 1 - block.within / block.requests, promise.threshold_s
+    limit_s = SLOW_LIMIT * normal.p95_s
+    return block.total.share_above(limit_s), limit_s
+
+
+def _server_stretch(block: Block, host: HostFacts) -> float:
+    """How much longer the server's own main thread takes for having to wait for a core; where that is not known, the runner's waiting is the host's."""
+    waiting = block.waiting_ratio if host.server_waiting_ratio is None else host.server_waiting_ratio
+    return 1 / max(0.01, 1 - waiting)
+
+
+def _held_back(host: HostFacts) -> bool:
+    return max(host.throttled_ratio or 0.0, host.steal_ratio or 0.0) > HELD_BACK
 
 
 def _cost(quiet: Sequence[Block], normal: Normal) -> list[Suspicion | None]:

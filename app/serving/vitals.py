@@ -107,10 +107,11 @@ class Vitals:
         await loaded.engine.renew()
         return loaded.version
 
-    async def against_fresh(self, name: str, seconds: float) -> Probe | None:
+    async def against_fresh(self, name: str, seconds: float, limits: tuple[float, float]) -> Probe | None:
         """Hold the live runner against a fresh one, in ABBA turns of single calls; None where there is nothing to ask it or no room for a second.
 
         Both meet the same host in the same moments, so what differs is the process: its memory, its cores, its priority, its age.
+        While a ratio (CPU, wall) lies above its limit and its interval not yet wholly, it goes on, up to three times as long.
         """
         loaded = self._active(name)
         inputs = _reference_rows(loaded)
@@ -119,7 +120,7 @@ class Vitals:
         try:
             async with self._loader.fresh(loaded, self.config(name)) as fresh:
                 with self.window.background("probe"):
-                    turns = await _take_turns((loaded.engine, fresh), inputs, seconds)
+                    turns = await _take_turns((loaded.engine, fresh), inputs, seconds, limits)
         except HoneError as error:
             log.warning("model %s: the live runner could not be held against a second one: %s", name, error)
             return None
@@ -189,16 +190,20 @@ class Vitals:
 
 Turn = tuple[float, float]
 """Mean CPU and wall seconds of the calls of one turn."""
+Round = tuple[list[Turn], list[Turn]]
+"""Turns of the live runner, turns of the fresh one."""
 
 
 async def _take_turns(
-    engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]], seconds: float
-) -> list[tuple[list[Turn], list[Turn]]]:
-    """ABBA, BAAB, … rounds of [live turns, fresh turns] until the time is over."""
+    engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]], seconds: float, limits: tuple[float, float]
+) -> list[Round]:
+    """ABBA, BAAB, … rounds until the time is over, and longer while it is `_undecided`."""
     calls = await _calls_in_a_slice(engines, inputs)
     until = monotonic() + seconds
-    rounds: list[tuple[list[Turn], list[Turn]]] = []
-    while len(rounds) < MOST_ROUNDS and (monotonic() < until or len(rounds) < LEAST_ROUNDS):
+    rounds: list[Round] = []
+    while len(rounds) < MOST_ROUNDS and (
+        monotonic() < until or len(rounds) < LEAST_ROUNDS or await asyncio.to_thread(_undecided, rounds, limits)
+    ):
         turns: tuple[list[Turn], list[Turn]] = ([], [])
         for which in (0, 1, 1, 0) if len(rounds) % 2 else (1, 0, 0, 1):
             turns[which].append(await _turn(engines[which], inputs, calls))
@@ -223,7 +228,13 @@ async def _turn(engine: Engine, inputs: Sequence[list[Tensor]], calls: int) -> T
     return sum(r.cpu_s for r in counted) / len(counted), sum(r.compute_s for r in counted) / len(counted)
 
 
-def _probe_of(rounds: list[tuple[list[Turn], list[Turn]]]) -> Probe:
+def _undecided(rounds: Sequence[Round], limits: tuple[float, float]) -> bool:
+    """Whether a ratio seems to lie above its limit, and more rounds might show it."""
+    probe = _probe_of(rounds)
+    return any(low <= limit < estimate for (estimate, low, _), limit in zip((probe.cpu, probe.wall), limits, strict=True))
+
+
+def _probe_of(rounds: Sequence[Round]) -> Probe:
     from optimizers.stats import hodges_lehmann
 
     def ratio(which: int) -> tuple[float, float, float]:

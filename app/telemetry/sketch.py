@@ -49,6 +49,11 @@ class LogSketch:
         rank = max(1, math.ceil(share * self.count - 1e-9))
         return next(_middle(index) for index, through in self._ranked() if through >= rank)
 
+    def share_above(self, value: float) -> float:
+        """Share of all values (0 to 1) that lie above `value`, to within those of its own bucket, which count as not above. 0 without values."""
+        edge = math.ceil(math.log(value) * _SCALE) if value >= LEAST else _zero(value)
+        return sum(count for index, count in self._counts.items() if index > edge) / self.count if self.count else 0.0
+
     def sample(self, n: int) -> list[float]:
         """At most `n` values in order, spread evenly over the ranks, each within 1 % of a true one of its rank; all of them where n suffices.
 

@@ -75,6 +75,8 @@ class Block:
     right: int = 0
     disturbed: bool = False
     total: LogSketch = field(default_factory=LogSketch)
+    stretch: LogSketch = field(default_factory=LogSketch)
+    """Wall time over CPU time of each call: what a call waits, in terms of what it works."""
     costs: dict[Bucket, Cost] = field(default_factory=dict)
     likeness: Likeness = field(default_factory=Likeness)
 
@@ -111,6 +113,7 @@ class Block:
         if not sketches:
             return
         self.total.merge(other.total)
+        self.stretch.merge(other.stretch)
         for bucket, cost in other.costs.items():
             self.costs.setdefault(bucket, Cost()).merge(cost)
 
@@ -247,6 +250,8 @@ class Window:
         block.compute_s += compute_s
         block.cpu_s += cpu_s
         block.wait_s += wait_s
+        if cpu_s > LEAST_CPU_S:
+            block.stretch.add(compute_s / cpu_s)
         bucket = bucket_of(rows, row_bytes)
         cost = block.costs.get(bucket)
         if cost is None:
