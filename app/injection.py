@@ -7,6 +7,7 @@ was changed is put back at the end. It uses the public API and the demo's own fo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ from app.domain import JSON
 from app.errors import HoneError, InvalidRequest
 
 MODEL: Final = "digits"
+LEAKY: Final = "leaky-digits"
+"""A second model, of PyTorch, for the scene that needs one."""
 WARM_S: Final = 25.0
 """Traffic before anything is broken: the loop learns what is normal from some blocks of it."""
 RATE: Final = 40.0
@@ -48,6 +51,7 @@ class Traffic:
     rate: float = RATE
     rows: int = 1
     callers: int = 8
+    model: str = MODEL
     change: Callable[[Any], Any] = lambda images: images
     sent: int = 0
     failed: int = 0
@@ -115,7 +119,7 @@ class Traffic:
         }).encode()  # fmt: skip
         try:
             connection.request(
-                "POST", f"/v2/models/{MODEL}/infer", head + data.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+                "POST", f"/v2/models/{self.model}/infer", head + data.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
             )
             answer = connection.getresponse()
             answer.read()
@@ -126,18 +130,19 @@ class Traffic:
 
 @dataclass
 class Scene:
-    """What an injection may use. `began` and `after`: when the fault itself was put in, and the newest event before it."""
+    """What an injection may use. `began` and `after`: when the fault itself was put in, and the newest event before it; `name`: whose."""
 
     client: Client
     traffic: Traffic
     repository: Path
     say: Callable[[str], None]
+    name: str = MODEL
     began: float = 0.0
     after: int = 0
 
     def begin(self) -> None:
         """From here on what the loop says is about the fault."""
-        self.after, self.began = _newest(self.client), time.monotonic()
+        self.after, self.began = _newest(self.client, self.name), time.monotonic()
 
     def as_much_as_it_can(self, rate: float, rows: int, callers: int) -> None:
         """Raise the traffic to `rate`, or to what is answered without a growing queue, and wait until the loop has taken it for normal."""
@@ -154,7 +159,7 @@ class Scene:
         )
 
     def model(self) -> JSON:
-        return dict(self.client.model(MODEL))
+        return dict(self.client.model(self.name))
 
     def runner(self) -> int:
         """Process id of the active version's runner."""
@@ -324,8 +329,59 @@ def inputs(scene: Scene) -> Iterator[None]:
     scene.traffic.change = lambda images: images
 
 
+@contextmanager
+def larger(scene: Scene) -> Iterator[None]:
+    """A version that takes images of any size serves, and images of twice the side come."""
+    folder = scene.repository / MODEL / "2"
+    folder.mkdir(exist_ok=True)
+    free_size(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part")
+    os.replace(folder / "model.part", folder / "model.onnx")
+    scene.say("deployed version 2: the same network for images of any size; waiting until it serves and is known …")
+    wait(lambda: scene.model()["active"] == "2" and scene.model()["split"] is None, 330.0, "version 2 did not take over")
+    time.sleep(WARM_S)
+    wait(lambda: scene.model()["loop"]["condition"] == "steady", 120.0, "the loop did not come to rest under version 2")
+    scene.promise(2.5)
+    scene.begin()
+    scene.traffic.change = lambda images: images.repeat(2, -1).repeat(2, -2)
+    scene.say("from now on images have twice the side")
+    yield
+    scene.traffic.change = lambda images: images
+
+
+@contextmanager
+def leak(scene: Scene) -> Iterator[None]:
+    """A PyTorch model whose code keeps something of every very bright image, and such images come: 8 MB a second are never given back."""
+    if importlib.util.find_spec("torch") is None:
+        raise HoneError("--break leak serves a PyTorch model, and PyTorch is not installed here: make run EXTRAS=optimize")
+    source, made = scene.repository / MODEL, scene.repository / f".{LEAKY}"
+    (made / "1").mkdir(parents=True)
+    shutil.copyfile(source / "1" / "model.safetensors", made / "1" / "model.safetensors")
+    (made / "model.yaml").write_text(_LEAKY_YAML)
+    os.replace(made, scene.repository / LEAKY)
+    scene.say(f"deployed {LEAKY}: the same network, run by PyTorch; waiting until it serves …")
+    wait(lambda: scene.client.model_ready(LEAKY), 120.0, f"{LEAKY} did not come to serve; see hone timeline")
+    scene.name = scene.traffic.model = LEAKY
+    time.sleep(WARM_S + 10.0)
+    scene.begin()
+    scene.traffic.change = brighter
+    scene.say("from now on images are very bright, and its code keeps something of each")
+    yield
+    scene.traffic.change, scene.traffic.model = lambda images: images, MODEL
+
+
+_LEAKY_YAML: Final = """platform: torch
+task: classification
+source:
+  factory: leaky_digits.py:build
+  weights: model.safetensors
+  inputs: [{name: image, datatype: FP32, shape: [-1, 1, 32, 32]}]
+  outputs: [{name: logits, datatype: FP32, shape: [-1, 10]}]
+"""
+
+
 CAUSES: Final[dict[str, Injection]] = {
-    "load": load, "host": host, "process": process, "settings": settings, "version": version, "wrong": wrong, "input": inputs, "crash": crash,
+    "load": load, "host": host, "process": process, "settings": settings, "version": version, "wrong": wrong, "input": inputs, "larger": larger,
+    "leak": leak, "crash": crash,
 }  # fmt: skip
 
 
@@ -362,7 +418,7 @@ def _follow(
     acted: float | None = None
     decided_at = 0.0
     while time.monotonic() - began < limit_s and not stopped():
-        for event in client.timeline(model=MODEL, after=after, limit=200)["events"]:
+        for event in client.timeline(model=scene.name, after=after, limit=200)["events"]:
             after = event["seq"]
             say(tables.event_line(event))
             data = event.get("data") or {}
@@ -436,6 +492,18 @@ def slower_twin(source: Path, target: Path, times: int) -> None:
     onnx.save(model, str(target))
 
 
+def free_size(source: Path, target: Path) -> None:
+    """The same network with free height and width: its convolutions and its mean over places take any."""
+    import onnx
+
+    model = onnx.load(str(source))
+    for name, dim in zip(("height", "width"), model.graph.input[0].type.tensor_type.shape.dim[2:], strict=True):
+        dim.dim_param = name
+    del model.graph.value_info[:]
+    onnx.checker.check_model(model)
+    onnx.save(model, str(target))
+
+
 def not_a_number(source: Path, target: Path) -> None:
     """The same network, whose outputs go through a logarithm of something that is below zero for bright images only."""
     import onnx
@@ -501,11 +569,12 @@ def _images(repository: Path) -> Any:
         return samples["image"]
 
 
-def _newest(client: Client) -> int:
-    events = client.timeline(model=MODEL, limit=1)["events"]
+def _newest(client: Client, name: str) -> int:
+    events = client.timeline(model=name, limit=1)["events"]
     return int(events[-1]["seq"]) if events else 0
 
 
 def _put_back(repository: Path, config: str) -> None:
     (repository / MODEL / "model.yaml").write_text(config)
     shutil.rmtree(repository / MODEL / "2", ignore_errors=True)
+    shutil.rmtree(repository / LEAKY, ignore_errors=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.injection import Traffic, not_a_number, slower_twin
+from app.injection import CAUSES, Traffic, free_size, not_a_number, slower_twin
 from tests.running_server import DEMO, Running, server
 
 GOLDEN = DEMO / "repository" / "digits" / "1" / "model.onnx"
@@ -138,4 +138,16 @@ def test_the_demo_tells_which_causes_it_can_break(tmp_path: Path) -> None:
         env={**os.environ, "HONE_STATE": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1 and "load, host, process" in done.stderr
+    told = subprocess.run([sys.executable, "-m", "app.cli", "demo", "--help"], capture_output=True, text=True, timeout=60)
+    assert ", ".join(CAUSES) in " ".join(told.stdout.split())
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_the_version_for_images_of_any_size_answers_as_the_one_it_is_made_of(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    free_size(GOLDEN, tmp_path / "free.onnx")
+    own, free = (ort.InferenceSession(str(path)) for path in (GOLDEN, tmp_path / "free.onnx"))
+    rows = np.random.default_rng(0).random((3, 1, 32, 32), np.float32)
+    assert np.allclose(own.run(None, {"image": rows})[0], free.run(None, {"image": rows})[0], atol=1e-5)
+    assert free.run(None, {"image": rows.repeat(2, -1).repeat(2, -2)})[0].shape == (3, 10)
