@@ -61,6 +61,7 @@ ROWS: Final = {
         _pruned(0.5, ",int8-static", "-int8"),
         Row("pruned-70-int8", f"structured-pruning(ratio=0.7,{SMALL},minutes={{minutes}}),int8-static", trains=True),
         _split("tucker"),
+        Row("tucker-int8", "tucker({train},minutes={minutes}),int8-static", trains=True),
         _split("spatial"),
         _split("cp"),
         _split("depthwise"),
