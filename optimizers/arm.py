@@ -68,17 +68,28 @@ class Worker:
     settings: Settings = field(default_factory=Settings)
     kept: dict[int, Feeds] = field(default_factory=dict)
     plain: bool = True
+    pool: tuple[int, ...] = ()
+    """The threads that the session made to help the calling one."""
 
     def open(self, path: str, settings: Settings) -> Opened:
-        started = time.perf_counter()
+        before, started = _threads(), time.perf_counter()
         session = open_session(path, settings)
+        self.pool = tuple(sorted(_threads() - before))
         self.session, self.settings, self.plain = session, settings, not has_bfloat16(session)
         return Opened(tensors(session.get_inputs()), tensors(session.get_outputs()), time.perf_counter() - started)
 
     def pin(self, cpus: tuple[int, ...]) -> None:
-        for thread in os.listdir("/proc/self/task"):
+        for thread in _threads():
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread), cpus)
+                os.sched_setaffinity(thread, cpus)
+
+    def spread(self, cpus: tuple[int, ...]) -> None:
+        """The calling thread and those that help it each on a core of its own, where there are as many."""
+        self.pin(cpus)
+        threads = (threading.get_native_id(), *self.pool)
+        for thread, cpu in zip(threads, cpus, strict=False) if len(threads) <= len(cpus) else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, (cpu,))
 
     def call(self, batches: list[Feeds]) -> list[list[Any]]:
         return [self._run(runnable(feeds)) for feeds in batches]
@@ -139,6 +150,10 @@ class Worker:
         return list(self.session.run(None, feeds)) if self.plain else call(self.session, feeds)
 
 
+def _threads() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
 def scheduling(pid: int | str = "self") -> tuple[float, float]:
     """Seconds that a process's threads ran, and waited for a core while they could have run; zeros where the kernel does not say."""
     ran = waited = 0
@@ -159,7 +174,7 @@ def serve(connection: Connection) -> None:
     """Answer requests (name, arguments) until the other side closes."""
     worker = Worker()
     actions: dict[str, Callable[..., Any]] = {
-        name: getattr(worker, name) for name in ("open", "pin", "call", "keep", "time", "saturate")
+        name: getattr(worker, name) for name in ("open", "pin", "spread", "call", "keep", "time", "saturate")
     }  # fmt: skip
     while True:
         try:

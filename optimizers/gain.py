@@ -128,7 +128,9 @@ def speed(
             feeds = (inputs[sizes[0]], inputs[sizes[1]])
             report.capacity = throughput(first, other, feeds, sizes, seconds=part, tick=lambda: tick("capacity", 0.7))
             if max(s.intra_op_threads for s in settings) > 1:
-                report.layout = low_load(first, other, inputs[1], seconds=part, tick=lambda: tick("latency in its layout", 0.9))
+                report.layout = low_load(
+                    first, other, inputs[1], spread=True, seconds=part, tick=lambda: tick("latency in its layout", 0.9)
+                )
     except ArmFailed as failed:
         raise Fault("candidate" if failed.path == Path(candidate) else "incumbent", str(failed)) from None
     conclude(report, goal)

@@ -77,19 +77,34 @@ def throughput(
 ) -> LayoutComparison:
     """Rows per second with all instances calling back to back, each arm at its own batch size."""
     keys = (first.keep(feeds[0]), other.keep(feeds[1]))
+    for arm in (first, other):
+        arm.pin(cpu_budget().affinity)
 
     def turn(which: int) -> _Turn:
         load = (first, other)[which].saturate(keys[which], SLICE_S)
         return _Turn(load.calls_per_s * rows[which], (), load.elapsed_s, load.ran_s, load.waited_s)
 
-    return _interleave("rows_per_s", turn, (first, other), seconds, tick)
+    return _interleave("rows_per_s", turn, seconds, tick)
 
 
 def low_load(
-    first: Arm, other: Arm, feeds: Feeds, *, seconds: float = 8.0, pause_s: float | None = None, tick: Callable[[], None] = lambda: None
+    first: Arm,
+    other: Arm,
+    feeds: Feeds,
+    *,
+    spread: bool = False,
+    seconds: float = 8.0,
+    pause_s: float | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> LayoutComparison:
-    """Wall time of single calls with pauses between them, in which threads go to sleep or spin."""
+    """Wall time of single calls with pauses between them, in which threads go to sleep or spin.
+
+    With `spread` each thread of a call has a core of its own. Else the kernel may wake a helper on its caller's core while another one idles: they
+    wait for each other, which says nothing of the host, and one arm may be luckier than the other.
+    """
     keys = (first.keep(feeds), other.keep(feeds))
+    for arm in (first, other):
+        (arm.spread if spread else arm.pin)(cpu_budget().affinity)
     pause = pause_for(first.time(keys[0], 3, 2).wall_s) if pause_s is None else pause_s
 
     def turn(which: int) -> _Turn:
@@ -97,7 +112,7 @@ def low_load(
         wall = piece.wall_s[_UNCOUNTED:]
         return _Turn(float(np.median(wall)), wall, piece.elapsed_s, piece.ran_s, piece.waited_s)
 
-    return _interleave("p50_s", turn, (first, other), seconds, tick)
+    return _interleave("p50_s", turn, seconds, tick)
 
 
 def pause_for(wall_s: Sequence[float]) -> float:
@@ -105,15 +120,11 @@ def pause_for(wall_s: Sequence[float]) -> float:
     return min(0.010, max(0.002, float(np.median(wall_s))))
 
 
-def _interleave(
-    unit: str, turn: Callable[[int], _Turn], arms: tuple[Arm, Arm], seconds: float, tick: Callable[[], None]
-) -> LayoutComparison:
+def _interleave(unit: str, turn: Callable[[int], _Turn], seconds: float, tick: Callable[[], None]) -> LayoutComparison:
     """ABBA until `seconds` are over, at least the rounds that an interval needs (or twice the time).
 
     Rounds in which threads waited for a core too long are left out where enough others remain: chosen by the waiting, never by the result.
     """
-    for arm in arms:
-        arm.pin(cpu_budget().affinity)
     rounds: list[_Round] = []
     began, stolen = time.monotonic(), stolen_s()
     while not rounds or (spent := time.monotonic() - began) < seconds or (len(rounds) < LEAST_ROUNDS and spent < 2 * seconds):

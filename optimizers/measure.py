@@ -161,6 +161,10 @@ class Arm:
     def pin(self, cpus: Sequence[int]) -> None:
         self.ask("pin", tuple(cpus))
 
+    def spread(self, cpus: Sequence[int]) -> None:
+        """Each thread of a call on a core of its own, where there are as many; `pin` undoes it."""
+        self.ask("spread", tuple(cpus))
+
     def time(self, key: int, calls: int, warm: int = 1, pause_s: float = 0.0) -> Slice:
         return self.ask("time", key, calls, warm, pause_s)  # type: ignore[no-any-return]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optimizers.gain import Goal, speed
 from optimizers.layouts import low_load, throughput
 from optimizers.measure import Arm, ArmFailed, Quietness, compare, quietest_core, quietness
 from optimizers.session import Feeds, Settings, to_bfloat16
@@ -88,6 +89,44 @@ def test_spinning_threads_are_seen_burning_cores_at_low_load(models: tuple[Path,
     with Arm(deeper, Settings()) as calm, Arm(deeper, Settings(intra_op_threads=2, spin_duration_us=5000)) as spinning:
         found = low_load(calm, spinning, rows(128), seconds=2, pause_s=0.008)
     assert found.other.cores_burnt > 1.3 * found.first.cores_burnt or not found.quiet.wall_counts, found
+
+
+def test_each_thread_of_a_call_can_have_a_core_of_its_own(models: tuple[Path, Path]) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    with Arm(models[0], Settings(intra_op_threads=2)) as two, Arm(models[0], Settings(intra_op_threads=3)) as three:
+        for arm in (two, three):
+            arm.spread(cores)
+        assert [cpus for cpus in affinities(two._process.pid) if len(cpus) == 1] == [{cores[0]}, {cores[1]}]
+        assert all(cpus == set(cores) for cpus in affinities(three._process.pid)), "three threads on two cores are left to the kernel"
+        two.pin(cores)
+        assert all(cpus == set(cores) for cpus in affinities(two._process.pid))
+
+
+def affinities(pid: int) -> list[set[int]]:
+    """Of its threads, the calling one first."""
+    return [os.sched_getaffinity(int(task.name)) for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda t: int(t.name))]
+
+
+def test_a_proof_at_low_load_gives_each_thread_a_core(models: tuple[Path, Path]) -> None:
+    """Helpers that wake on their caller's core wait for it while another idles: proofs on idle machines called the host loud."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    settings, seen = Settings(intra_op_threads=2), list[set[int]]()
+
+    def look(step: str, _share: float) -> None:
+        if step == "latency in its layout":
+            seen.extend(
+                cpus for arm in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() for cpus in affinities(int(arm))
+            )
+
+    report = speed(str(models[0]), settings, str(models[0]), settings, {1: rows(16)}, Goal(), seconds=3, tick=look)
+    if report.layout is None:
+        pytest.skip(f"the host was too busy for layouts: {report.notes}")
+    for core in cores[:2]:
+        assert seen.count({core}) == 2 * report.layout.rounds + 2 * report.layout.rounds_left_out
 
 
 def test_inputs_are_sent_once_and_outputs_come_back_in_order(models: tuple[Path, Path]) -> None:
