@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from optimizers.host import cpu_budget
-from optimizers.measure import LEAST_ROUNDS, QUIET, Arm, Quietness, interval_json, quietness, stolen_s
+from optimizers.measure import LEAST_ROUNDS, QUIET, Arm, Quietness, busy_s, interval_json, quietness, stolen_s
 from optimizers.session import Feeds
 from optimizers.stats import Interval, hodges_lehmann
 
@@ -126,7 +126,7 @@ def _interleave(unit: str, turn: Callable[[int], _Turn], seconds: float, tick: C
     Rounds in which threads waited for a core too long are left out where enough others remain: chosen by the waiting, never by the result.
     """
     rounds: list[_Round] = []
-    began, stolen = time.monotonic(), stolen_s()
+    began, stolen, busy, own = time.monotonic(), stolen_s(), busy_s(), time.process_time()
     while not rounds or (spent := time.monotonic() - began) < seconds or (len(rounds) < LEAST_ROUNDS and spent < 2 * seconds):
         sides: tuple[list[_Turn], list[_Turn]] = ([], [])
         for which in (1, 0, 0, 1) if len(rounds) % 2 else (0, 1, 1, 0):
@@ -136,11 +136,23 @@ def _interleave(unit: str, turn: Callable[[int], _Turn], seconds: float, tick: C
     calm = [one for one in rounds if one.waiting_ratio <= QUIET]
     used = calm if len(calm) >= LEAST_ROUNDS else rounds
     turns = [t for one in used for t in (*one.first, *one.other)]
-    quiet = quietness(sum(t.ran_s for t in turns), sum(t.waited_s for t in turns), stolen_s() - stolen, time.monotonic() - began)
+    ran = sum(t.ran_s for one in rounds for t in (*one.first, *one.other)) + time.process_time() - own
+    waited = for_others(sum(t.waited_s for t in turns), ran, busy, busy_s())
+    quiet = quietness(sum(t.ran_s for t in turns), waited, stolen_s() - stolen, time.monotonic() - began)
     first, other = _side([t for one in used for t in one.first]), _side([t for one in used for t in one.other])
     return LayoutComparison(
         unit, hodges_lehmann([one.log_ratio for one in used]).exp(), len(used), len(rounds) - len(used), first, other, quiet
     )
+
+
+def for_others(waited_s: float, ran_s: float, busy_before: float | None, busy_after: float | None) -> float:
+    """How much of the waiting others can be the reason of, who had what is left of the cores' busy seconds: the rest is own threads on one core.
+
+    The kernel often wakes a helper on its caller's core while another idles. That is how the layout runs here, and says nothing of the host.
+    """
+    if busy_before is None or busy_after is None:
+        return waited_s
+    return min(waited_s, max(0.0, busy_after - busy_before - ran_s))
 
 
 @dataclass(frozen=True)

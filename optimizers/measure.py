@@ -290,6 +290,13 @@ def stolen_s() -> float:
     return fields[7] / os.sysconf("SC_CLK_TCK") if len(fields) > 7 else 0.0
 
 
+def busy_s() -> float | None:
+    """Seconds that this process's cores were in use since the start of the machine, by whomever; None where the kernel does not say."""
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = [sum(fields[:3]) + sum(fields[5:7]) for name, fields in _proc_stat().items() if name in cores]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
+
+
 def quietest_core(look_s: float = 0.05) -> int:
     """The core of the affinity mask that idles most, by a short look."""
     allowed = sorted(os.sched_getaffinity(0))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from optimizers.gain import Goal, speed
-from optimizers.layouts import low_load, throughput
+from optimizers.layouts import for_others, low_load, throughput
 from optimizers.measure import Arm, ArmFailed, Quietness, compare, quietest_core, quietness
 from optimizers.session import Feeds, Settings, to_bfloat16
 from tests.judged_models import deep, save, value
@@ -127,6 +127,30 @@ def test_a_proof_at_low_load_gives_each_thread_a_core(models: tuple[Path, Path])
         pytest.skip(f"the host was too busy for layouts: {report.notes}")
     for core in cores[:2]:
         assert seen.count({core}) == 2 * report.layout.rounds + 2 * report.layout.rounds_left_out
+
+
+def test_threads_of_one_layout_that_wait_for_each_other_do_not_make_the_host_loud(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert for_others(2.0, 3.0, 10.0, 13.5) == 0.5 and for_others(2.0, 3.0, 10.0, 18.0) == 2.0
+    assert for_others(2.0, 3.0, 10.0, 12.9) == 0.0 and for_others(2.0, 3.0, None, None) == 2.0
+    settings = Settings(intra_op_threads=2)
+    with Arm(models[0], settings) as first, Arm(models[0], settings) as other:
+        with one_core(), busy_neighbours(1):  # the arms' own threads and another program share one core
+            found = low_load(first, other, rows(16), seconds=1.5)
+            assert found.quiet.waiting_ratio > 0.25, found
+        monkeypatch.setattr("optimizers.layouts.busy_s", lambda: 0.0)  # nobody else ran
+        assert low_load(first, other, rows(16), seconds=1.0).quiet.waiting_ratio == 0.0
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_inputs_are_sent_once_and_outputs_come_back_in_order(models: tuple[Path, Path]) -> None:
