@@ -112,7 +112,10 @@ class Queue:
                 if first is None:
                     continue
                 self._taken(first, batch)
-                if first.alone or first.rows >= limit:
+                if first.alone:
+                    break
+                if first.rows >= limit:
+                    level.forget(first.key)
                     break
                 key, rows = first.key, first.rows
             for work in level.alike(key, limit - rows):
@@ -186,6 +189,14 @@ class _Level:
             if work.queued:
                 return work
         return None
+
+    def forget(self, key: Key) -> None:
+        """Let go of what was taken from the front of this key's line: it may hold large bodies, which would all be freed when the queue is empty."""
+        line = self._alike.get(key)
+        while line and not line[0].queued:
+            line.popleft()
+        if not line:
+            self._alike.pop(key, None)
 
     def alike(self, key: Key, rows: int) -> Iterator[Work]:
         line = self._alike.get(key)
