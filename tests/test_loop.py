@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.injection import CAUSES, Traffic, free_size, not_a_number, slower_twin
+from app.faulty_models import free_size, not_a_number, slower_twin
+from app.injection import CAUSES, Traffic
 from tests.running_server import DEMO, Running, server
 
 GOLDEN = DEMO / "repository" / "digits" / "1" / "model.onnx"
