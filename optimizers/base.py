@@ -92,7 +92,8 @@ class Budget:
     scratch: str = ""
     """A folder the method may fill; empty means a temporary one."""
     keep: str = ""
-    """A folder whose files outlive a kill of this process, for checkpoints of long trainings; empty means that none are kept."""
+    """A folder whose files outlive a kill of this process, for checkpoints of trainings, the finished ones too: a second run of the same job
+    goes on where the first was. Whoever names it removes it after the job; empty means that none are kept."""
     target: str = ""
     """Host class key the result is meant for; empty means this host."""
     on_progress: Callable[[Progress], None] = lambda progress: None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,7 +19,7 @@ import numpy as np
 
 from optimizers.answers import feeds_of
 from optimizers.base import Budget, Rejected
-from optimizers.measure import LEAST_ROUNDS, LOUD, SLOW_S, Arm, ArmFailed, Comparison, Quietness, Series, compare, interval_json
+from optimizers.measure import LEAST_ROUNDS, LOOKS, LOUD, SLOW_S, Arm, ArmFailed, Comparison, Quietness, Series, compare, interval_json
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, trimmed_mean
@@ -31,10 +31,15 @@ PLACEMENTS: Final = 4
 Where the weights happen to lie moves the cost of a session for as long as it lives: by 1 % where they fit the cache, by up to 25 % where they
 do not (48 MB beside 32 MB of L3; the same bytes on both sides). The session opened first tends to be the slower one, so sides take turns.
 """
+CLEAR: Final = 1.5
+CLEAR_PLACEMENTS: Final = 2
+"""What lies this far above its limit no placement explains: seen in so many, it is enough."""
 PROOF_SPREAD: Final = 0.05
 """How well a ratio of two different files is known from another time: beside other neighbours the same two gave 0.94 to 1.10 of it."""
 INPUTS: Final = 8
-"""So many different inputs take turns on each side."""
+"""So many different inputs take turns on each side, where all of a side have one form."""
+VARIED_INPUTS: Final = 24
+"""As many where they do not. Each then counts once: what a sample of inputs of many sizes costs is known no better than by their number."""
 SPARE_S: Final = 2.0
 """Kept back for ending what was started."""
 _METHOD: Final = "blame"
@@ -79,12 +84,16 @@ class Proven:
 
 @dataclass(frozen=True)
 class BlameRequest:
-    """`live` and `other` ('': none) are ONNX files, run with `settings` on one thread that does not spin. `recent` may be of other shapes."""
+    """`live` and `other` ('': none) are ONNX files, run with `settings` on one thread that does not spin.
+
+    `recent` inputs are held against `usual` ones, or against the reference where none are given. Both may be of any shapes, one set for each form.
+    """
 
     live: str
     reference: SampleSet
     other: str = ""
-    recent: SampleSet | None = None
+    recent: tuple[SampleSet, ...] = ()
+    usual: tuple[SampleSet, ...] = ()
     settings: Settings = Settings()
     proof: Proven = Proven()
     batch: int = 1
@@ -100,7 +109,8 @@ class BlameRequest:
         if missing := [name for name in ("live", "reference") if not known.get(name)]:
             raise Rejected(f"blame: {missing[0]!r} is missing; name the live version's file and frozen samples to run it on")
         try:
-            known |= {name: SampleSet(**known[name]) for name in ("reference", "recent") if known.get(name)}
+            known["reference"] = SampleSet(**known["reference"])
+            known |= {name: tuple(SampleSet(**each) for each in known[name]) for name in ("recent", "usual") if name in known}
             known["settings"] = Settings.from_json(known.get("settings")).one_quiet_thread()
             known["proof"] = Proven.from_json(known.get("proof"))
             return cls(**known)
@@ -123,6 +133,10 @@ class Weighed:
         if not self.quiet.cpu_counts:
             return Outcome.UNKNOWN
         return Outcome.ABOVE if self.ratio.low > self.limit else Outcome.WITHIN if self.ratio.high <= self.limit else Outcome.UNKNOWN
+
+    @property
+    def clear(self) -> bool:
+        return self.outcome is Outcome.ABOVE and self.ratio.low > CLEAR * self.limit
 
     @property
     def over_expected(self) -> Interval:
@@ -160,12 +174,13 @@ class Fresh:
 
 @dataclass(frozen=True)
 class BlameReport:
-    """`version`: live file over other file, again and again as long as it is above its limit; `input`: recent inputs over frozen ones."""
+    """`version`: live file over other file, again and again as long as it is above its limit; `input`: recent inputs over usual ones."""
 
     version: tuple[Weighed, ...] = ()
     input: Weighed | None = None
     fresh: Fresh | None = None
     proof: Proven = Proven()
+    usual: str = "frozen"
     notes: tuple[str, ...] = field(default=())
     seconds: float = 0.0
 
@@ -176,7 +191,7 @@ class BlameReport:
     @property
     def findings(self) -> tuple[Finding, ...]:
         found = []
-        if len(self.version) == PLACEMENTS and all(one.outcome is Outcome.ABOVE for one in self.version):
+        if enough_placements(self.version) and all(one.outcome is Outcome.ABOVE for one in self.version):
             found.append(Finding.VERSION_SLOWER)
         if self.input is not None and self.input.outcome is Outcome.ABOVE:
             found.append(Finding.INPUT_COSTLIER)
@@ -194,7 +209,7 @@ class BlameReport:
     @property
     def text(self) -> str:
         said = [f"its file against the other's, CPU time per row {', then '.join(map(str, self.version))}"] if self.version else []
-        said += [f"recent inputs against frozen ones, CPU time per row {self.input}"] if self.input else []
+        said += [f"recent inputs against {self.usual} ones, CPU time per row {self.input}"] if self.input else []
         if not self.quiet.cpu_counts:
             said.append(
                 f"the host was too busy to measure: threads waited for a core {self.quiet.waiting_ratio:.0%} of the time (bound {LOUD:.0%})"
@@ -207,10 +222,15 @@ class BlameReport:
         return {
             "findings": [finding.value for finding in self.findings], "text": self.text,
             "version_over_proof": interval_json(mildest.over_expected) if mildest else None,
-            "input_ratio": interval_json(self.input.ratio) if self.input else None, "version": [one.to_json() for one in self.version], "input": self.input and self.input.to_json(),
+            "input_ratio": interval_json(self.input.ratio) if self.input else None, "version": [one.to_json() for one in self.version], "input": self.input and self.input.to_json(), "usual": self.usual,
             "fresh": self.fresh and self.fresh.to_json(), "fresh_over_proof": over,
             "quiet": self.quiet.to_json(), "cpu_counts": self.quiet.cpu_counts, "seconds": self.seconds,
         }  # fmt: skip
+
+
+def enough_placements(weighed: Sequence[Weighed]) -> bool:
+    """Whether a file that was found slower in each of them is to be blamed."""
+    return len(weighed) >= PLACEMENTS or (len(weighed) >= CLEAR_PLACEMENTS and all(one.clear for one in weighed))
 
 
 def run(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
@@ -245,8 +265,9 @@ class _Replay:
         self._request, self._budget = request, budget
         self._started = time.monotonic()
         self._until = self._started + max(1.0, min(request.seconds, budget.left_s) - SPARE_S)
-        self._reference = _inputs(request.reference, request.batch, "frozen")
+        self._reference = _inputs([request.reference], request.batch, "frozen")
         self._recent = _inputs(request.recent, request.batch, "recent") if request.recent else []
+        self._usual = _inputs(request.usual, request.batch, "earlier") if request.usual else self._reference
         self._rows = request.batch if request.reference.stacked else 1
         self._version: list[Weighed] = []
         self._input: Weighed | None = None
@@ -260,7 +281,7 @@ class _Replay:
                 self._weigh_version(other, live, 0.4)
             if self._recent:
                 self._weigh_input(live, 0.5)
-            while 0 < len(self._version) < PLACEMENTS and self._version[-1].outcome is Outcome.ABOVE:
+            while self._version and self._version[-1].outcome is Outcome.ABOVE and not enough_placements(self._version):
                 for arm in (other, live) if len(self._version) % 2 else (live, other):
                     arm.reopen()
                 self._weigh_version(other, live, 1 / (PLACEMENTS - len(self._version)))
@@ -271,7 +292,8 @@ class _Replay:
 
     def unfinished(self, note: str = "") -> BlameReport:
         seconds = time.monotonic() - self._started
-        return BlameReport(tuple(self._version), self._input, self._fresh, self._request.proof, (note,) if note else (), seconds)
+        usual = "earlier" if self._request.usual else "frozen"
+        return BlameReport(tuple(self._version), self._input, self._fresh, self._request.proof, usual, (note,) if note else (), seconds)
 
     def _weigh_version(self, other: Arm, live: Arm, share: float) -> None:
         expected, tolerance = self._request.proof.rows_ratio, self._request.tolerance
@@ -288,13 +310,17 @@ class _Replay:
 
     def _weigh_input(self, live: Arm, share: float) -> None:
         limit = 1 + self._request.tolerance
-        found = self._compare(live, live, self._reference, self._recent, share, _told_from(limit))
-        self._fresh = self._fresh or Fresh.of(found.first, self._rows)
+        varied = _varied(self._usual) or _varied(self._recent)
+        most = max(LEAST_ROUNDS, min(len(self._usual), len(self._recent))) if varied else LOOKS[-1]
+        found = self._compare(live, live, self._usual, self._recent, share, _told_from(limit), most)
+        if self._usual is self._reference:
+            self._fresh = self._fresh or Fresh.of(found.first, self._rows)
         self._input = Weighed(found.cpu, limit, found.rounds, found.quiet)
 
     def _compare(
-        self, first: Arm, other: Arm, feeds: list[Feeds], others: list[Feeds] | None, share: float, decided: Callable[[Interval], bool]
-    ) -> Comparison:
+        self, first: Arm, other: Arm, feeds: list[Feeds], others: list[Feeds] | None, share: float, decided: Callable[[Interval], bool],
+        most: int = LOOKS[-1],
+    ) -> Comparison:  # fmt: skip
         """Within `share` of what time is left."""
         left = max(0.5, self._until - time.monotonic())
         first.longest_s = other.longest_s = left
@@ -302,21 +328,33 @@ class _Replay:
         if sum(2 * (1 if each > SLOW_S else 3) * each for each in call_s) * LEAST_ROUNDS > left:
             raise _TooSlow(f"a call takes {max(call_s):.1f} s now, too long for {LEAST_ROUNDS} rounds in the {left:.0f} s that are left")
         tick = lambda: self._budget.tick(_METHOD, "replay", min(1.0, (time.monotonic() - self._started) / self._request.seconds))
-        return compare(first, other, feeds, self._rows, other_feeds=others, seconds=left * share, decided=decided, tick=tick)
+        return compare(first, other, feeds, self._rows, other_feeds=others, seconds=left * share, decided=decided, most=most, tick=tick)
 
     def _arm(self, path: str) -> Arm:
         return Arm(path, self._request.settings, longest_s=max(1.0, self._until - time.monotonic()))
 
 
-def _inputs(samples: SampleSet, batch: int, name: str) -> list[Feeds]:
-    """A few calls of `batch` rows each, from all over the samples."""
-    loaded: Samples = samples.load(frozenset())[0]
-    if not len(loaded):
-        raise Rejected(f"blame: no {name} samples in {samples.path}: nothing to run the model on")
-    order = np.random.default_rng(0).permutation(len(loaded))
-    rows = batch if loaded.stacked else 1
-    calls = min(INPUTS, math.ceil(len(order) / rows))
-    return [feeds_of(loaded, order[np.arange(i * rows, (i + 1) * rows) % len(order)]) for i in range(calls)]
+def _inputs(sets: Sequence[SampleSet], batch: int, name: str) -> list[Feeds]:
+    """A few calls of `batch` rows each, from all over the samples, the largest first (by it the turns' length is chosen)."""
+    chooser = np.random.default_rng(0)
+    calls: list[Feeds] = []
+    for each in sets:
+        loaded: Samples = each.load(frozenset())[0]
+        if not len(loaded):
+            raise Rejected(f"blame: no {name} samples in {each.path}: nothing to run the model on")
+        order = chooser.permutation(len(loaded))
+        rows = batch if loaded.stacked else 1
+        count = min(VARIED_INPUTS, math.ceil(len(order) / rows))
+        calls += [feeds_of(loaded, order[np.arange(i * rows, (i + 1) * rows) % len(order)]) for i in range(count)]
+    chosen = [calls[i] for i in chooser.permutation(len(calls))[: VARIED_INPUTS if _varied(calls) else INPUTS]]
+    largest = max(range(len(chosen)), key=lambda i: sum(values.nbytes for values in chosen[i].values()))
+    return [chosen[largest], *chosen[:largest], *chosen[largest + 1 :]]
+
+
+def _varied(calls: Sequence[Feeds]) -> bool:
+    """Whether some are longer than others: arrays of several shapes, or text."""
+    shapes = {tuple(sorted((name, values.shape) for name, values in call.items())) for call in calls}
+    return len(shapes) > 1 or any(values.dtype == object for call in calls for values in call.values())
 
 
 def _told_from(limit: float) -> Callable[[Interval], bool]:

@@ -6,6 +6,8 @@ DepGraph: Fang et al. 2023 (arXiv:2301.12900). Knows channels, neurons and their
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -57,8 +59,6 @@ def pruned(
     opened: Opened, module: nn.Module, config: StructuredPruningConfig, ratio: float, per_layer: dict[str, float] | None = None
 ) -> nn.Module:
     """A copy of `module` with `ratio` of its channels gone (`per_layer`: module to a ratio of its own). `module` stays as it is."""
-    import torch_pruning as tp
-
     example = tensors_of(opened.rows.rows(slice(0, 2)), opened.signature)
     twin = copy.deepcopy(module).eval()
     _copy_gradients(module, twin)
@@ -71,7 +71,7 @@ def pruned(
     parameters = count(twin)
     try:
         with quiet(), torch.enable_grad():
-            pruner = tp.pruner.BasePruner(
+            pruner = _pruner_type()(
                 twin, example if len(example) > 1 else example[0], _importance(config.importance), global_pruning=config.scope == "global",
                 pruning_ratio=ratio, pruning_ratio_dict=ratios or None, max_pruning_ratio=config.most, ignored_layers=ignored,
                 round_to=config.round_to, in_channel_groups={}, out_channel_groups={}, num_heads={},
@@ -89,6 +89,30 @@ def pruned(
     if count(twin) == parameters:
         raise NotApplicable(_why_nothing(config, twin))
     return twin.train(module.training)
+
+
+@functools.cache
+def _pruner_type() -> type[Any]:
+    """torch-pruning's pruner, but that channels of grouped layers are rounded over all their groups.
+
+    Its own rounds what one group loses as if it were the whole layer's, and then takes that many from each group.
+    """
+    import torch_pruning as tp
+
+    class Pruner(tp.pruner.BasePruner):  # type: ignore[misc]
+        parts = 1
+
+        def _is_atten_group(self, group: Any) -> Any:
+            """Asked about each group just before its channels are rounded."""
+            self.parts = self._get_channel_groups(group)
+            return super()._is_atten_group(group)
+
+        def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+            """How many each of the parts loses, such that what stays of all is a multiple of `round_to`."""
+            stay = current_channels - n_pruned * self.parts
+            return n_pruned + stay % math.lcm(round_to, self.parts) // self.parts
+
+    return Pruner
 
 
 def _why_nothing(config: StructuredPruningConfig, module: nn.Module) -> str:
@@ -143,6 +167,15 @@ def dependency_graph(opened: Opened, module: nn.Module) -> Any:
         raise NotApplicable(f"{_culprit(module)} does not bear pruning: {type(error).__name__}: {brief(error)}") from error
 
 
+def all_groups(graph: Any, module: nn.Module, ignored: list[nn.Module]) -> list[Any]:
+    """Raises NotApplicable where torch-pruning fails on the module."""
+    try:
+        return list(graph.get_all_groups(ignored_layers=ignored, root_module_types=list(LAYERS)))
+    except Exception as error:  # whatever its rules for a layer raise, as those for GRUs do
+        raise_if_memory(error)
+        raise NotApplicable(f"{_culprit(module)} does not bear pruning: {type(error).__name__}: {brief(error)}") from error
+
+
 def groups_with_layers(opened: Opened, module: nn.Module, keep: Iterable[str] = ()) -> list[tuple[str, list[str]]]:
     """Groups that may lose channels: the layer that names each, and all modules whose output channels go with it."""
     graph = dependency_graph(opened, module)
@@ -151,7 +184,7 @@ def groups_with_layers(opened: Opened, module: nn.Module, keep: Iterable[str] = 
     ignored = [*output_layers(module, example, opened), *tied_layers(module), *attention_layers(module), *map(module.get_submodule, keep)]
     found: list[tuple[str, list[str]]] = []
     with quiet(), torch.enable_grad():
-        for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(LAYERS)):
+        for group in all_groups(graph, module, ignored):
             outward = [dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
             layers = list(dict.fromkeys(names[layer] for layer in outward if layer in names))
             found.append((names[group[0].dep.target.module], layers))
@@ -215,6 +248,8 @@ def attention_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _culprit(module: nn.Module) -> str:
     attention = attention_modules(module)
+    if recurrent := [name for name, layer in module.named_modules() if isinstance(layer, nn.RNNBase)]:
+        return f"the recurrent layer {recurrent[0]!r}"
     return (
         f"the attention module {attention[0][0] or type(attention[0][1]).__name__!r}"
         if attention

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 from optimizers.uniform import BITS
 
@@ -61,5 +62,40 @@ class CodebookConfig(Config):
 def codebook(artifact: Artifact, config: CodebookConfig, samples: Samples, budget: Budget) -> Artifact:
     """The file with codebooks in its graph. Raises NotApplicable: quantized already, no large weights, perceptual without samples."""
     from optimizers.codebook_graph import build
+
+    return build(artifact, config, samples, budget)
+
+
+@dataclass(frozen=True)
+class TrainedCodebookConfig(TrainingConfig):
+    """k-means levels that are trained with the weights' indices fixed: c_k ← c_k − η Σ_{i: kᵢ = k} ∂L/∂wᵢ (Han et al. 2016, section 3.2).
+
+    `bits` and `sparsity` as in codebook (what is zero stays so); biases and normalizations learn, too.
+    """
+
+    method: ClassVar[str] = "trained-codebook"
+    summary: ClassVar[str] = "Weights as indices into a few k-means levels per layer, and the levels trained (Deep Compression)"
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER})
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bits": (2, 3, 4, 5), "sparsity": (0.0, 0.3, 0.5), "rate": (1e-5, 1e-4, 1e-3)}
+
+    rate: float = 1e-4
+    bits: int = 4
+    sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise ValueError("epochs must be at least 1: without training this is codebook")
+        self.plain()
+
+    def plain(self) -> CodebookConfig:
+        """The form that the trained weights are stored in. Raises ValueError for what codebook refuses."""
+        return CodebookConfig(bits=self.bits, sparsity=self.sparsity)
+
+
+@method(TrainedCodebookConfig)
+def trained_codebook(artifact: Artifact, config: TrainedCodebookConfig, samples: Samples, budget: Budget) -> Artifact:
+    """The file with trained codebooks. Raises NotApplicable: no source, no large weights, or normalizations that do not fold."""
+    from optimizers.centroids import build
 
     return build(artifact, config, samples, budget)

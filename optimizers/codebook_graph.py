@@ -97,8 +97,7 @@ def code(
 ) -> Coded:
     """Levels of one weight, and the index of each element: the nearest, or with the inputs' `moments` E[xxᵀ] by feedback of errors."""
     flat = weight.ravel()
-    zero = np.zeros(flat.size, bool)
-    zero[np.argsort(np.abs(flat), kind="stable")[: int(config.sparsity * flat.size)]] = True
+    zero = smallest(flat, config.sparsity)
     rest, count = flat[~zero], (1 << bits) - bool(zero.any())
     if config.levels == "entropy":
         levels = entropy_constrained(rest, count, config.rate)
@@ -113,6 +112,13 @@ def code(
         codes = from_matrix(layer, found).ravel()
     index = np.where(zero, 0, codes + bool(zero.any())).astype(np.uint8)
     return Coded(layer, bits, kept, index.reshape(weight.shape))
+
+
+def smallest(flat: NDArray[Any], share: float) -> NDArray[np.bool_]:
+    """Where the `share` of smallest weights lies."""
+    found = np.zeros(flat.size, bool)
+    found[np.argsort(np.abs(flat), kind="stable")[: int(share * flat.size)]] = True
+    return found
 
 
 def _importance(model: ModelProto, layers: Sequence[Layer], samples: Samples, budget: Budget, folder: Path) -> Weights:

@@ -168,6 +168,8 @@ def search(examiner: Examiner, space: Space, config: ArchitectureSearchConfig) -
         if not math.isfinite(history[-1]["loss"]):
             raise NotApplicable(f"the loss became {history[-1]['loss']} in the search: try a smaller rate than {config.rate:g}")
         budget.tick(config.method, "relaxed search", 0.1 + 0.45 * (step + 1) / steps, **history[-1])
+    if not history:
+        raise NotApplicable(f"{config.search_minutes:g} minutes were over before the first step of the search: give search_minutes more")
     softmaxes = {f"{d.kind} {d.name}": [round(float(p), 4) for p in net.chances(at).detach()] for at, d in enumerate(space.decisions)}
     kept = history[:: max(1, len(history) // 50)]
     return net.choice(), {"steps": len(history), "history": kept, "expected_cost": history[-1]["cost"], "softmaxes": softmaxes}

@@ -20,7 +20,7 @@ from optimizers.attention_matrices import MatrixWatch, paired
 from optimizers.base import Budget, NotApplicable
 from optimizers.distill import DistillConfig
 from optimizers.samples import Samples
-from optimizers.torch_source import Opened, Outputs, golden_source, load_module, make, outputs_of, tensors_of, torch_for
+from optimizers.torch_source import Opened, Outputs, golden_source, load_module, make, outputs_of, tensors_of, torch_for, trainable
 from optimizers.workshop import Workshop
 
 MOST_PAIRS: Final = 4
@@ -33,7 +33,7 @@ def build(artifact: Artifact, config: DistillConfig, samples: Samples, budget: B
         work = Workshop.open(artifact, config, samples, budget)
         assert artifact.source is not None
         factory = _beside(artifact.source, config.student) if config.student else artifact.source.factory
-        student = make(factory) if config.student else work.opened.module
+        student = trainable(make(factory)) if config.student else work.opened.module
         _require_outputs(student, work.opened)
         pupil = Pupil(student)
         looks = config.features or config.attention or config.attention_matrices

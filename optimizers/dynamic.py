@@ -20,7 +20,7 @@ from optimizers.census import layer_costs, quantization_of
 from optimizers.int8 import Form, Int8DynamicConfig
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
-from optimizers.qdq import quiet
+from optimizers.qdq import float_left, quiet
 from optimizers.samples import Samples
 
 OPERATORS: Final = ("MatMul", "Gemm", "Gather", "LSTM", "Attention", "EmbedLayerNormalization")
@@ -63,7 +63,7 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
     facts = {
         "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range, "per_channel": config.per_channel,
         "quantized_layers": len(layers), "kept_float": sorted(config.exclude), "convolutional_share": share, "prepared": ready.facts, "rows": ROWS,
-        "bytes_before": before, "bytes": after, "float_left": _large_floats(built) if after >= before else [], "seconds": time.monotonic() - started,
+        "bytes_before": before, "bytes": after, "float_left": float_left(built, artifact.path, path, config.exclude), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
@@ -89,9 +89,3 @@ def _linear_layers(model: ModelProto, excluded: set[str]) -> list[str]:
         if node.op_type in OPERATORS and weight in floats and plain and node.name not in excluded:
             found.append(node.name)
     return found
-
-
-def _large_floats(model: ModelProto) -> list[str]:
-    """The float initializers that stayed, largest first: why a file did not shrink."""
-    floats = [t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and math.prod(t.dims) > 256]
-    return [f"{t.name} {list(t.dims)}" for t in sorted(floats, key=lambda t: -math.prod(t.dims))][:10]

@@ -66,18 +66,19 @@ def smooth(model: ModelProto, inputs: Mapping[str, Inputs], alpha: float) -> lis
 
 
 def correct_biases(model: ModelProto, quantized: ModelProto, layers: Sequence[Layer], inputs: Mapping[str, Inputs]) -> list[str]:
-    """Take E[(Ŵ − W) x] off each layer's bias, as the weights of `quantized` are; returns the layers. Nagel et al. 2019, section 4.2.
+    """Take α E[(Ŵ − W) x] off each layer's bias, as the weights of `quantized` are; returns the layers. Nagel et al. 2019, section 4.2.
 
-    E[x] is the mean of each input channel over the samples; a border of zeros is not counted.
+    E[x] is the mean of each input channel over the samples; a border of zeros is not counted. α is a Gemm's, 1 for others.
     """
     rounded = _dequantized(quantized)
     corrected = []
     for layer in _alone(model, [each for each in layers if each.kind in {"Conv", "Gemm"} and each.name in inputs]):
-        if layer.tensor not in rounded:
+        node = next(node for node in model.graph.node if node.name == layer.name)
+        given = attributes(node)
+        if layer.tensor not in rounded or given.get("beta", 1.0) != 1.0:
             continue
         error = rounded[layer.tensor] - _float(model, layer.tensor)
-        shift = (error * layer.spread(inputs[layer.name].mean)).sum(axis=_others(layer))
-        node = next(node for node in model.graph.node if node.name == layer.name)
+        shift = given.get("alpha", 1.0) * (error * layer.spread(inputs[layer.name].mean)).sum(axis=_others(layer))
         name = f"{layer.tensor}.corrected_bias"
         bias = _float(model, node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(len(shift))
         set_constant(model.graph, name, (bias - shift).astype(np.float32))

@@ -104,13 +104,15 @@ class _Pass:
 
     def watch(self, module: nn.Module) -> list[Any]:
         return [
-            part.register_forward_hook(lambda _, given, result, name=name, part=part: self._note(name, part, given, result))
+            part.register_forward_hook(
+                lambda _, given, named, result, name=name, part=part: self._note(name, part, _entered(given, named), result),
+                with_kwargs=True,
+            )
             for name, part in module.named_modules()
             if isinstance(part, (*LAYERS, *NORMALIZATIONS))
         ]
 
-    def _note(self, name: str, part: nn.Module, given: tuple[Any, ...], result: Any) -> None:
-        entered = given[0]
+    def _note(self, name: str, part: nn.Module, entered: Any, result: Any) -> None:
         self.held += [entered, result]
         self.calls[name] = self.calls.get(name, 0) + 1
         if isinstance(part, NORMALIZATIONS):
@@ -120,6 +122,11 @@ class _Pass:
         self.made[id(result)] = name
         seen = self.seen.setdefault(name, Seen(source=id(entered)))
         seen.low, seen.high = min(seen.low, float(entered.min())), max(seen.high, float(entered.max()))
+
+
+def _entered(given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What a layer was given, which may be by keyword: all of these call it input."""
+    return given[0] if given else named["input"]
 
 
 def _watched(module: nn.Module, batches: Iterable[Outputs]) -> _Pass:
@@ -225,12 +232,13 @@ def simulate(module: nn.Module, batches: Iterable[Outputs], levels: int, per_cha
         grid = grids.setdefault(seen.source, input_grid(seen.low, seen.high, learn))
         layer.add_module(_INPUT, grid)
         parametrize.register_parametrization(layer, "weight", weight_grid(weight, levels, per_channel, learn))
-        made.layers[name] = layer.register_forward_pre_hook(_through_grid)
+        made.layers[name] = layer.register_forward_pre_hook(_through_grid, with_kwargs=True)
     return made
 
 
-def _through_grid(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.get_submodule(_INPUT)(given[0]), *given[1:])
+def _through_grid(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    entered = layer.get_submodule(_INPUT)(_entered(given, named))
+    return ((entered, *given[1:]), named) if given else ((), {**named, "input": entered})
 
 
 def _settled(layer: nn.Module) -> Learned:

@@ -42,7 +42,7 @@ def gram(model: ModelProto, layer: Layer, samples: Samples, folder: Path, thread
     """E[xxᵀ] over the samples; for a convolution x is the patch that one place of the output sees."""
     total, count = np.zeros(()), 0
     for _, _, activation in Activations(model, [layer.source], samples, folder, threads):
-        rows = _rows(activation, layer, model)
+        rows = _rows(activation if samples.stacked else activation[0], layer, model)
         for start in range(0, len(rows), ROWS_AT_ONCE):
             piece = rows[start : start + ROWS_AT_ONCE]
             total = total + (piece.T @ piece).astype(np.float64)

@@ -126,10 +126,18 @@ def speed(
         with Arm(incumbent, settings[0]) as first, Arm(candidate, settings[1]) as other:
             part = min(8.0, left / 3)
             feeds = (inputs[sizes[0]], inputs[sizes[1]])
-            report.capacity = throughput(first, other, feeds, sizes, seconds=part, tick=lambda: tick("capacity", 0.7))
+            report.capacity = throughput(
+                first, other, feeds, sizes, seconds=part, decided=_more_or_harm, tick=lambda: tick("capacity", 0.7)
+            )
             if max(s.intra_op_threads for s in settings) > 1:
                 report.layout = low_load(
-                    first, other, inputs[1], spread=True, seconds=part, tick=lambda: tick("latency in its layout", 0.9)
+                    first,
+                    other,
+                    inputs[1],
+                    spread=True,
+                    seconds=part,
+                    decided=_less_or_harm,
+                    tick=lambda: tick("latency in its layout", 0.9),
                 )
     except ArmFailed as failed:
         raise Fault("candidate" if failed.path == Path(candidate) else "incumbent", str(failed)) from None
@@ -165,6 +173,15 @@ def conclude(report: SpeedReport, goal: Goal) -> None:
         report.notes.append(
             f"wall time and capacity are not shown: threads waited for a core {quiet.waiting_ratio:.0%} of the time (bound {QUIET:.0%})"
         )
+
+
+def _more_or_harm(capacity: Interval) -> bool:
+    """Enough rounds: the candidate takes no less, or clearly too little."""
+    return capacity.low > 1 or capacity.high < 1 - HARM
+
+
+def _less_or_harm(latency: Interval) -> bool:
+    return latency.high < 1 or latency.low > 1 + HARM
 
 
 def _slower_batches(report: SpeedReport) -> list[str]:

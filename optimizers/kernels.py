@@ -121,7 +121,7 @@ def _unit(factor: Tensor) -> Tensor:
 
 
 class Cp(Form):
-    """Lebedev et al. 2015 (arXiv:1412.6553): W ≈ Σ_r out_r ∘ in_r ∘ column_r ∘ row_r by tensorly's alternating least squares."""
+    """Lebedev et al. 2015 (arXiv:1412.6553): W ≈ Σ_r out_r ∘ in_r ∘ column_r ∘ row_r by alternating least squares."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

@@ -115,7 +115,8 @@ def input_statistics(
     kept: dict[str, Inputs] = {}
     for share, name, rows in Activations(model, list(axes), samples, folder, threads):
         tick(share)
-        channels = np.moveaxis(rows.astype(np.float64), axes[name], 0)
+        whole = rows if samples.stacked else rows[0]  # what is fed whole comes as one row
+        channels = np.moveaxis(whole.astype(np.float64), axes[name], 0)
         if not np.isfinite(channels).all():
             raise NotApplicable(f"the activations of {name!r} are not finite on the calibration samples")
         flat = channels.reshape(len(channels), -1)

@@ -13,11 +13,15 @@ from typing import Any, Final
 import numpy as np
 
 from optimizers.host import cpu_budget
-from optimizers.measure import LEAST_ROUNDS, QUIET, Arm, Quietness, busy_s, interval_json, quietness, stolen_s
+from optimizers.measure import LEAST_ROUNDS, LOOK_CONFIDENCE, QUIET, Arm, Quietness, busy_s, interval_json, quietness, stolen_s
 from optimizers.session import Feeds
 from optimizers.stats import Interval, hodges_lehmann
 
 SLICE_S: Final = 0.1
+LOOKS: Final = (8, 16)
+"""Rounds after which it may be decided, beside the end: each look at LOOK_CONFIDENCE, so that all three together are at least 95 %."""
+LOUD_ROUNDS: Final = 3
+"""So many rounds and half the time in which threads always waited for others too long: the rest would be no better."""
 PACED_CALLS: Final = 6
 """Calls in one turn at low load; the first two of them wake caches and threads and are not counted."""
 _UNCOUNTED: Final = 2
@@ -73,9 +77,10 @@ def throughput(
     rows: tuple[int, int],
     *,
     seconds: float = 8.0,
+    decided: Callable[[Interval], bool] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> LayoutComparison:
-    """Rows per second with all instances calling back to back, each arm at its own batch size."""
+    """Rows per second with all instances calling back to back, each arm at its own batch size. It ends early where it is `decided`."""
     keys = (first.keep(feeds[0]), other.keep(feeds[1]))
     for arm in (first, other):
         arm.pin(cpu_budget().affinity)
@@ -84,7 +89,7 @@ def throughput(
         load = (first, other)[which].saturate(keys[which], SLICE_S)
         return _Turn(load.calls_per_s * rows[which], (), load.elapsed_s, load.ran_s, load.waited_s)
 
-    return _interleave("rows_per_s", turn, seconds, tick)
+    return _interleave("rows_per_s", turn, seconds, decided, tick)
 
 
 def low_load(
@@ -95,9 +100,10 @@ def low_load(
     spread: bool = False,
     seconds: float = 8.0,
     pause_s: float | None = None,
+    decided: Callable[[Interval], bool] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> LayoutComparison:
-    """Wall time of single calls with pauses between them, in which threads go to sleep or spin.
+    """Wall time of single calls with pauses between them, in which threads go to sleep or spin. It ends early where it is `decided`.
 
     With `spread` each thread of a call has a core of its own. Else the kernel may wake a helper on its caller's core while another one idles: they
     wait for each other, which says nothing of the host, and one arm may be luckier than the other.
@@ -112,7 +118,7 @@ def low_load(
         wall = piece.wall_s[_UNCOUNTED:]
         return _Turn(float(np.median(wall)), wall, piece.elapsed_s, piece.ran_s, piece.waited_s)
 
-    return _interleave("p50_s", turn, seconds, tick)
+    return _interleave("p50_s", turn, seconds, decided, tick)
 
 
 def pause_for(wall_s: Sequence[float]) -> float:
@@ -120,29 +126,40 @@ def pause_for(wall_s: Sequence[float]) -> float:
     return min(0.010, max(0.002, float(np.median(wall_s))))
 
 
-def _interleave(unit: str, turn: Callable[[int], _Turn], seconds: float, tick: Callable[[], None]) -> LayoutComparison:
-    """ABBA until `seconds` are over, at least the rounds that an interval needs (or twice the time).
+def _interleave(
+    unit: str, turn: Callable[[int], _Turn], seconds: float, decided: Callable[[Interval], bool] | None, tick: Callable[[], None]
+) -> LayoutComparison:  # fmt: skip
+    """ABBA until `seconds` are over, at least the rounds that an interval needs (or twice the time); less where it is decided or too loud.
 
     Rounds in which threads waited for a core too long are left out where enough others remain: chosen by the waiting, never by the result.
     """
     rounds: list[_Round] = []
     began, stolen, busy, own = time.monotonic(), stolen_s(), busy_s(), time.process_time()
+    confidence = LOOK_CONFIDENCE if decided is not None else 0.95
+
+    def seen() -> LayoutComparison:
+        calm = [one for one in rounds if one.waiting_ratio <= QUIET]
+        used = calm if len(calm) >= LEAST_ROUNDS else rounds
+        turns = [t for one in used for t in (*one.first, *one.other)]
+        ran = sum(t.ran_s for one in rounds for t in (*one.first, *one.other)) + time.process_time() - own
+        waited = for_others(sum(t.waited_s for t in turns), ran, busy, busy_s())
+        quiet = quietness(sum(t.ran_s for t in turns), waited, stolen_s() - stolen, time.monotonic() - began)
+        first, other = _side([t for one in used for t in one.first]), _side([t for one in used for t in one.other])
+        ratio = hodges_lehmann([one.log_ratio for one in used], confidence).exp()
+        return LayoutComparison(unit, ratio, len(used), len(rounds) - len(used), first, other, quiet)
+
     while not rounds or (spent := time.monotonic() - began) < seconds or (len(rounds) < LEAST_ROUNDS and spent < 2 * seconds):
         sides: tuple[list[_Turn], list[_Turn]] = ([], [])
         for which in (1, 0, 0, 1) if len(rounds) % 2 else (0, 1, 1, 0):
             sides[which].append(turn(which))
         rounds.append(_Round(*sides))
         tick()
-    calm = [one for one in rounds if one.waiting_ratio <= QUIET]
-    used = calm if len(calm) >= LEAST_ROUNDS else rounds
-    turns = [t for one in used for t in (*one.first, *one.other)]
-    ran = sum(t.ran_s for one in rounds for t in (*one.first, *one.other)) + time.process_time() - own
-    waited = for_others(sum(t.waited_s for t in turns), ran, busy, busy_s())
-    quiet = quietness(sum(t.ran_s for t in turns), waited, stolen_s() - stolen, time.monotonic() - began)
-    first, other = _side([t for one in used for t in one.first]), _side([t for one in used for t in one.other])
-    return LayoutComparison(
-        unit, hodges_lehmann([one.log_ratio for one in used]).exp(), len(used), len(rounds) - len(used), first, other, quiet
-    )
+        tried = len(rounds) >= LOUD_ROUNDS and time.monotonic() - began > seconds / 2
+        if tried and not any(one.waiting_ratio <= QUIET for one in rounds) and not seen().quiet.wall_counts:
+            break
+        if decided is not None and len(rounds) in LOOKS and (so_far := seen()).quiet.wall_counts and decided(so_far.ratio):
+            break
+    return seen()
 
 
 def for_others(waited_s: float, ran_s: float, busy_before: float | None, busy_after: float | None) -> float:

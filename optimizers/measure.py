@@ -243,13 +243,15 @@ def compare(
     other_feeds: Feeds | Sequence[Feeds] | None = None,
     seconds: float = 20.0,
     decided: Callable[[Interval], bool] = narrow,
+    most: int = LOOKS[-1],
     tick: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Time both arms on the same inputs in ABBA, BAAB, … order, both on one core, until `decided` by the CPU ratio or out of time.
 
     Each round gives one log ratio, from which a linear drift has cancelled; the ratio is their Hodges–Lehmann estimate.
     The first call of each turn is not counted (unless calls are slow): it fetches the weights back into the cache that the other arm has used.
-    Of several inputs each round takes the next. With `other_feeds` the sides differ in their inputs, and both may be the same arm.
+    Of several inputs each round takes the next, `most` rounds at most. With `other_feeds` the sides differ in their inputs, and both may be the
+    same arm.
     """
     core = [quietest_core()]
     arms, series = (first, other), (Series(), Series())
@@ -259,7 +261,7 @@ def compare(
     counts = [_calls_for(arm.time(kept[0], 3, 2), SLICE_S) for arm, kept in zip(arms, keys, strict=True)]
     began, stolen = time.monotonic(), stolen_s()
     logs: list[tuple[float, float]] = []
-    for rounds in range(1, LOOKS[-1] + 1):
+    for rounds in range(1, most + 1):
         turns: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
         for which in (0, 1, 1, 0) if rounds % 2 else (1, 0, 0, 1):
             piece = arms[which].time(keys[which][rounds % len(keys[which])], counts[which], 1 if counts[which] > 1 else 0)

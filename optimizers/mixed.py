@@ -54,6 +54,10 @@ class MixedPrecisionConfig(Config):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+        if self.form == "w8a16" and self.calibration in {"entropy", "mse"}:
+            raise ValueError(
+                f"calibration {self.calibration} counts 256 levels, which w8a16 has not: take minmax, moving_average or percentile"
+            )
         if not self.precisions or set(self.precisions) - set(PRECISIONS):
             raise ValueError(f"precisions must be some of {', '.join(PRECISIONS)}, not {', '.join(self.precisions) or 'none'}")
         if not 0 < self.share <= 1 or self.samples < 1:

@@ -69,6 +69,8 @@ def build(artifact: Artifact, config: MixedPrecisionConfig, samples: Samples, bu
     form = _form(config, budget)
     work = _work(upgrade_opset(ready.model, WIDE_OPSET), config, form, taken, budget, folder)
     precisions, measured = _precisions(work)
+    if set(precisions.values()) <= {"float32"}:
+        raise NotApplicable(f"every layer stays float32 at a share of {config.share:g}: take a smaller share, or other precisions")
     budget.tick(config.method, "quantizing", 0.9)
     model = rewritten(work, precisions)
     error = work.trial.checked_error(model, "take a larger share, or exclude the most sensitive layers")
@@ -119,7 +121,8 @@ def _precisions(work: _Work) -> tuple[dict[str, str], dict[str, dict[str, float]
     if work.config.form == "w8a16":
         return dict.fromkeys(work.job.layers, "int8"), {}
     if work.config.form == "conv8-linear16":
-        return {layer.name: "float16" if layer.kind in LINEAR else "int8" for layer in work.layers}, {}
+        rest = dict.fromkeys((layer.name for layer in work.layers), "float32") | dict.fromkeys(work.job.layers, "int8")
+        return rest | {layer.name: "float16" for layer in work.layers if layer.kind in LINEAR}, {}
     measured = _measured(work)
     table = {layer.name: _choices(work, layer, measured[layer.name]) for layer in work.layers}
     whole = sum(_cost(work, layer, "float32") for layer in work.layers)

@@ -6,8 +6,9 @@ Borrowed from onnxruntime.quantization is the graph rewriting alone; ranges are 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from optimizers.equalize import correct_biases, cross_layer, smooth
 from optimizers.int8 import Form, Int8StaticConfig
 from optimizers.layers import LINEAR as LINEAR_LAYERS
 from optimizers.layers import Inputs, Layer, input_statistics, weighted_layers
-from optimizers.onnx_graph import initializers, load, save, sort_nodes
+from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
 from optimizers.trial import HOPELESS, Trial, matching
@@ -80,7 +81,7 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
     ranges = activation_ranges(job)
     trial = Trial.of(job.model, job.samples, folder, budget.threads)
     sensitive = sensitivity(job, ranges, trial) if config.keep_float else {}
-    kept = list(sensitive)[: config.keep_float]
+    kept = list(sensitive)[: min(config.keep_float, len(job.layers) - 1)]
     job.tick("quantizing", 0.9)
     model = quantized(job, ranges, keep=kept)
     if config.bias_correction:
@@ -88,6 +89,7 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
         model = quantized(job, ranges, keep=kept)
     error = _look(model, job, ranges, trial)
     path = save(model, folder / "model.onnx")
+    left = float_left(model, artifact.path, path, {*config.exclude, *kept})
     facts = {
         "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range,
         "per_channel": config.per_channel, "calibration": config.calibration, "calibration_samples": len(job.samples),
@@ -95,7 +97,7 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
         "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive, "rescue": rescue,
         "operators": sorted({node.op_type for node in job.model.graph.node} & set(job.types)), "prepared": ready.facts,
         "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
-        "seconds": time.monotonic() - started,
+        "float_left": left, "seconds": time.monotonic() - started,
     }  # fmt: skip
     job.tick("done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
@@ -153,6 +155,8 @@ def _unquantizable(model: ModelProto, types: Sequence[str]) -> set[str]:
             found.add(node.name)
         if node.op_type == "Conv" and _weight_of(node, model) is None:
             found.add(node.name)
+        if node.op_type == "Gemm" and len(node.input) > 2 and attributes(node).get("beta", 1.0) != 1.0:
+            found.add(node.name)  # the quantizer forgets the factor of the bias
         if node.op_type in {"MatMul", "Gemm"} and _weight_of(node, model) is None and types == LINEAR:
             found.add(node.name)
         if node.op_type in {"Pad", "Resize", "Clip"} and any(
@@ -202,6 +206,22 @@ def quantized(job: Job, ranges: dict[str, Range], keep: Sequence[str] = (), only
     result.producer_name, result.producer_version = "hone", ""
     sort_nodes(result)
     return result
+
+
+def float_left(model: ModelProto, before: Path, after: Path, asked: Collection[str]) -> list[str]:
+    """Where the file did not shrink: the large float weights that stayed, largest first.
+
+    Raises NotApplicable where the most of its weights did though nobody `asked` their nodes to.
+    """
+    if after.stat().st_size < before.stat().st_size:
+        return []
+    sizes = {t.name: math.prod(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and math.prod(t.dims) > 256}
+    small = sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in {TensorProto.INT8, TensorProto.UINT8})
+    named = [f"{t.name} {list(t.dims)}" for t in sorted(model.graph.initializer, key=lambda t: -math.prod(t.dims)) if t.name in sizes][:10]
+    read = {name for node in model.graph.node if node.name not in asked for name in node.input}
+    if sum(size for name, size in sizes.items() if name in read) > small:
+        raise NotApplicable(f"the file would not shrink: the most of its weights stay float, the largest of them {named[0]}")
+    return named
 
 
 @contextmanager

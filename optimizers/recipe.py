@@ -60,7 +60,7 @@ class Order:
 
     `samples`: calibration | train | unlabelled to an .npz, `origins` where each came from; other sets judge, and are not looked at.
     `scratch`: the folder that gets the result, under `built/`. `source`: {"factory", "weights"}. `settings`: how the parent is served.
-    `done` and `facts`: the steps that led to `path`, and what they reported. `golden` empty: `path` is golden.
+    `keep`: as in Budget, for checkpoints. `done` and `facts`: the steps that led to `path`, and what they reported. `golden` empty: `path` is golden.
     """
 
     path: str
@@ -77,6 +77,7 @@ class Order:
     done: tuple[Mapping[str, Any], ...] = ()
     facts: tuple[Mapping[str, Any], ...] = ()
     target: str = ""
+    keep: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -113,7 +114,7 @@ def build(order: Order, budget: Budget) -> Built:
         _start(order),
         configs,
         sets,
-        replace(budget, scratch=str(work), keep=budget.keep or budget.scratch, target=order.target or budget.target),
+        replace(budget, scratch=str(work), keep=order.keep or budget.keep, target=order.target or budget.target),
     )
     path = _delivered(artifact, Path(order.scratch) / "built")
     shutil.rmtree(work, ignore_errors=True)
@@ -155,7 +156,7 @@ def samples_for(config: Config, sets: Mapping[str, Samples]) -> Samples:
             continue
         found = next((sets[name] for name in names if name in sets and (need is not Need.LABELLED or sets[name].labels is not None)), None)
         if found is None:
-            raise NotApplicable(f"{config.method} needs {need.value}, and there are none: name them in model.yaml under data")
+            raise NotApplicable(f"{config.method} needs {need.value}, and there are none: name them in model.yaml under samples")
         return found
     return next((sets[name] for name in BUILDING if name in sets), NO_SAMPLES)
 

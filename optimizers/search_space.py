@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.base import Budget, NotApplicable
-from optimizers.channels import LAYERS, attention_layers, dependency_graph, output_layers, pruned, tied_layers, widths
+from optimizers.channels import LAYERS, all_groups, attention_layers, dependency_graph, output_layers, pruned, tied_layers, widths
 from optimizers.kernels import Depthwise, Spatial
 from optimizers.pruning import StructuredPruningConfig
 from optimizers.search import ArchitectureSearchConfig
@@ -166,7 +166,7 @@ def groups(opened: Opened, module: nn.Module, keep: tuple[str, ...]) -> list[Gro
     ignored = [*output_layers(module, example, opened), *tied_layers(module), *attention_layers(module), *map(module.get_submodule, keep)]
     found = []
     with quiet(), torch.enable_grad():
-        for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=list(LAYERS)):
+        for group in all_groups(graph, module, ignored):
             known = [dep for dep, _ in group if dep.target.module in names]
             outward = [names[dep.target.module] for dep in known if graph.is_out_channel_pruning_fn(dep.handler)]
             inward = [names[dep.target.module] for dep in known if graph.is_in_channel_pruning_fn(dep.handler)]

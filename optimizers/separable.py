@@ -59,24 +59,27 @@ class DepthwiseConfig(SplitConfig):
 def spatial(artifact: Artifact, config: SpatialConfig, samples: Samples, budget: Budget) -> Artifact:
     """The model with convolutions split in two. Raises NotApplicable: no source, or no convolution that is better off split."""
     from optimizers.kernels import Spatial
+    from optimizers.matrices import Either
     from optimizers.splitting import build
 
-    return build(artifact, config, Spatial(), samples, budget)
+    return build(artifact, config, Either(Spatial()), samples, budget)
 
 
 @method(CpConfig)
 def cp(artifact: Artifact, config: CpConfig, samples: Samples, budget: Budget) -> Artifact:
     """The model with convolutions split in four. Raises NotApplicable: no source, or no convolution that is better off split."""
     from optimizers.kernels import Cp
+    from optimizers.matrices import Either
     from optimizers.splitting import build
 
-    return build(artifact, config, Cp(budget.seed), samples, budget)
+    return build(artifact, config, Either(Cp(budget.seed)), samples, budget)
 
 
 @method(DepthwiseConfig)
 def depthwise(artifact: Artifact, config: DepthwiseConfig, samples: Samples, budget: Budget) -> Artifact:
     """The model with convolutions made separable. Raises NotApplicable: no source, or no convolution that is better off split."""
     from optimizers.kernels import Depthwise
+    from optimizers.matrices import Either
     from optimizers.splitting import build
 
-    return build(artifact, config, Depthwise(), samples, budget)
+    return build(artifact, config, Either(Depthwise()), samples, budget)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Gain, method
@@ -40,29 +40,39 @@ class SensitivityPruningConfig(StructuredPruningConfig):
 
 @dataclass(frozen=True)
 class L1SparsityConfig(TrainingConfig):
-    """min L(w) + λ Σ_c ‖(γ_c, β_c)‖ over channels, by a proximal step after each update: γ ← γ · max(0, 1 − ηλ / ‖·‖), so zeros are zeros.
+    """min L(w) + λ Σ_c a_c ‖(γ_c, β_c)‖ over channels, by a proximal step after each update: γ ← γ · max(0, 1 − ηλa / ‖·‖), so zeros are zeros.
 
-    `strength` is λ. Channels that layers share (residuals) count as one group; layers without BatchNorm use their filters instead of γ, β.
-    A group of which `most` is zero is shrunk no further.
+    `strength` is λ at first. It is raised while fewer channels are zero than would have to be by now for `ratio` of them to be in the end; from there
+    on they are held at zero and nothing is shrunk any more. `reweighted`: a_c = mean length / length, so that what is small goes and what is
+    large stays (Candès, Wakin and Boyd 2008, arXiv:0711.1612); else a_c = 1. Channels that layers share (residuals) count as one group; layers
+    without BatchNorm use their filters instead of γ, β. A group of which `most` is zero is shrunk no further.
     What became zero is removed, which changes no answer; `recover` of the epochs then fine-tune what is left.
+    `on` weights: min L(w) + λ Σ a|w| over the single weights of linear layers and convolutions instead. They stay where they are: only the packed
+    file gets smaller.
     """
 
     method: ClassVar[str] = "l1-sparsity"
-    summary: ClassVar[str] = "Trained with an L1 term on channel scales until some are exactly zero; those are removed"
+    summary: ClassVar[str] = "Trained with an L1 term until channels are exactly zero, and those removed; or single weights (on=weights)"
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER})
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"strength": (5.0, 10.0, 20.0)}
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"ratio": (0.3, 0.5, 0.7)}
 
-    strength: float = 10.0
+    on: Literal["channels", "weights"] = "channels"
+    strength: float = 0.01
+    ratio: float = 0.4
+    reweighted: bool = True
     most: float = 0.75
     recover: float = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.strength < 0 or not 0 < self.most < 1 or not 0 <= self.recover < 1 or self.epochs < 1:
+        if self.strength < 0 or not 0 <= self.recover < 1 or self.epochs < 1:
             raise ValueError(
-                "strength must be at least 0, most between 0 and 1, recover at least 0 and below 1, epochs at least 1, "
-                f"not {self.strength}, {self.most}, {self.recover} and {self.epochs}"
+                f"strength must be at least 0, recover at least 0 and below 1, epochs at least 1, not {self.strength}, {self.recover} and {self.epochs}"
             )
+        if self.on not in {"channels", "weights"}:
+            raise ValueError(f"on must be channels or weights, not {self.on!r}")
+        if not 0 < self.ratio <= self.most < 1:
+            raise ValueError(f"ratio and most must lie between 0 and 1, ratio not above most, not {self.ratio} and {self.most}")
 
 
 @method(SensitivityPruningConfig)

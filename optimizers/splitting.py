@@ -12,16 +12,19 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
+from optimizers.channels import tied_layers
 from optimizers.lessons import Lesson
 from optimizers.low_rank import SplitConfig
+from optimizers.running import raise_if_memory
 from optimizers.samples import Samples
 from optimizers.sensitivity import Cut, allot, multiply_adds, quick_judge
 from optimizers.torch_layers import Pair, StandIn
-from optimizers.torch_source import tensors_of, torch_for
+from optimizers.torch_source import Outputs, tensors_of, torch_for
 from optimizers.torch_structure import replace_layer
 from optimizers.workshop import Workshop
 
@@ -41,6 +44,8 @@ class Form(ABC):
             return "1×1"
         if layer.padding_mode != "zeros":
             return f"padding {layer.padding_mode}"
+        if not bool(layer.weight.any()):
+            return "all zero"
         return "" if padding_of(layer) else "uneven padding"
 
     @abstractmethod
@@ -79,14 +84,14 @@ class Split:
 
 
 def build(artifact: Artifact, config: SplitConfig, form: Form, samples: Samples, budget: Budget) -> Artifact:
-    """The artifact with convolutions split. Raises NotApplicable where none is better off split."""
+    """The artifact with layers split. Raises NotApplicable where none is better off split."""
     started = time.monotonic()
     with torch_for(budget):
         work = Workshop.open(artifact, config, samples, budget)
         lesson = work.lesson()
         module = copy.deepcopy(work.opened.module)
         found = Split({}, {})
-        layers = _layers(module, form, config, found)
+        layers = _layers(work, module, form, config, found)
         cuts = _curves(work, config, form, module, layers, lesson) if config.rank == "sensitivity" else []
         chosen = _allotted(work, config, form, module, layers, cuts) if config.rank == "sensitivity" else None
         for at, (name, layer) in enumerate(layers.items()):
@@ -95,7 +100,8 @@ def build(artifact: Artifact, config: SplitConfig, form: Form, samples: Samples,
             _put(module, name, layer, form, ranks, config.least_saved, found)
         if not found.split:
             raise NotApplicable(
-                f"no convolution is better off split: {'; '.join(f'{n}: {why}' for n, why in list(found.left.items())[:8]) or 'there is none'}"
+                f"no {'layer' if config.linear else 'convolution'} is better off split: "
+                f"{'; '.join(f'{n}: {why}' for n, why in list(found.left.items())[:8]) or 'there is none'}"
             )
         trained = work.fine_tune(module, lesson, span=(0.3, 0.9))
         facts = {
@@ -113,7 +119,7 @@ def conv_sizes(layer: nn.Conv2d) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def filled(made: StandIn, layer: nn.Conv2d, parts: dict[str, Tensor]) -> StandIn:
+def filled(made: StandIn, layer: nn.Conv2d | nn.Linear, parts: dict[str, Tensor]) -> StandIn:
     """`made` with these weights (by the name of its part), and the layer's bias in its last part."""
     for name, value in parts.items():
         part: Any = made.get_submodule(name)
@@ -134,23 +140,43 @@ def padding_of(layer: nn.Conv2d) -> Pair | None:
     return None if down % 2 or right % 2 else (down // 2, right // 2)
 
 
-def _layers(module: nn.Module, form: Form, config: SplitConfig, found: Split) -> dict[str, nn.Conv2d]:
-    layers = {}
-    for name, layer in module.named_modules():
-        if not isinstance(layer, nn.Conv2d):
+def _layers(work: Workshop, module: nn.Module, form: Form, config: SplitConfig, found: Split) -> dict[str, Any]:
+    """Convolutions, and where the config says so linear layers, that can be split."""
+    layers: dict[str, Any] = {}
+    tied, example = tied_layers(module), tensors_of(work.opened.rows.rows(slice(0, 1)), work.opened.signature)
+    for name, part in list(module.named_modules()):
+        if not isinstance(part, (nn.Conv2d, nn.Linear) if config.linear else nn.Conv2d):
             continue
-        if reason := "excluded" if name in config.exclude else form.unfit(layer):
+        layer: Any = part
+        reason = "excluded" if name in config.exclude else "tied" if layer in tied else form.unfit(layer)
+        if not reason and isinstance(part, nn.Linear) and not _bears(module, name, form.made(layer, form.full(layer)), part, example):
+            reason = "what it is part of reads its weight"
+        if reason:
             found.left[name] = reason
         else:
             layers[name] = layer
     return layers
 
 
-def _ranks(form: Form, layer: nn.Conv2d, config: SplitConfig) -> Ranks:
+@torch.no_grad()
+def _bears(module: nn.Module, name: str, made: StandIn, layer: nn.Module, example: Outputs) -> bool:
+    """Whether `module` runs with `made` in the place of `layer`, which is put back."""
+    replace_layer(module, name, made)
+    try:
+        module.eval()(*example)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise_if_memory(error)
+        return False
+    finally:
+        replace_layer(module, name, layer)
+    return True
+
+
+def _ranks(form: Form, layer: Any, config: SplitConfig) -> Ranks:
     return form.by_energy(layer, config.energy) if config.rank == "energy" else form.by_vbmf(layer)
 
 
-def _put(module: nn.Module, name: str, layer: nn.Conv2d, form: Form, ranks: Ranks | None, least_saved: float, found: Split) -> None:
+def _put(module: nn.Module, name: str, layer: Any, form: Form, ranks: Ranks | None, least_saved: float, found: Split) -> None:
     """Split one layer where enough is saved, and note what was done."""
     if ranks is None:
         found.left[name] = "others cost less loss for what they save"
@@ -163,11 +189,15 @@ def _put(module: nn.Module, name: str, layer: nn.Conv2d, form: Form, ranks: Rank
         found.left[name] = f"ranks {list(ranks)} would save {saved:.0%}"
         return
     replace_layer(module, name, form.made(layer, ranks))
-    found.split[name] = {"ranks": list(ranks), "channels": [layer.out_channels, layer.in_channels], "saved": saved}
+    found.split[name] = {
+        "ranks": list(ranks),
+        "channels": [getattr(layer, "out_channels", layer.weight.shape[0]), getattr(layer, "in_channels", layer.weight.shape[1])],
+        "saved": saved,
+    }
 
 
 # ---- ranks by measured sensitivity
-def _curves(work: Workshop, config: SplitConfig, form: Form, module: nn.Module, layers: dict[str, nn.Conv2d], lesson: Lesson) -> list[Cut]:
+def _curves(work: Workshop, config: SplitConfig, form: Form, module: nn.Module, layers: dict[str, Any], lesson: Lesson) -> list[Cut]:
     """Each layer split alone at each level, and judged."""
     judge, example = quick_judge(lesson, config.rows), tensors_of(work.opened.rows.rows(slice(0, 1)), work.opened.signature)
     whole = multiply_adds(module, example)
@@ -185,7 +215,7 @@ def _curves(work: Workshop, config: SplitConfig, form: Form, module: nn.Module, 
 
 
 def _allotted(
-    work: Workshop, config: SplitConfig, form: Form, module: nn.Module, layers: dict[str, nn.Conv2d], cuts: list[Cut]
+    work: Workshop, config: SplitConfig, form: Form, module: nn.Module, layers: dict[str, Any], cuts: list[Cut]
 ) -> dict[str, Ranks]:
     """Layer to ranks, such that `ratio` of all multiply-adds goes; savings of layers do not overlap here."""
     example = tensors_of(work.opened.rows.rows(slice(0, 1)), work.opened.signature)

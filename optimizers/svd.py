@@ -1,4 +1,4 @@
-"""Truncated SVD of linear layers on the ONNX graph: MatMul and Gemm with a constant weight become two, where that is measured to pay."""
+"""Truncated SVD on the ONNX graph: layers with a constant matrix or kernel become two, where that is measured to pay. How ranks are chosen."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto
 
+from optimizers.allotment import Choice, TooTight, allot
+from optimizers.answers import feeds_of
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import census, quantization_of
+from optimizers.factors import Layer, halves, input_of, layers_of, split, whole
 from optimizers.low_rank import LowRankConfig
-from optimizers.onnx_graph import attributes, constants, drop_unused_initializers, initializers, load, name_nodes, save, set_constant
+from optimizers.onnx_graph import drop_unused_initializers, load, name_nodes, save
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
 from optimizers.session import Settings, open_session
@@ -24,22 +26,27 @@ TIMED_S: Final = 0.15
 ROUNDS: Final = 5
 GAIN: Final = 0.95
 """A split layer must take less than this share of the whole one's time."""
+LEVELS: Final = (0.75, 0.5, 0.25)
+"""Shares of the largest rank that saves operations at which a layer is judged alone."""
+STEPS: Final = 8
+"""Ranks that are tried for a speed are eighths of it."""
+_MODEL_OF_ONE: Final = "layer.onnx"
 
 
 @dataclass(frozen=True)
 class Split:
-    """One layer and what its split is worth. `ratio`: time of the two products over that of the one (None: not timed)."""
+    """One layer and what its split is worth. `ratio`: time of the two layers over that of the one (None: not timed).
+
+    `loss`: how much the model's outputs change when it alone is split, relative to their power (None: not judged).
+    """
 
     layer: str
     shape: tuple[int, int]
     rank: int
     energy: float
     ratio: float | None = None
-
-    @property
-    def saves(self) -> bool:
-        k, n = self.shape
-        return self.rank * (k + n) < k * n
+    loss: float | None = None
+    saves: bool = True
 
 
 def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: Budget) -> Artifact:
@@ -50,91 +57,113 @@ def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: B
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): low-rank needs a float model, and goes before int8")
     ready = prepared(source, folder)
-    model = ready.model
-    layers = _layers(model, set(config.exclude))
+    row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()} if samples.stacked else None
+    layers = {layer.name: layer for layer in layers_of(ready.model, row, frozenset(config.exclude))}
     if not layers:
-        raise NotApplicable("there is no MatMul or Gemm with a constant float weight to split")
-    splits, factors = [], {}
-    for at, (node, weight) in enumerate(layers):
-        budget.tick(config.method, f"decomposing {node.name}", 0.1 + 0.7 * at / len(layers))
-        split, pair = decomposed(node.name, weight, config.energy)
-        if split.saves and config.split == "faster":
-            split = Split(split.layer, split.shape, split.rank, split.energy, _ratio(weight, pair, config.rows, folder, budget.threads))
-        splits.append(split)
-        factors[node.name] = pair
+        raise NotApplicable("there is no MatMul, Gemm or ungrouped Conv with a constant float weight to split")
+    work = _Work(config, budget, folder)
+    splits = work.by_sensitivity(ready.model, layers, samples) if config.rank == "sensitivity" else work.one_by_one(layers)
     chosen = [s for s in splits if s.saves and (s.ratio is None or s.ratio < GAIN)]
     if not chosen:
-        raise NotApplicable(f"no layer is better off split at {config.energy:.0%} of its energy: {_told(splits)}")
-    for split in chosen:
-        _rewrite(model, split.layer, *factors[split.layer])
-    drop_unused_initializers(model)
-    name_nodes(model)
-    path = save(model, folder / "model.onnx")
-    rows = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()} if samples.stacked else None
-    before, after = (census(each, row=rows) for each in (source, model))
+        raise NotApplicable(f"no layer is better off split {_aim(config)}: {_told(splits)}")
+    for one in chosen:
+        split(ready.model, layers[one.layer], one.rank)
+    drop_unused_initializers(ready.model)
+    name_nodes(ready.model)
+    path = save(ready.model, folder / "model.onnx")
+    before, after = (census(each, row=row) for each in (source, ready.model))
     facts = {
-        "method": config.method, "energy": config.energy, "split": [vars(s) for s in chosen], "left": [vars(s) for s in splits if s not in chosen],
+        "method": config.method, "rank": config.rank, "split": [vars(s) for s in chosen], "left": [vars(s) for s in splits if s not in chosen],
         "before": {"parameters": before.parameters, "multiply_adds": before.multiply_adds, "bytes": artifact.path.stat().st_size},
         "after": {"parameters": after.parameters, "multiply_adds": after.multiply_adds, "bytes": path.stat().st_size},
-        "rows_timed": config.rows if config.split == "faster" else None, "prepared": ready.facts, "seconds": time.monotonic() - started,
+        "curves": work.curves, "rows_timed": config.rows if config.split == "faster" else None, "prepared": ready.facts,
+        "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
 
 
-def decomposed(layer: str, weight: NDArray[Any], energy: float) -> tuple[Split, tuple[NDArray[Any], NDArray[Any]]]:
-    """`weight` [k, n] as [k, r] times [r, n] with the least r that keeps `energy` of Σ σ²."""
-    u, s, v = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
-    kept = np.cumsum(s**2) / max(float((s**2).sum()), 1e-300)
-    rank = min(int(np.searchsorted(kept, energy)) + 1, len(s))
-    root = np.sqrt(s[:rank])
-    pair = (u[:, :rank] * root).astype(np.float32), (root[:, None] * v[:rank]).astype(np.float32)
-    return Split(layer, (weight.shape[0], weight.shape[1]), rank, float(kept[rank - 1])), pair
+class _Work:
+    """How ranks are chosen, and what was measured on the way."""
 
+    def __init__(self, config: LowRankConfig, budget: Budget, folder: Path) -> None:
+        self._config, self._budget, self._folder = config, budget, folder
+        self.curves: list[dict[str, Any]] = []
 
-def _layers(model: ModelProto, excluded: set[str]) -> list[tuple[NodeProto, NDArray[Any]]]:
-    """Products with a constant matrix [k, n] of floats on their right."""
-    floats = {name for name, tensor in initializers(model.graph).items() if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2}
-    values = constants(model.graph)
-    found = []
-    for node in model.graph.node:
-        if node.op_type not in {"MatMul", "Gemm"} or node.input[1] not in floats or node.name in excluded:
-            continue
-        how = attributes(node) if node.op_type == "Gemm" else {}
-        if how.get("transA", 0) or how.get("alpha", 1.0) != 1.0:
-            continue
-        weight = values[node.input[1]]
-        found.append((node, weight.T if how.get("transB", 0) else weight))
-    return found
+    def one_by_one(self, layers: dict[str, Layer]) -> list[Split]:
+        """Each layer by its own spectrum, or by its own time."""
+        found = []
+        for at, layer in enumerate(layers.values()):
+            self._tell(f"decomposing {layer.name}", 0.1 + 0.7 * at / len(layers))
+            rank = layer.rank_of(self._config.energy) if self._config.rank == "energy" else self._rank_for_speed(layer)
+            found.append(self._split(layer, rank))
+        return found
 
+    def by_sensitivity(self, model: ModelProto, layers: dict[str, Layer], samples: Samples) -> list[Split]:
+        """Each layer split alone at several ranks and judged by the model's outputs; operations then go where that costs least."""
+        if not len(samples):
+            raise NotApplicable("rank=sensitivity judges by inputs, and there are none: name samples.calibration, or use rank=energy")
+        rows = samples.rows(slice(0, self._config.judged))
+        plain = self._outputs(model, rows)
+        table: dict[str, list[Choice]] = {}
+        ranks: dict[str, dict[str, int]] = {}
+        for at, layer in enumerate(layers.values()):
+            self._tell(f"judging {layer.name}", 0.1 + 0.6 * at / len(layers))
+            ranks[layer.name] = {str(rank): rank for rank in sorted({round(layer.break_even * level) for level in LEVELS} - {0})}
+            table[layer.name] = [Choice("whole", layer.operations, 0.0)]
+            for name, rank in ranks[layer.name].items():
+                twin = ModelProto.FromString(model.SerializeToString())
+                split(twin, layer, rank)
+                loss = _change(plain, self._outputs(twin, rows))
+                table[layer.name].append(Choice(name, layer.operations_at(rank), loss))
+                self.curves.append({"layer": layer.name, "rank": rank, "saved": layer.operations - layer.operations_at(rank), "loss": loss})
+        total = sum(layer.operations for layer in layers.values())
+        try:
+            allotted = allot(table, round(total * (1 - self._config.ratio)), "exact")
+        except TooTight as tight:
+            raise NotApplicable(f"{self._config.ratio:.0%} of the multiply-adds cannot go: {tight}") from None
+        loss_of = {layer: choice.loss for layer, choice in allotted.items() if choice.name != "whole"}
+        return [self._split(layers[layer], ranks[layer][allotted[layer].name], loss) for layer, loss in loss_of.items()]
 
-def _rewrite(model: ModelProto, layer: str, first: NDArray[Any], second: NDArray[Any]) -> None:
-    """x W (+ b) becomes (x A) B (+ b) in the place of the node called `layer`."""
-    graph = model.graph
-    at, node = next((i, n) for i, n in enumerate(graph.node) if n.name == layer)
-    names = f"{node.output[0]}.low_rank_a", f"{node.output[0]}.low_rank_b"
-    for name, value in zip(names, (first, second), strict=True):
-        set_constant(graph, name, value)
-    between = f"{node.output[0]}.low_rank"
-    thin = helper.make_node("MatMul", [node.input[0], names[0]], [between], name=f"{layer}.thin")
-    node.input[0], node.input[1] = between, names[1]
-    for attribute in [a for a in node.attribute if a.name == "transB"]:
-        node.attribute.remove(attribute)
-    graph.node.insert(at, thin)
+    def _split(self, layer: Layer, rank: int, loss: float | None = None) -> Split:
+        saves = rank <= layer.break_even
+        ratio = self._time(layer, rank) if saves and self._config.split == "faster" else None
+        return Split(layer.name, layer.shape, rank, float(layer.kept[rank - 1]), ratio, loss, saves)
 
+    def _rank_for_speed(self, layer: Layer) -> int:
+        """The largest rank, in eighths of what saves operations at all, at which the layer is `speed` × as fast; else one that is too large."""
+        tried = sorted({round(layer.break_even * step / STEPS) for step in range(1, STEPS)} - {0})
+        fits = 0
+        while tried:  # by halves: time grows with the rank
+            middle = tried[len(tried) // 2]
+            fast = self._time(layer, middle) <= 1 / self._config.speed
+            fits = middle if fast else fits
+            tried = [rank for rank in tried if (rank > middle if fast else rank < middle)]
+        return fits or min(layer.shape)
 
-def _ratio(weight: NDArray[Any], pair: tuple[NDArray[Any], NDArray[Any]], rows: int, folder: Path, threads: int) -> float:
-    """Time of x A B over that of x W here, the median of rounds in turns, by CPU time of this process."""
-    sessions = [
-        open_session(save(_product(list(parts)), folder / f"timed{i}.onnx"), Settings(intra_op_threads=threads))
-        for i, parts in enumerate(((weight,), pair))
-    ]
-    x = {"x": np.random.default_rng(0).standard_normal((rows, weight.shape[0])).astype(np.float32)}
-    ratios = []
-    for _ in range(ROUNDS):
-        whole, split = (timed(session, x, TIMED_S / ROUNDS) for session in sessions)
-        ratios.append(split / whole)
-    return float(np.median(ratios))
+    def _time(self, layer: Layer, rank: int) -> float:
+        """Time of the two layers over that of the one here, the median of rounds in turns, by CPU time of this process."""
+        rows = self._config.rows
+        if layer.kernel and not layer.image:
+            raise NotApplicable(f"the images that {layer.name} takes have no known size: name samples, or use split=fewer with rank=energy")
+        feeds = {"x": input_of(layer, rows)}
+        sessions = [
+            open_session(save(made, self._folder / _MODEL_OF_ONE), Settings(intra_op_threads=self._budget.threads))
+            for made in (whole(layer, rows), halves(layer, rank, rows))
+        ]
+        ratios = []
+        for _ in range(ROUNDS):
+            one, two = (timed(session, feeds, TIMED_S / ROUNDS) for session in sessions)
+            ratios.append(two / one)
+        return float(np.median(ratios))
+
+    def _outputs(self, model: ModelProto, rows: Samples) -> list[Any]:
+        session = open_session(save(model, self._folder / "judged.onnx"), Settings(intra_op_threads=self._budget.threads))
+        index = [np.arange(len(rows))] if rows.stacked else [np.array([i]) for i in range(len(rows))]
+        return [values for each in index for values in session.run(None, feeds_of(rows, each))]
+
+    def _tell(self, step: str, share: float) -> None:
+        self._budget.tick(self._config.method, step, share)
 
 
 def timed(session: Any, feeds: dict[str, Any], seconds: float) -> float:
@@ -147,15 +176,19 @@ def timed(session: Any, feeds: dict[str, Any], seconds: float) -> float:
     return (time.process_time() - started) / max(calls, 1)
 
 
-def _product(weights: list[NDArray[Any]]) -> ModelProto:
-    names = ["x", *(f"h{i}" for i in range(len(weights) - 1)), "y"]
-    nodes = [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(len(weights))]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "product", [value("x", TensorProto.FLOAT, ["N", weights[0].shape[0]])], [value("y", TensorProto.FLOAT, ["N", weights[-1].shape[1]])],
-        [numpy_helper.from_array(np.ascontiguousarray(w, dtype=np.float32), f"w{i}") for i, w in enumerate(weights)],
-    )  # fmt: skip
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+def _change(plain: list[Any], other: list[Any]) -> float:
+    """Σ of squared differences over Σ of squares, of all outputs that are floats."""
+    pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(plain, other, strict=True) if a.dtype.kind == "f"]
+    return sum(float(((a - b) ** 2).sum()) for a, b in pairs) / max(sum(float((a**2).sum()) for a, _ in pairs), 1e-300)
+
+
+def _aim(config: LowRankConfig) -> str:
+    match config.rank:
+        case "speed":
+            return f"at {config.speed:g} × the speed"
+        case "sensitivity":
+            return f"where {config.ratio:.0%} of the multiply-adds would go"
+    return f"at {config.energy:.0%} of its energy"
 
 
 def _told(splits: list[Split]) -> str:

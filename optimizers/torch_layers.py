@@ -97,6 +97,21 @@ class DepthwiseConv(StandIn):
         return result
 
 
+class LowRankLinear(StandIn):
+    """A linear layer as two, to `rank` numbers and on to all outputs (truncated SVD)."""
+
+    kind: ClassVar[str] = "low-rank-linear"
+
+    def __init__(self, sizes: dict[str, Any]) -> None:
+        super().__init__(sizes)
+        self.first = nn.Linear(int(sizes["width_in"]), int(sizes["rank"]), bias=False)
+        self.last = nn.Linear(int(sizes["rank"]), int(sizes["width_out"]), bias=bool(sizes["bias"]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.first(x))
+        return result
+
+
 class Skip(StandIn):
     """Nothing in the place of a residual block: its first input comes out."""
 
@@ -157,4 +172,4 @@ def _additive(mask: Tensor, scores: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=scores.dtype).masked_fill(mask, -math.inf) if mask.dtype == torch.bool else mask
 
 
-REPLACED_BY: Final = {kind.kind: kind for kind in (LowRankConv, SpatialConv, CpConv, DepthwiseConv, Skip, HeadsAttention)}
+REPLACED_BY: Final = {kind.kind: kind for kind in (LowRankConv, SpatialConv, CpConv, DepthwiseConv, LowRankLinear, Skip, HeadsAttention)}

@@ -83,7 +83,14 @@ def open_source(artifact: Artifact, samples: Samples, method: str) -> Opened:
             f"the PyTorch source does not answer as the model it should be the source of: outputs differ by {error:.2g} of their largest "
             f"(allowed {SAME:g}); export the model again from {artifact.source.weights.name}, or name the weights it was exported from"
         )
-    return Opened(module, signature, rows)
+    return Opened(trainable(module), signature, rows)
+
+
+def trainable(module: nn.Module) -> nn.Module:
+    """`module`, with all weights open to training: a factory may have frozen some."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return module
 
 
 def signature_of(model: ModelProto) -> Signature:

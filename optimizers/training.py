@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.base import Budget, NotApplicable
+from optimizers.running import raise_if_memory
 
 Score = tuple[float, float]
 """Larger is better; the second entry settles ties."""
@@ -77,16 +78,26 @@ class Trained:
         }  # fmt: skip
 
 
+class AfterStep(Protocol):
+    """What may change the weights after each step (a proximal step). `progress` is the share of the training that is over."""
+
+    def __call__(self, module: nn.Module, rate: float, progress: float) -> None: ...
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers from which `restore` goes on after a kill."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Watch:
-    """How a training shows itself, and where it may be taken up again after a kill. `after_step` may change the weights (a proximal step)."""
+    """How a training shows itself, and where it may be taken up again after a kill."""
 
     budget: Budget
     method: str
     step: str = "training"
     span: tuple[float, float] = (0.2, 0.8)
     checkpoint: Path | None = None
-    after_step: Callable[[nn.Module, float], None] | None = None
+    after_step: AfterStep | None = None
 
 
 def train(module: nn.Module, objective: Objective, plan: Plan, watch: Watch) -> Trained:
@@ -132,6 +143,8 @@ class _Run:
         self.started = time.monotonic()
         self.best: dict[str, Tensor] = {}
         self.steps = objective.rows // plan.batch
+        self.progress = 0.0
+        self.finished = False
 
     @property
     def elapsed(self) -> float:
@@ -140,6 +153,8 @@ class _Run:
     def all(self) -> Trained:
         if not self._resumed():
             self._judge(0)
+        elif self.finished:
+            return self._left_as_best()
         for epoch in range(len(self.trained.history), self.plan.epochs):
             if self.elapsed >= self.plan.seconds:
                 self.trained.stopped = "time"
@@ -149,11 +164,14 @@ class _Run:
             if epoch + 1 - self.trained.best_epoch >= self.plan.patience:
                 self.trained.stopped = "no more gain"
                 break
+        self.trained.seconds, self.started = self.elapsed, time.monotonic()
+        self.finished = True
+        self._keep()
+        return self._left_as_best()
+
+    def _left_as_best(self) -> Trained:
         self.module.load_state_dict(self.best)
         self.module.eval()
-        self.trained.seconds = self.elapsed
-        if self.watch.checkpoint is not None:
-            self.watch.checkpoint.unlink(missing_ok=True)
         return self.trained
 
     def _epoch(self, epoch: int) -> None:
@@ -184,12 +202,13 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         if self.watch.after_step is not None:
-            self.watch.after_step(self.module, float(self.optimizer.param_groups[0]["lr"]))
+            self.watch.after_step(self.module, float(self.optimizer.param_groups[0]["lr"]), self.progress)
         return value
 
     def _rate(self, progress: float) -> None:
+        self.progress = min(1.0, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            group["lr"] = self.plan.rate * 0.5 * (1 + math.cos(math.pi * self.progress))
 
     def _judge(self, epoch: int, loss: float = math.nan) -> None:
         """Score the module on the rows held out and keep its weights where they are the best so far."""
@@ -226,8 +245,10 @@ class _Run:
         if self.watch.checkpoint is None:
             return
         state = {
+            "finished": self.finished, "stopped": self.trained.stopped,
             "module": self.module.state_dict(), "best": self.best, "optimizer": self.optimizer.state_dict(), "random": self.random.get_state(),
             "history": self.trained.history, "score": list(self.trained.score), "best_epoch": self.trained.best_epoch, "seconds": self.elapsed,
+            "after_step": self.watch.after_step.state() if self.watch.after_step is not None else {},
         }  # fmt: skip
         self.watch.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.watch.checkpoint.with_suffix(".partial")
@@ -235,18 +256,31 @@ class _Run:
         os.replace(partial, self.watch.checkpoint)
 
     def _resumed(self) -> bool:
-        """Take up where a killed run of the same plan left off; only tensors and numbers are read."""
+        """Take up where a killed run of the same plan left off; only tensors and numbers are read. What is not of this module counts as none."""
         if self.watch.checkpoint is None or not self.watch.checkpoint.is_file():
             return False
-        state = torch.load(self.watch.checkpoint, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self.watch.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise_if_memory(error)
+            return False
+        if _sizes(state["module"]) != _sizes(self.module.state_dict()):
+            return False
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"].cpu())
         self.best = state["best"]
+        if self.watch.after_step is not None:
+            self.watch.after_step.restore(state["after_step"])
         done = self.trained
         done.history, done.score, done.best_epoch = state["history"], tuple(state["score"]), state["best_epoch"]
-        done.seconds, done.resumed_at = state["seconds"], len(done.history)
+        done.seconds, done.resumed_at, done.stopped = state["seconds"], len(done.history), state["stopped"]
+        self.finished = state["finished"]
         return True
+
+
+def _sizes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def optimizer_of(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:

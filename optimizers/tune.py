@@ -7,8 +7,9 @@ only for a gain that its interval shows; among those that are as good, the one t
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -19,7 +20,7 @@ from optimizers.answers import feeds_of
 from optimizers.base import Budget, Rejected
 from optimizers.host import cpu_budget, host_class
 from optimizers.layouts import low_load, throughput
-from optimizers.measure import QUIET, Arm, ArmFailed, interval_json
+from optimizers.measure import QUIET, Arm, ArmFailed, busy_s, interval_json
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval
@@ -33,8 +34,15 @@ AS_GOOD: Final = 0.05
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 LONGEST_CALL_S: Final = 0.25
 """A batch that takes longer than this makes a newcomer wait too long; larger ones are not tried."""
+BATCHES_S: Final = 3.0
+LOUD_ROWS: Final = 2
+"""After so many layouts that could not be compared, with none before them that could, the rest is not tried: the host is not idle."""
+BUSY: Final = 0.2
+BUSY_LOOK_S: Final = 1.0
+"""Share of the cores that was in use before anything began, from which layouts are compared elsewhere where they can be."""
 LEAST_S: Final = 0.5
 LONGEST_COMPARISON_S: Final = 3.0
+LAYOUT: Final = ("intra_op_threads", "instances", "spin_duration_us")
 _METHOD: Final = "tune"
 
 
@@ -50,9 +58,8 @@ class Row:
     waiting_ratio: float
 
     def to_json(self, unit: str) -> dict[str, Any]:
-        keys = ("intra_op_threads", "instances", "spin_duration_us", "batch_limit")
         return {
-            **{key: getattr(self.settings, key) for key in keys}, "speedup": interval_json(self.speedup), unit: self.value,
+            **{key: getattr(self.settings, key) for key in (*LAYOUT, "batch_limit")}, "speedup": interval_json(self.speedup), unit: self.value,
             "p95_s": self.p95_s, "cores_burnt": round(self.cores_burnt, 3), "waiting_ratio": round(self.waiting_ratio, 4),
         }  # fmt: skip
 
@@ -75,6 +82,8 @@ class Tuned:
     verdict: str = "kept"
     reason: str = ""
     gain: Interval | None = None
+    layouts: list[Settings] = field(default_factory=list)
+    """What was to be tried; `table` has what was."""
     table: list[Row] = field(default_factory=list)
     batches: list[BatchRow] = field(default_factory=list)
     saturated: Row | None = None
@@ -91,6 +100,7 @@ class Tuned:
         return {
             "verdict": self.verdict, "changed": self.verdict == "tuned", "settings": self.settings.to_json(), "objective": self.objective,
             "reason": self.reason, "summary": f"{self.verdict}: {self.reason}", "gain": interval_json(self.gain) if self.gain else None, "host_class": host_class().key, "cores": self.cores,
+            "layouts": [{key: getattr(layout, key) for key in LAYOUT} for layout in self.layouts],
             "table": [row.to_json(self.unit) for row in self.table], "batches": [asdict(row) for row in self.batches],
             "saturated": self.saturated.to_json("rows_per_s") if self.saturated else None, "notes": self.notes,
             "quiet": {"waiting_ratio": waiting, "label": "quiet" if waiting <= 0.05 else "busy" if waiting <= QUIET else "loud"}, "seconds": self.seconds,
@@ -99,13 +109,18 @@ class Tuned:
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """`samples`: an .npz of real inputs. `batchable`: requests may share a call. `settings`: those in use."""
+    """`samples`: an .npz of real inputs. `batchable`: requests may share a call. `settings`: those in use; the `fixed` among them stay.
+
+    `elsewhere`: beside the traffic they can be compared as well, so that nothing is tried here on a busy host.
+    """
 
     path: str
     samples: str
     stacked: bool = True
     batchable: bool = True
     settings: Settings = Settings()
+    fixed: tuple[str, ...] = ()
+    elsewhere: bool = False
     config: TuneConfig = TuneConfig()
     largest_batch: int = 64
 
@@ -114,6 +129,9 @@ class TuneRequest:
         """Raises Rejected."""
         try:
             known = {**data, "settings": Settings.from_json(data.get("settings")), "config": TuneConfig(**(data.get("config") or {}))}
+            known["fixed"] = tuple(data.get("fixed") or ())
+            if wrong := sorted(set(known["fixed"]) - {*LAYOUT, "batch_limit"}):
+                raise Rejected(f"tune: {wrong[0]!r} cannot be fixed; there are {', '.join((*LAYOUT, 'batch_limit'))}")
             return cls(**known)
         except (TypeError, ValueError) as error:
             raise Rejected(f"tune: {error}") from None
@@ -139,19 +157,22 @@ def tune(request: TuneRequest, budget: Budget) -> Tuned:
     return found
 
 
-def layouts(cores: int, used: Settings, objective: str) -> list[Settings]:
+def layouts(cores: int, used: Settings, objective: str, fixed: Sequence[str] = ()) -> list[Settings]:
     """What is worth trying on `cores`: threads in powers of two and all of them, spinning where threads can, instances in what is left.
+
+    What is `fixed` stays as it is.
 
     A single caller meets one instance only, so for latency their number stays (see `_fill`).
     """
     found = []
-    for threads in sorted({t for t in (1, 2, 4, 8, 16, 32, cores) if t <= cores}):
+    for threads in (
+        (used.intra_op_threads,) if "intra_op_threads" in fixed else sorted({t for t in (1, 2, 4, 8, 16, 32, cores) if t <= cores})
+    ):
         fit = max(1, cores // threads)
-        instances = min(used.instances, fit) if objective == "latency" else fit
-        found += [
-            replace(used, intra_op_threads=threads, instances=instances, spin_duration_us=spin)
-            for spin in (SPINS_US if threads > 1 else (0,))
-        ]
+        stay = "instances" in fixed
+        instances = used.instances if stay else min(used.instances, fit) if objective == "latency" else fit
+        spins = (used.spin_duration_us,) if "spin_duration_us" in fixed else SPINS_US if threads > 1 else (0,)
+        found += [replace(used, intra_op_threads=threads, instances=instances, spin_duration_us=spin) for spin in spins]
     return [layout for layout in found if layout != used]
 
 
@@ -177,12 +198,15 @@ def _tune(request: TuneRequest, samples: Samples, budget: Budget, until: float) 
     config = request.config
     found = Tuned(request.settings, config.goal, cores=config.cores or cpu_budget().cores)
     used = request.settings
-    if request.batchable and samples.stacked:
-        found.batches = _batches(request, samples, budget, until)
-        used = replace(used, batch_limit=choose_batch(used.batch_limit, found.batches))
+    batched = request.batchable and samples.stacked and "batch_limit" not in request.fixed
+    if batched and config.goal == "throughput":  # layouts are then compared at it
+        used = _with_batch(used, found, request, samples, budget, until)
     bench = _Bench(request, samples, used, budget)
-    tried = layouts(found.cores, used, config.goal)
-    steps = len(tried) + (config.goal == "latency")
+    tried = found.layouts = layouts(found.cores, used, config.goal, request.fixed)
+    if request.elsewhere and (busy := _busy(BUSY_LOOK_S)) > BUSY:
+        found.verdict, found.reason = "inconclusive", f"the host is busy: {busy:.0%} of its cores were in use before anything began"
+        return found
+    steps = len(tried) + (config.goal == "latency") + (batched and config.goal == "latency")
     with Arm(request.path, used) as first:
         for at, layout in enumerate(tried):
             seconds = (until - time.monotonic()) / (steps - at)
@@ -191,6 +215,11 @@ def _tune(request: TuneRequest, samples: Samples, budget: Budget, until: float) 
                 break
             budget.tick(_METHOD, describe(layout), 0.2 + 0.7 * at / steps)
             found.table.append(bench.row(first, layout, config.goal, seconds))
+            if len(found.table) == LOUD_ROWS and _loud(found.table) == LOUD_ROWS:
+                break
+    if batched and config.goal == "latency" and not _loud(found.table):
+        used = _with_batch(used, found, request, samples, budget, until)
+        bench = _Bench(request, samples, used, budget)
     _conclude(found, used, request.settings)
     if config.goal == "latency" and found.verdict != "inconclusive":
         _fill(found, bench, until)
@@ -236,7 +265,7 @@ def _fill(found: Tuned, bench: _Bench, until: float) -> None:
     chosen = found.settings
     instances = max(1, found.cores // chosen.intra_op_threads)
     seconds = until - time.monotonic()
-    if instances <= chosen.instances or seconds < LEAST_S:
+    if instances <= chosen.instances or seconds < LEAST_S or "instances" in bench.request.fixed:
         return
     filled = replace(chosen, instances=instances)
     with Arm(bench.request.path, chosen) as first:
@@ -253,7 +282,7 @@ def _fill(found: Tuned, bench: _Bench, until: float) -> None:
 def _batches(request: TuneRequest, samples: Samples, budget: Budget, until: float) -> list[BatchRow]:
     """CPU time per row of each batch size, in turns on one quiet thread; stops where calls get long or rows get dearer."""
     sizes = sorted({size for size in (*BATCHES, request.settings.batch_limit) if size <= request.largest_batch})
-    ends = time.monotonic() + 0.2 * (until - time.monotonic())
+    ends = time.monotonic() + min(BATCHES_S, 0.2 * (until - time.monotonic()))
     with Arm(request.path, request.settings.one_quiet_thread()) as arm:
         keys: dict[int, int] = {}
         for size in sizes:
@@ -274,21 +303,41 @@ def _batches(request: TuneRequest, samples: Samples, budget: Budget, until: floa
     return [BatchRow(size, float(np.median(values)) / size, float(np.median(values))) for size, values in taken.items()]
 
 
+def _with_batch(used: Settings, found: Tuned, request: TuneRequest, samples: Samples, budget: Budget, until: float) -> Settings:
+    found.batches = _batches(request, samples, budget, until)
+    return replace(used, batch_limit=choose_batch(used.batch_limit, found.batches))
+
+
+def _busy(look_s: float) -> float:
+    """Share of this process's cores that was in use over a look; 0 where the kernel does not say."""
+    before = busy_s()
+    time.sleep(look_s)
+    after = busy_s()
+    return 0.0 if before is None or after is None else (after - before) / look_s / len(os.sched_getaffinity(0))
+
+
+def _loud(table: Sequence[Row]) -> int:
+    """How many layouts the host was too busy to compare."""
+    return sum(row.waiting_ratio > QUIET for row in table)
+
+
 def _conclude(found: Tuned, used: Settings, before: Settings) -> None:
     """`used` is `before` with the batch limit that was found; layouts were compared with it."""
-    loud = [row for row in found.table if row.waiting_ratio > QUIET]
+    loud = _loud(found.table)
     settings, taken = choose(used, [row for row in found.table if row.waiting_ratio <= QUIET])
+    settings = replace(settings, batch_limit=used.batch_limit)
     found.settings, found.gain = settings, taken.speedup if taken else None
     if loud:
         found.notes.append(
-            f"{len(loud)} of {len(found.table)} layouts were not compared: threads waited for a core too long (bound {QUIET:.0%})"
+            f"{loud} of {len(found.table)} layouts tried ({len(found.layouts)} in all) were not compared: threads waited for a core too long "
+            f"(bound {QUIET:.0%})"
         )
     if taken:
         found.verdict = "tuned"
         found.reason = f"{taken.speedup.estimate:.2f} × as fast [{taken.speedup.low:.2f}, {taken.speedup.high:.2f}] by {found.objective}, {taken.cores_burnt:.1f} cores"
     elif loud:
         found.verdict, found.settings = "inconclusive", before
-        found.reason = f"the host was too busy to compare all layouts: threads waited for a core up to {max(r.waiting_ratio for r in loud):.0%} of the time"
+        found.reason = f"the host was too busy to compare all layouts: threads waited for a core up to {max(r.waiting_ratio for r in found.table):.0%} of the time"
     elif settings.batch_limit != before.batch_limit:
         found.verdict = "tuned"
         found.reason = (

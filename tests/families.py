@@ -15,9 +15,9 @@ from optimizers import Artifact, Budget, Samples, optimize
 from optimizers.base import Config
 from optimizers.difference import root_mean_square
 from optimizers.onnx_file import checker_complaint
-from tests.onnx_models import I64, depthwise, encoder, mlp, resnet, write
+from tests.onnx_models import I64, depthwise, encoder, mlp, recurrent, resnet, write
 
-FAMILIES = {"resnet": resnet(16), "depthwise": depthwise(32), "mlp": mlp((16, 64, 64, 10)), "encoder": encoder()}
+FAMILIES = {"resnet": resnet(16), "depthwise": depthwise(32), "mlp": mlp((16, 64, 64, 10)), "encoder": encoder(), "recurrent": recurrent()}
 
 
 def samples_of(built: ModelProto, count: int = 64, seed: int = 5) -> Samples:

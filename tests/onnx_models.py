@@ -95,6 +95,22 @@ def resnet(channels: int = 8, blocks: int = 2, size: int = 8, classes: int = 4, 
     return model(nodes, [value("image", F, ["N", 3, size, size])], [value("logits", F, ["N", classes])], tensors)
 
 
+def recurrent(kind: str = "LSTM", hidden: int = 8, seed: int = 0) -> ModelProto:
+    """An LSTM or GRU between linear layers, its last state told apart: [N, L, 12] to [N, 10]."""
+    rows = {"LSTM": 4, "GRU": 3}[kind] * hidden
+    nodes = [
+        node("MatMul", ["x", "into"], ["e"], "embed"), node("Relu", ["e"], ["er"]), node("Transpose", ["er"], ["t"], perm=[1, 0, 2]),
+        node(kind, ["t", "w", "r"], ["", "h"], "recurrent", hidden_size=hidden), node("Squeeze", ["h", "first"], ["s"]),
+        node("Gemm", ["s", "up", "up.b"], ["u"], "up_proj"), node("Relu", ["u"], ["ur"]), node("Gemm", ["ur", "head", "head.b"], ["y"], "head"),
+    ]  # fmt: skip
+    tensors = weights(
+        into=normal(seed, 12, 16, scale=0.3), w=normal(seed + 1, 1, rows, 16, scale=0.3), r=normal(seed + 2, 1, rows, hidden, scale=0.3),
+        first=np.array([0]), up=normal(seed + 3, hidden, 96, scale=hidden**-0.5), head=normal(seed + 4, 96, 10, scale=0.1),
+        **{"up.b": normal(seed + 5, 96, scale=0.1), "head.b": normal(seed + 6, 10, scale=0.1)},
+    )  # fmt: skip
+    return model(nodes, [value("x", F, ["N", "L", 12])], [value("y", F, ["N", 10])], tensors)
+
+
 def encoder(width: int = 16, heads: int = 2, vocabulary: int = 50, seed: int = 0) -> ModelProto:
     """One transformer block over token ids, mean-pooled: [N, L] to [N, 3], written out as exporters do (erf GELU, LayerNorm in pieces)."""
     d, head = width, width // heads

@@ -43,10 +43,11 @@ def test_a_gpu_that_is_not_there_is_refused_and_auto_does_without(tmp_path: Path
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "structured-pruning": ("cnn", {"ratio": 0.5, "epochs": 6}),
     "sensitivity-pruning": ("cnn", {"ratio": 0.3, "epochs": 3}),
-    "l1-sparsity": ("cnn", {"epochs": 20, "batch": 16, "rate": 5e-3, "strength": 30.0}),
+    "l1-sparsity": ("cnn", {"epochs": 20, "batch": 16, "rate": 5e-3}),
     "distill": ("cnn", {"epochs": 3, "attention": 1.0, "features": 0.1, "mirror": True}),
     "tucker": ("cnn", {"epochs": 3, "energy": 0.8}),
     "qat": ("cnn", {"epochs": 3, "learn_steps": True}),
+    "trained-codebook": ("cnn", {"epochs": 3}),
     "architecture-search": ("cnn", {"strategy": "evolution", "trials": 2, "trial_rows": 64, "epochs": 2}),
     "head-pruning": ("transformer", {"ratio": 0.5, "epochs": 2}),
 }

@@ -124,6 +124,19 @@ def test_attention_weight_is_what_draws_the_maps_together(tmp_path: Path) -> Non
     assert distance(10.0) < 0.7 * distance(0.0)
 
 
+class Unchanged:
+    """An AfterStep that does nothing."""
+
+    def __call__(self, module: Any, rate: float, progress: float) -> None:
+        return
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        return
+
+
 def test_alpha_weighs_golden_against_true_labels(tmp_path: Path) -> None:
     """The loss is α · soft + (1 − α) · hard, and a student follows the one that weighs more where they contradict each other."""
     import torch
@@ -147,7 +160,7 @@ def test_alpha_weighs_golden_against_true_labels(tmp_path: Path) -> None:
         logits, taught, true = student(lesson.inputs[0][index]), lesson.known(index)[0], lesson.labels[index]
         expected = alpha * soft_labels(logits, taught, 1.5) + (1 - alpha) * hard_labels(logits, true)
         assert lesson.loss(student, index, random).item() == pytest.approx(expected.item(), rel=1e-5)
-        last = Watch(Budget(), "distill", after_step=lambda module, rate: None)  # keeps the last weights, not those nearest to golden
+        last = Watch(Budget(), "distill", after_step=Unchanged())  # keeps the last weights, not those nearest to golden
         train(student, lesson, Plan(8, 16, 1e-2, form="float32", patience=99), last)
         with torch.no_grad():
             return float((student(lesson.inputs[0]).argmax(-1) == lesson.labels).float().mean())

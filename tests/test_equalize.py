@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from optimizers import Samples
+from optimizers.codebook import CodebookConfig
 from optimizers.difference import root_mean_square
 from optimizers.equalize import cross_layer, smooth
 from optimizers.int8 import Int8StaticConfig
@@ -19,7 +20,7 @@ from optimizers.layers import Inputs, input_statistics, weighted_layers
 from optimizers.onnx_graph import set_constant
 from optimizers.prepare import prepared
 from tests.families import FAMILIES, answers, built, error_of, keeps_the_contract, samples_of
-from tests.onnx_models import F, depthwise, encoder, mlp, model, node, normal, value, weights, write
+from tests.onnx_models import F, depthwise, encoder, mlp, model, node, normal, resnet, value, weights, write
 
 
 def tensor(source: ModelProto, name: str) -> NDArray[Any]:
@@ -46,7 +47,7 @@ def test_answers_stay_and_ranges_meet(family: str, tmp_path: Path) -> None:
     ready = prepared(onnx.ModelProto.FromString(FAMILIES[family].SerializeToString()), tmp_path).model
     pairs = cross_layer(ready)
     same_answers(FAMILIES[family], ready, tmp_path)
-    assert len(pairs) == {"resnet": 2, "depthwise": 2, "mlp": 2, "encoder": 0}[family]
+    assert len(pairs) == {"resnet": 2, "depthwise": 2, "mlp": 2, "encoder": 0, "recurrent": 1}[family]
     layers = {each.name: each for each in weighted_layers(ready)}
     for one, two in pairs[:1]:
         first, second = (tensor(ready, layers[name].tensor) for name in (one, two))
@@ -81,6 +82,35 @@ def test_biases_take_back_the_mean_error(tmp_path: Path) -> None:
         )
     assert artifact.facts[-1]["rescue"] == {"biases_corrected": ["first", "second"]}
     assert errors[True] < 0.5 * errors[False]
+
+
+def test_a_product_takes_its_factors_into_account(tmp_path: Path) -> None:
+    """α scales what the bias takes back; with a β the product stays float, since the quantizer forgets that."""
+    w = normal(0, 64, 32, scale=0.05)
+    w[0, 0] = 8
+    x = Samples({"x": np.random.default_rng(3).normal(1, 0.1, (128, 64)).astype(np.float32)})
+    nodes = [node("Gemm", ["x", "w", "b"], ["h"], "scaled", alpha=0.1), node("Gemm", ["h", "v", "c"], ["y"], "weighed", beta=3.0)]
+    source = model(
+        nodes, [value("x", F, ["N", 64])], [value("h", F, ["N", 32]), value("y", F, ["N", 8])],
+        weights(w=w, b=normal(1, 32, scale=0.1), v=normal(2, 32, 8), c=normal(3, 8)),
+    )  # fmt: skip
+    made = {how: built(source, Int8StaticConfig(per_channel=False, bias_correction=how), tmp_path / str(how), x) for how in (False, True)}
+    facts = made[True].facts[-1]
+    assert facts["rescue"] == {"biases_corrected": ["scaled"]} and facts["kept_float"] == ["weighed"]
+    wanted = answers(tmp_path / "True" / "model.onnx", x.inputs)
+    errors = {how: root_mean_square(wanted, answers(artifact.path, x.inputs)) for how, artifact in made.items()}
+    assert errors[True] < 0.5 * errors[False] < 0.1
+
+
+def test_inputs_that_are_fed_whole_are_told_by_channel(tmp_path: Path) -> None:
+    """A first axis that the model fixes is part of the input, and no row of samples."""
+    source = resnet(4)
+    source.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    source.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
+    whole = Samples({"image": np.random.default_rng(0).standard_normal((6, 2, 3, 8, 8)).astype(np.float32)}, stacked=False)
+    artifact = built(source, Int8StaticConfig(bias_correction=True), tmp_path, whole)
+    assert "fc" in artifact.facts[-1]["rescue"]["biases_corrected"] and len(artifact.facts[-1]["rescue"]["biases_corrected"]) == 6
+    assert built(source, CodebookConfig(levels="perceptual"), tmp_path / "codes", whole).facts[-1]["bytes_before"]
 
 
 @pytest.mark.parametrize("family", ["resnet", "depthwise", "mlp"])

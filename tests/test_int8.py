@@ -21,7 +21,7 @@ from optimizers.int8 import Int8DynamicConfig, Int8StaticConfig, form_for
 from optimizers.onnx_file import checker_complaint
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task_sync
 from optimizers.uniform import affine_grid
-from tests.onnx_models import I64, F, encoder, mlp, model, node, normal, resnet, value, weights, write
+from tests.onnx_models import I64, F, encoder, mlp, model, node, normal, recurrent, resnet, value, weights, write
 
 
 def samples_of(built: ModelProto, count: int = 64) -> Samples:
@@ -125,6 +125,32 @@ def test_sensitive_layers_stay_float_when_asked(tmp_path: Path) -> None:
     assert len(facts["sensitivity"]) == 6 and facts["quantized_layers"] == 5
     plain = built(source, Int8StaticConfig(per_channel=False), tmp_path / "plain")
     assert error_of(source, artifact) < error_of(source, plain)
+
+
+def test_one_layer_is_quantized_however_many_are_to_stay_float(tmp_path: Path) -> None:
+    artifact = built(mlp((16, 64, 64, 10)), Int8StaticConfig(keep_float=4), tmp_path)
+    assert artifact.facts[-1]["quantized_layers"] == 1 and len(artifact.facts[-1]["kept_float"]) == 2
+    assert any(each.op_type == "DequantizeLinear" for each in onnx.load(artifact.path).graph.node)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("LSTM", 4), ("GRU", 3)])
+def test_dynamic_takes_an_lstm_and_leaves_a_gru_float(kind: str, layers: int, tmp_path: Path) -> None:
+    source = recurrent(kind)
+    artifact = built(source, Int8DynamicConfig(), tmp_path)
+    operators = [each.op_type for each in onnx.load(artifact.path).graph.node]
+    assert artifact.facts[-1]["quantized_layers"] == layers == operators.count("MatMulInteger") + operators.count("DynamicQuantizeLSTM")
+    assert artifact.path.stat().st_size < artifact.facts[-1]["bytes_before"] and error_of(source, artifact) < 0.05
+
+
+@pytest.mark.parametrize("config", [Int8StaticConfig(), Int8DynamicConfig()], ids=lambda config: config.method)
+def test_a_recurrent_layer_that_stays_float_is_no_smaller_file(config: Config, tmp_path: Path) -> None:
+    nodes = [node("GRU", ["x", "w", "r"], ["", "h"], "gru", hidden_size=32), node("Squeeze", ["h", "first"], ["s"], "squeeze")]
+    nodes.append(node("Gemm", ["s", "head"], ["y"], "head"))
+    tensors = weights(w=normal(0, 1, 96, 16, scale=0.2), r=normal(1, 1, 96, 32, scale=0.2), first=np.array([0]), head=normal(2, 32, 4))
+    source = model(nodes, [value("x", F, [5, "N", 16])], [value("y", F, ["N", 4])], tensors)
+    whole = Samples({"x": normal(3, 8, 5, 1, 16)}, stacked=False)
+    with pytest.raises(NotApplicable, match=r"the file would not shrink: .* the largest of them r \[1, 96, 32\]"):
+        built(source, config, tmp_path, whole)
 
 
 def test_excluded_nodes_stay_float(tmp_path: Path) -> None:

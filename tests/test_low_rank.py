@@ -10,10 +10,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from optimizers import Artifact, Budget, NotApplicable, optimize
+from optimizers import Artifact, Budget, NotApplicable, Samples, optimize
+from optimizers.factors import Layer
 from optimizers.low_rank import LowRankConfig, TuckerConfig
 from optimizers.onnx_graph import set_constant
-from optimizers.svd import decomposed
 from tests import torch_models
 from tests.onnx_models import mlp, normal, write
 
@@ -48,17 +48,76 @@ def test_a_matrix_of_low_rank_is_split_without_loss(tmp_path: Path, transposed: 
 
 
 def torch_free() -> Any:
-    from optimizers import Samples
-
     return Samples({"x": normal(0, 8, 64)})
 
 
 def test_rank_is_the_least_that_keeps_the_energy() -> None:
     weight = np.diag([3.0, 2.0, 1.0, 1.0]).astype(np.float32)  # energies 9, 4, 1, 1 of 15
-    ranks = {energy: decomposed("w", weight, energy)[0].rank for energy in (0.5, 0.6, 0.7, 0.86, 0.9, 0.95)}
+    layer = Layer("w", weight)
+    ranks = {energy: layer.rank_of(energy) for energy in (0.5, 0.6, 0.7, 0.86, 0.9, 0.95)}
     assert ranks == {0.5: 1, 0.6: 1, 0.7: 2, 0.86: 2, 0.9: 3, 0.95: 4}
-    split, (a, b) = decomposed("w", weight, 0.86)
-    assert split.energy == pytest.approx(13 / 15) and float(((a @ b - weight) ** 2).sum()) == pytest.approx(2.0, rel=1e-5)
+    a, b = layer.factors(2)
+    assert layer.kept[1] == pytest.approx(13 / 15) and float(((a @ b - weight) ** 2).sum()) == pytest.approx(2.0, rel=1e-5)
+
+
+def convolutions(path: Path, rank: int) -> Path:
+    """Two convolutions with all that a convolution may have, the first of this rank as a matrix, and a grouped one."""
+    helper, value = onnx.helper, onnx.helper.make_tensor_value_info
+    nodes = [
+        helper.make_node(
+            "Conv", ["x", "w0", "b0"], ["h0"], name="wide", kernel_shape=[3, 3], strides=[2, 1], pads=[1, 2, 0, 1], dilations=[1, 2]
+        ),
+        helper.make_node("Relu", ["h0"], ["h1"], name="relu"),
+        helper.make_node("Conv", ["h1", "w1"], ["h2"], name="grouped", group=4, kernel_shape=[1, 1]),
+        helper.make_node("Conv", ["h2", "w2"], ["y"], name="point"),
+    ]
+    weights = {
+        "w0": thin(3, 24, 8 * 9, rank).reshape(24, 8, 3, 3), "b0": normal(1, 24), "w1": normal(2, 24, 6, 1, 1), "w2": normal(4, 16, 24, 1, 1),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "g", [value("x", 1, ["n", 8, 12, 12])], [value("y", 1, ["n", 16, None, None])],
+        [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+    )  # fmt: skip
+    return write(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+
+
+def test_a_convolution_of_low_rank_is_split_without_loss_whatever_its_strides(tmp_path: Path) -> None:
+    path, x = convolutions(tmp_path / "m.onnx", 5), normal(9, 3, 8, 12, 12)
+    samples = Samples({"x": x})
+    made = optimize(Artifact(path), LowRankConfig(energy=0.999999, split="fewer"), samples, Budget(scratch=str(tmp_path / "s")))
+    facts = made.facts[-1]
+    assert [(s["layer"], s["shape"], s["rank"]) for s in facts["split"]] == [("wide", (72, 24), 5)]
+    assert [s["layer"] for s in facts["left"]] == ["point"], "the grouped one is none of these layers"
+    assert np.allclose(run(made.path, x), run(path, x), atol=1e-3)
+    assert facts["after"]["multiply_adds"] < facts["before"]["multiply_adds"]
+
+
+def test_a_rank_for_a_speed_is_the_largest_that_reaches_it(tmp_path: Path) -> None:
+    path = model_of_rank(tmp_path / "m.onnx", (1024, 1024, 4), 8)
+    ranks = {}
+    for speed in (1.5, 4.0):
+        budget = Budget(scratch=str(tmp_path / f"s{speed}"))
+        facts = optimize(Artifact(path), LowRankConfig(rank="speed", speed=speed, rows=64), torch_free(), budget).facts[-1]
+        [found] = [s for s in facts["split"] if s["layer"] == "gemm0"]
+        assert found["ratio"] < 1.25 / speed, "timed anew, give or take"
+        ranks[speed] = found["rank"]
+    assert ranks[1.5] > ranks[4.0] >= 64
+    with pytest.raises(NotApplicable, match=r"no layer is better off split at 500 × the speed: gemm0 \[16, 32\]"):
+        config = LowRankConfig(rank="speed", speed=500)
+        optimize(Artifact(write(mlp(), tmp_path / "full.onnx")), config, torch_free().rows([]), Budget(scratch=str(tmp_path / "f")))
+
+
+def test_by_sensitivity_operations_go_where_the_outputs_change_least(tmp_path: Path) -> None:
+    path = model_of_rank(tmp_path / "m.onnx", (64, 256, 256), 4)  # the first matrix loses nothing at rank 16, the second much
+    config = LowRankConfig(rank="sensitivity", ratio=0.14, split="fewer")
+    facts = optimize(Artifact(path), config, torch_free(), Budget(scratch=str(tmp_path / "s"))).facts[-1]
+    assert [s["layer"] for s in facts["split"]] == ["gemm0"] and facts["split"][0]["loss"] < 1e-6
+    losses = {(c["layer"], c["rank"]): c["loss"] for c in facts["curves"]}
+    assert len(losses) == 6 and min(loss for (layer, _), loss in losses.items() if layer == "gemm1") > 1e-3
+    with pytest.raises(NotApplicable, match=r"there are none: name samples\.calibration"):
+        optimize(Artifact(path), config, torch_free().rows([]), Budget(scratch=str(tmp_path / "none")))
+    with pytest.raises(NotApplicable, match=r"99% of the multiply-adds cannot go"):
+        optimize(Artifact(path), LowRankConfig(rank="sensitivity", ratio=0.99), torch_free(), Budget(scratch=str(tmp_path / "much")))
 
 
 def test_layers_are_split_only_where_that_is_faster_here(tmp_path: Path) -> None:
@@ -70,7 +129,7 @@ def test_layers_are_split_only_where_that_is_faster_here(tmp_path: Path) -> None
         NotApplicable, match=r"no layer is better off split at 100% of its energy: gemm0 \[16, 32\] rank 16, more operations"
     ):
         optimize(Artifact(write(mlp(), tmp_path / "full.onnx")), LowRankConfig(energy=0.99999), torch_free(), budget)
-    for wrong in ({"energy": 1.0}, {"split": "never"}, {"rows": 0}):
+    for wrong in ({"energy": 1.0}, {"split": "never"}, {"rows": 0}, {"rank": "guess"}, {"speed": 1.0}, {"ratio": 0.0}):
         with pytest.raises(ValueError):
             LowRankConfig(**wrong)
 

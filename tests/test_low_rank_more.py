@@ -135,6 +135,34 @@ def test_the_stand_ins_come_back_from_the_file(golden: Artifact, tmp_path: Path)
 
 
 @pytest.mark.needs("torch")
+@pytest.mark.parametrize("name", ["mlp", "unbind", "transformer"])
+def test_linear_layers_are_split_trained_and_opened_again(tmp_path: Path, name: str) -> None:
+    """Those whose owner reads their weight, as PyTorch's own encoder does, are left alone and named."""
+    import onnxruntime as ort
+
+    from optimizers.torch_source import load_module
+
+    parent, data = torch_models.artifact(tmp_path, name), torch_models.rows(name, 96)
+    config, budget = TuckerConfig(linear=True, energy=0.6, **FAST), Budget(scratch=str(tmp_path / "s"))
+    made = optimize(parent, config, data, budget)
+    facts = made.facts[-1]
+    if name == "transformer":
+        owned = {f"encoder.layers.{layer}.linear{which}" for layer in (0, 1) for which in (1, 2)}
+        assert {facts["left"][each] for each in owned} == {"what it is part of reads its weight"} and set(facts["split"]) == {"head"}
+        return
+    assert facts["split"] and facts["training"]["history"] and facts["after"]["multiply_adds"] < 0.8 * facts["before"]["multiply_adds"]
+    assert facts["after"]["bytes"] < facts["before"]["bytes"]
+    fresh = torch_models.rows(name, 200, seed=9).inputs
+    answers = [ort.InferenceSession(str(each.path)).run(None, fresh)[0].argmax(-1) for each in (parent, made)]
+    assert (answers[0] == answers[1]).mean() > 0.8
+    assert made.source is not None
+    kinds = {type(part).__name__ for part in load_module(made.source).modules()}
+    assert "LowRankLinear" in kinds
+    with pytest.raises(NotApplicable, match="no convolution is better off split: there is none"):
+        optimize(parent, TuckerConfig(**FAST), data, budget)
+
+
+@pytest.mark.needs("torch")
 def test_what_cannot_be_split_is_said_and_cancelling_works(golden: Artifact, tmp_path: Path) -> None:
     data, budget = torch_models.rows("cnn"), Budget(scratch=str(tmp_path / "s"))
     with pytest.raises(NotApplicable, match=r"no convolution is better off split: .*ranks \[\d+\] would save"):
@@ -150,6 +178,19 @@ def test_what_cannot_be_split_is_said_and_cancelling_works(golden: Artifact, tmp
     for kind, wrong in wrongs:
         with pytest.raises(ValueError):
             kind(**wrong)
+
+
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize("name", ["cp", "spatial", "depthwise", "tucker"])
+def test_a_kernel_of_zeros_is_left_alone(name: str) -> None:
+    import torch
+
+    from optimizers.kernels import Cp
+    from optimizers.search_space import FORMS
+
+    layer = torch.nn.Conv2d(4, 4, 3)
+    torch.nn.init.zeros_(layer.weight)
+    assert {**FORMS, "cp": Cp()}[name].unfit(layer) == "all zero"
 
 
 def test_cp_is_as_near_as_the_librarys_and_takes_no_more_memory_than_its_kernel() -> None:

@@ -133,6 +133,13 @@ def test_the_file_answers_as_the_module_that_was_trained(tmp_path: Path) -> None
     assert apart < 0.02, "the same grids: what is left are levels on the edge between two"
 
 
+def test_layers_called_by_keyword_go_through_their_grids(tmp_path: Path) -> None:
+    golden, data = torch_models.artifact(tmp_path, "by_keyword"), torch_models.rows("by_keyword", 96)
+    made = optimize(golden, QatConfig(**FAST), data, Budget(scratch=str(tmp_path / "s")))
+    assert made.facts[-1]["simulated_layers"] == 2
+    assert agreement(golden.path, made.path, torch_models.rows("by_keyword", 200, seed=9)) > 0.9
+
+
 @pytest.mark.parametrize("name", ["cnn", "depthwise", "mlp", "transformer", "unbind"])
 def test_every_family_keeps_the_contract(tmp_path: Path, name: str) -> None:
     golden = torch_models.artifact(tmp_path, name)

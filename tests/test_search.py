@@ -180,6 +180,9 @@ def test_cancelling_and_what_cannot_be_searched(golden: Artifact, tmp_path: Path
     )
     with pytest.raises(Cancelled, match="architecture-search was cancelled during trial 2"):
         optimize(golden, ArchitectureSearchConfig(**FAST), data, stop)
+    hurried = ArchitectureSearchConfig(**{**FAST, "strategy": "darts", "search_minutes": 1e-6})
+    with pytest.raises(NotApplicable, match="were over before the first step of the search: give search_minutes more"):
+        optimize(golden, hurried, data, Budget(scratch=str(tmp_path / "s")))
     bare, budget = torch_models.artifact(tmp_path, "bare_linear", steps=2), Budget(scratch=str(tmp_path / "s"))
     with pytest.raises(NotApplicable, match="nothing to decide: no channels that can go"):
         optimize(bare, ArchitectureSearchConfig(**FAST), torch_models.rows("bare_linear"), budget)

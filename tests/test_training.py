@@ -129,7 +129,22 @@ def test_a_killed_training_goes_on_where_it_was_and_ends_the_same(tmp_path: Path
     through = start(tmp_path / "b.checkpoint", 0).communicate(timeout=120)[0].split()
     assert resumed[2:] == ["4", "12"] and through[2:] == ["0", "12"]
     assert resumed[:2] == through[:2], "the same weights as without the kill"
-    assert not list(tmp_path.iterdir()), "a finished training leaves no checkpoint"
+    again = start(tmp_path / "a.checkpoint", 0).communicate(timeout=120)[0].split()
+    assert again == [*resumed[:2], "12", "12"], "a finished training is not done again"
+
+
+def test_a_checkpoint_of_another_module_counts_as_none(tmp_path: Path) -> None:
+    import torch
+
+    from optimizers.training import Plan, Watch, train
+
+    watch: dict[str, Any] = {"checkpoint": tmp_path / "a.checkpoint"}
+    module = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
+    train(module, Line(), Plan(epochs=2, form="float32"), Watch(Budget(), "test", **watch))
+    assert trained(watch=watch)[1].resumed_at == 0
+    assert trained(watch=watch)[1].resumed_at == 12
+    watch["checkpoint"].write_bytes(watch["checkpoint"].read_bytes()[:100])
+    assert trained(watch=watch)[1].resumed_at == 0
 
 
 # ---- the source

@@ -12,7 +12,7 @@ import pytest
 from optimizers.base import Budget, Rejected
 from optimizers.session import Settings
 from optimizers.stats import Interval
-from optimizers.tune import BatchRow, Row, choose, choose_batch, describe, layouts, run
+from optimizers.tune import BatchRow, Row, TuneRequest, choose, choose_batch, describe, layouts, run
 from tests.judged_models import deep
 from tests.judged_models import samples as saved_samples
 
@@ -31,6 +31,16 @@ def test_layouts_fit_the_cores_and_spin_only_where_there_are_threads() -> None:
     assert used not in single and {s.instances for s in single} == {1}
     assert layouts(1, used, "latency") == []
     assert {s.intra_op_threads for s in layouts(6, used, "latency")} == {2, 4, 6}
+
+
+def test_what_the_owner_fixed_is_not_varied() -> None:
+    used = Settings(intra_op_threads=2, instances=2)
+    spinning = layouts(4, used, "throughput", ("intra_op_threads", "instances"))
+    assert [(s.intra_op_threads, s.instances, s.spin_duration_us) for s in spinning] == [(2, 2, 200), (2, 2, 1000)]
+    assert layouts(4, used, "latency", ("intra_op_threads", "instances", "spin_duration_us")) == []
+    assert {s.spin_duration_us for s in layouts(4, used, "latency", ("spin_duration_us",))} == {0}
+    with pytest.raises(Rejected, match=r"tune: 'graph_level' cannot be fixed; there are intra_op_threads, instances"):
+        TuneRequest.from_json({"path": "m.onnx", "samples": "s.npz", "fixed": ["graph_level"]})
 
 
 def test_the_settings_in_use_stay_without_a_shown_gain() -> None:
@@ -75,7 +85,10 @@ def test_a_small_model_is_tuned_in_time_and_the_table_says_what_was_tried(object
     assert answer["verdict"] in {"tuned", "kept", "inconclusive"} and answer["summary"].startswith(answer["verdict"])
     settings = answer["settings"]
     assert settings["intra_op_threads"] * settings["instances"] <= 2
-    assert settings["batch_limit"] in {entry["batch"] for entry in answer["batches"]}
+    tried = {entry["batch"] for entry in answer["batches"]}
+    assert settings["batch_limit"] in tried or (answer["verdict"] == "inconclusive" and not tried), (
+        "a loud host may leave no time for batches"
+    )
     assert answer["table"] or answer["notes"]
     assert all(entry["waiting_ratio"] >= 0 and entry["cores_burnt"] > 0 for entry in answer["table"])
     if answer["verdict"] == "tuned" and answer["gain"]:

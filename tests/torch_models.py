@@ -111,6 +111,79 @@ def depthwise():
     )
 
 
+def grouped():
+    """Channels in four groups: 64 of them, then 16 that become 32, so that groups differ in width on both sides."""
+    return nn.Sequential(
+        nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(64, 16, 1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, groups=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    )
+
+
+def finely_grouped():
+    return nn.Sequential(
+        nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1, groups=16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
+    )
+
+
+class Last(nn.Module):
+    def forward(self, given):
+        return given[0][:, -1]
+
+
+def recurrent(kind):
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), kind(16, 16, batch_first=True), Last(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def lstm():
+    return recurrent(nn.LSTM)
+
+
+def gru():
+    return recurrent(nn.GRU)
+
+
+def convolutions(first, second, *between):
+    return nn.Sequential(first, *between, second, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(second.out_channels, 4))
+
+
+def transposed():
+    return convolutions(nn.ConvTranspose2d(1, 32, 3), nn.ConvTranspose2d(32, 16, 3), nn.ReLU())
+
+
+def transposed_square():
+    return convolutions(nn.Conv2d(1, 32, 3), nn.ConvTranspose2d(32, 32, 3), nn.ReLU())
+
+
+def sigmoid():
+    return convolutions(nn.Conv2d(1, 32, 3), nn.Conv2d(32, 16, 1), nn.BatchNorm2d(32), nn.Sigmoid())
+
+
+def partly_grouped():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3, groups=4), nn.ReLU(), nn.Conv2d(32, 24, 1), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4),
+    )
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(16, 64), nn.BatchNorm1d(64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.second(input=torch.relu(self.norm(input=self.first(input=x))))
+
+
+def by_keyword():
+    return ByKeyword()
+
+
+def frozen():
+    """Weights that no training is to change, as a published backbone's come."""
+    return mlp().requires_grad_(False)
+
+
 def unbind():
     return Encoder("unbind")
 
@@ -139,7 +212,8 @@ def bare_linear():
     return nn.Sequential(nn.Linear(16, 4))
 '''
 SHAPES: dict[str, tuple[int, ...]] = {
-    "cnn": (1, 8, 8), "small": (1, 8, 8), "depthwise": (1, 8, 8), "mlp": (16,), "bare_linear": (16,),
+    "cnn": (1, 8, 8), "small": (1, 8, 8), "depthwise": (1, 8, 8), "grouped": (1, 8, 8), "transposed": (1, 8, 8), "transposed_square": (1, 8, 8), "sigmoid": (1, 8, 8), "lstm": (5, 8), "gru": (5, 8),
+    "frozen": (16,), "by_keyword": (16,), "partly_grouped": (1, 8, 8), "finely_grouped": (1, 8, 8), "mlp": (16,), "bare_linear": (16,),
     "unbind": (5, 32), "index": (5, 32), "sdpa": (5, 32),
     "transformer": (5, 32), "shallow": (5, 32),
 }  # fmt: skip
@@ -168,6 +242,8 @@ def artifact(folder: Path, name: str, seed: int = 0, steps: int = 60) -> Artifac
     optimizer = torch.optim.AdamW(module.parameters(), 5e-3)
     for _ in range(steps):
         loss = torch.nn.functional.cross_entropy(module(inputs), labels)
+        if not loss.requires_grad:
+            break
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
