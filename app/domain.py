@@ -148,6 +148,8 @@ class ModelView:
     recent_kills: int = 0
     rung: str = ""
     failed: tuple[tuple[str, str], ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
+    """Bytes of each loaded version's runner."""
 
 
 class VersionState(StrEnum):
@@ -287,7 +289,9 @@ class ModelState:
     rungs: tuple[str, ...] = ()
     """Proven versions that the data plane may step down to by itself when load threatens the objective, the best first."""
     left: tuple[str, ...] = ()
-    """Versions that were left for faults since golden was deployed: the loop does not go back to them by itself."""
+    """Versions that were left for faults, or failed their canary, since golden was deployed: the loop does not take them by itself."""
+    changed: str = ""
+    """What the newest generation changed: "version" or "settings"; "" where nothing was changed yet, or an older release noted it."""
     last_event: int = 0
     stamp: tuple[int, int] = (0, 0)
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 class HoneError(Exception):
     """Base of every error that a caller may see: its text names the value, the rule and the remedy."""
 
+    version = ""
+    """Of the model: whose failure it is, where a version had the request already."""
+
 
 class InvalidRequest(HoneError):
     """The request itself is wrong: malformed body, wrong name, datatype, shape or size."""

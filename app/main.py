@@ -12,7 +12,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ class Parts:
     admin: Admin
     exporter: Exporter
     lame_duck: LameDuck
+    remember: Callable[[], Coroutine[Any, Any, None]]
 
 
 def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) -> Parts:
@@ -131,7 +132,9 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     )  # fmt: skip
     vitals = Vitals(service, loader, window, cores)
     rollout = Rollout(journal, window, vitals)
-    keeper = JobKeeper(journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, loader.replica)
+    keeper = JobKeeper(
+        journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, vitals, loader.replica
+    )
     loop = Loop(
         vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads
     )  # fmt: skip
@@ -151,12 +154,15 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
             return False, told(fleet.repository_error) or "the server is starting: its models are being loaded"
         return True, fleet.store_error and f"the journal is away, change pauses: {told(fleet.store_error)}"
 
-    protocol = Protocol2(service, metrics, operations, guard, ready, settings.metrics, settings.allow_file_parameters)
+    protocol = Protocol2(
+        service, metrics, operations, guard, ready, settings.metrics, settings.allow_file_parameters, settings.max_body_bytes
+    )
     exporter = Exporter(metrics, service.loaded_keys)
     recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
     poller = Poller(service, metrics)
     return Parts(
-        settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck
+        settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck,
+        lambda: vitals.remember(journal),
     )  # fmt: skip
 
 
@@ -172,6 +178,7 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
             asyncio.create_task(parts.poller.run(), name="poller"),
             asyncio.create_task(parts.loop.run(), name="loop"),
             asyncio.create_task(parts.ladder.run(), name="ladder"),
+            asyncio.create_task(parts.remember(), name="past-deaths"),
         ]
         for task in tasks:
             task.add_done_callback(_report_death)

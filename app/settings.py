@@ -46,7 +46,9 @@ class Settings:
     body_budget_bytes: int = setting(4 << 30, "all request bodies in memory together; more wait")
     max_header_bytes: int = setting(32 << 10, "largest header block of a request")
     header_timeout_s: float = setting(30.0, "a request whose headers take longer is closed")
-    body_timeout_s: float = setting(300.0, "a request whose body takes longer is closed")
+    body_timeout_s: float = setting(
+        300.0, "a request whose body takes longer is closed; one over 64 KiB too where less than 16 KiB of it come in 10 s"
+    )
     request_timeout_s: float = setting(60.0, "deadline of a request that names none; 0: none")
     lame_duck_s: float = setting(0.0, "after SIGTERM: not ready, but accepting for this long, while balancers notice")
     grace_s: float = setting(25.0, "after the lame duck: time to answer what is in flight")

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from app.cli import main
-from app.domain import Event
+from app.domain import Event, State
+from app.store import last_state
+from app.store.merge import behind
 from app.store.open import open_journal
 from tests.models import scaled
 from tests.odd_models import json_input
@@ -62,6 +64,23 @@ def test_a_server_comes_back_on_another_machine_from_one_file(tmp_path: Path, ca
         assert answer(running) == [3.0, 6.0, 9.0, 12.0]
         assert running.admin("GET", "/admin/models/m")["settings"]["queue_limit"] == 77
         assert running.admin("GET", "/admin/status")["frozen"] is True
+
+
+def test_what_a_server_remembers_of_an_emptied_store_does_not_undo_a_restore(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store was lost twice since the backup: what lies in last-state.json is of a later epoch than the backup's."""
+    file, folders = str(tmp_path / "hone.tar"), ["--state", str(tmp_path / "state"), "--repository", str(tmp_path / "models")]
+    journal(tmp_path)
+    assert hone("backup", file, *folders, capsys=capsys)[0] == 0
+    remembered = State(seq=40, epoch=3)
+    last_state.save(tmp_path / "state" / "last-state.json", remembered)
+    for path in (tmp_path / "state").glob("journal.db*"):
+        path.unlink()
+    assert hone("restore", file, *folders, capsys=capsys)[0] == 0
+    store = open_journal(str(tmp_path / "state" / "journal.db"))
+    after = store.state()
+    store.close()
+    assert after.epoch == 4 and not behind(after, remembered)
+    assert last_state.load(tmp_path / "state" / "last-state.json") == after
 
 
 def test_what_differs_is_named_and_left_unless_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

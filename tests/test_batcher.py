@@ -127,6 +127,22 @@ def test_a_batch_is_filled_up_from_lower_levels(loop: asyncio.AbstractEventLoop)
     assert queue.take(8) == [high, low]
 
 
+def test_a_level_goes_with_the_last_of_its_work(loop: asyncio.AbstractEventLoop) -> None:
+    """Callers choose priorities: ever new ones must not make the next batch ever slower while the queue is never empty."""
+    queue = Queue()
+    waits = work(loop, priority=5000, x=floats(1, 3))
+    queue.push(waits)
+    for priority in range(1, 1001):
+        piece = work(loop, priority=priority, x=floats(1, 3))
+        queue.push(piece)
+        if priority % 2:
+            assert queue.take(1) == [piece]
+        else:
+            queue.drop(piece)
+        assert len(queue._order) == len(queue._levels) == 1
+    assert list(queue) == [waits] and queue.take(1) == [waits] and not queue._order
+
+
 def test_dropped_work_is_never_taken_and_not_counted(loop: asyncio.AbstractEventLoop) -> None:
     queue = Queue()
     pieces = [work(loop, x=floats(1, 3)) for _ in range(500)]

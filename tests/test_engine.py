@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from app.domain import InferenceRequest, RuntimeSettings
 from app.errors import (
@@ -104,6 +105,15 @@ async def test_a_row_that_the_model_refuses_does_not_fail_its_batch_mates(start:
     assert [type(answer) for answer in answers[1::2]] == [ModelFailed, ModelFailed]
     assert [values(answer).tolist() for answer in answers[::2] if not isinstance(answer, BaseException)] == [[10], [30], [50]]
     assert is_idle(engine)
+
+
+async def test_no_memory_left_is_not_the_request_s_fault(start: Start, tmp_path: Path) -> None:
+    nodes = [helper.make_node("ConstantOfShape", ["n"], ["big"]), helper.make_node("ReduceSum", ["big"], ["y"], keepdims=1)]
+    path = models.save(tmp_path / "m.onnx", nodes, [models.value("n", "INT64", [1])], [models.value("y", "FP32", [1])])
+    engine = await start(path, signature=models.signature_of(path, batchable=False), spec={"memory_limit_bytes": 512 << 20})
+    with pytest.raises(NotReady, match="no memory left"):
+        await engine.infer(request(n=np.array([8 << 30])))
+    assert values(await engine.infer(request(n=np.array([10]))))[0] == 0 and not engine.deaths
 
 
 async def test_settings_change_on_the_live_runner(start: Start, tmp_path: Path) -> None:
@@ -544,6 +554,23 @@ async def test_memory_is_level_over_many_shapes_and_comes_back_afterwards(start:
         await engine.infer(request(x=np.zeros((1, 3, 32, 32), np.float32)))
     runner.trim()
     await until(lambda: (procfs.private_bytes(engine.pid) or 0) < settled + (24 << 20))
+
+
+async def test_a_runner_at_rest_gives_back_what_only_batches_need(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.serving import procfs
+
+    engine = await start(models.resnetish_cnn(tmp_path / "m.onnx", size=64), batch_limit=64)
+
+    def held() -> int:
+        return procfs.private_bytes(engine.pid) or 0
+
+    image = np.zeros((1, 3, 64, 64), np.float32)
+    warm = held()
+    monkeypatch.setattr("app.serving.engine._REST_S", 0.2)
+    await engine.infer(request(x=image))
+    await until(lambda: held() < warm - (16 << 20))
+    results = await asyncio.gather(*(engine.infer(request(x=image)) for _ in range(64)))
+    assert len(results) == 64 and not engine.deaths, "batches are answered as before"
 
 
 async def test_a_runner_that_outgrows_its_bound_makes_way_without_a_failed_request(start: Start, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,6 +171,7 @@ def refusal(client: socket.socket, status: int) -> str:
     got, headers, body = answer(client)
     assert got == status, body
     assert headers["content-type"] == "application/json" and headers["connection"] == "close"
+    assert headers["x-request-id"]
     document = json.loads(body)
     assert list(document) == ["error"]
     text: str = document["error"]
@@ -346,6 +348,13 @@ def test_malformed_http_gets_a_json_error(served: Running, junk: bytes) -> None:
         assert closed(client)
 
 
+def test_a_refusal_carries_the_id_that_came(served: Running) -> None:
+    with served.connect() as client:
+        client.sendall(b"POST / HTTP/1.1\r\nX-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n")
+        status, headers, _ = answer(client)
+        assert (status, headers["x-request-id"]) == (400, "mine")
+
+
 def test_a_malformed_chunk_ends_the_request_that_it_belongs_to(served: Running) -> None:
     with served.connect() as client:
         client.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
@@ -383,6 +392,16 @@ def test_whatever_is_sent_the_server_stays_whole(served: Running, parts: list[by
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_body_that_hardly_comes_is_ended_and_a_small_one_may_take_its_time() -> None:
+    """What is announced is kept free in memory: a few idle connections must not keep all others out."""
+    with serving(replace(LIMITS, body_timeout_s=60.0, stall_s=0.4)) as served, served.connect() as large, served.connect() as small:
+        for client, size in ((large, 70_000), (small, 60_000)):
+            client.sendall(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(100))
+        assert "16384 bytes in 0.4 seconds" in refusal(large, 408)
+        small.sendall(bytes(59_900))
+        assert answer(small)[0] == 200
 
 
 def test_slow_headers_are_refused(served: Running) -> None:

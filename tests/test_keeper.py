@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from app.control.keeper import KEPT_PROVEN, unneeded
-from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Verdict
+from app.control.endings import KEPT_PROVEN, unneeded
+from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Split, Verdict
 
 HERE = "x86_64-test"
 
@@ -45,6 +45,11 @@ def test_of_what_waits_for_a_person_the_newest_stay() -> None:
     versions = [built(number, Verdict.INCONCLUSIVE) for number in range(1, KEPT_PROVEN + 3)]
     jobs = [job(id=v.version, outcome="inconclusive", candidate=v.version, finished_at=float(at)) for at, v in enumerate(versions)]
     assert unneeded(model(*versions), jobs[::-1], HERE) == ["1.1", "1.2"]
+
+
+def test_what_may_answer_under_load_and_what_is_on_trial_or_watched_stays() -> None:
+    state = model(*(built(number) for number in range(1, KEPT_PROVEN + 4)))
+    assert unneeded(replace(state, rungs=("1.1",), split=Split("1.3", 0.05, "watch")), [job()], HERE) == ["1.2"]
 
 
 def test_versions_of_an_earlier_golden_go() -> None:

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from starlette.requests import Request
 
 from app.api.bodies import SHARED_BYTES, Body, BodyBudget, BodyReader, Grant, Message, Pacer, parse_content_length
 from app.api.helpers import HelperPool
+from app.api.labels import _body as feedback_body
 from app.api.memfd import Memfd
 from app.api.offload import Offload, Place, parse_place
+from app.api.oip import small_json
 from app.api.parcels import encode_parcel, open_parcel, pack_parcel
 from app.api.wire import ParsedRequest, encode_response, parse_infer
 from app.domain import InferenceRequest, InferenceResult, Tensor
@@ -152,6 +155,16 @@ def test_a_client_that_leaves_is_cancelled_and_leaves_nothing(announced: int | N
     assert open_files() == before
 
 
+@pytest.mark.parametrize("read", [small_json, feedback_body])
+def test_who_leaves_a_quiet_endpoint_is_cancelled_too(read: Callable[[Request], Awaitable[object]]) -> None:
+    async def main() -> None:
+        begun: Message = {"type": "http.request", "body": b"{", "more_body": True}
+        with pytest.raises(Cancelled):
+            await read(Request({"type": "http"}, sender(begun)))
+
+    run(main())
+
+
 async def _never_last(receive: Callable[[], Awaitable[Message]]) -> Message:
     return {**await receive(), "more_body": True}
 
@@ -268,6 +281,7 @@ def test_large_bodies_take_turns_in_order() -> None:
         (b'{"datatype":"FP32"}', 5 * MB, 19, Place.HERE),
         (b'{"datatype":"BYTES"}', 100_000, 20, Place.THREAD),
         (b'{"datatype":"BOOL"}', 5 * MB, 19, Place.HELPER),
+        (rb'{"datatype":"\u0042YTES"}', 100_000, 25, Place.THREAD),
         (b"", 5 * MB, 0, Place.THREAD),
         (b"{}", 5 * MB, 2 * MB, Place.HELPER),
         (b"{}", 100_000, 10**9, Place.THREAD),
@@ -294,6 +308,23 @@ def test_a_body_reads_the_same_everywhere(count: int, in_memfd: bool) -> None:
     before = open_files()
     run(main())
     assert open_files() <= before  # the fork server's own
+
+
+@pytest.mark.parametrize("count", [40_000, 600_000])
+def test_what_json_became_counts_against_the_budget_too(count: int) -> None:
+    """Two bytes of text become eight: a budget that counts the text alone holds a fifth of what is in memory."""
+    text = b'{"inputs":[{"name":"x","datatype":"FP64","shape":[%d],"data":[1%s]}]}' % (count, b",1" * (count - 1))
+
+    async def main() -> None:
+        async with offload(budget_bytes=8 * count + 1000) as work:
+            with Body(text) as body:
+                await work.parse(body, None)
+                assert work.budget.used_bytes == 8 * count
+                with Body(text) as another, pytest.raises(NotReady, match="budget"):
+                    await work.parse(another, None)
+            assert work.budget.used_bytes == 0
+
+    run(main())
 
 
 def test_errors_come_back_from_a_helper_as_they_are() -> None:

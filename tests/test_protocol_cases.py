@@ -287,3 +287,10 @@ def test_all_models_come_back_after_a_restart_as_they_were(running: Running) -> 
     running.restart().ready(*GOOD)
     states = {model["name"]: (model["state"], model["failed"]) for model in running.admin("GET", "/admin/models")["models"]}
     assert {name: states[name] for name in GOOD} == dict.fromkeys(GOOD, ("ready", {}))
+
+
+def test_statistics_of_a_version_that_is_not_there(running: Running) -> None:
+    model = running.admin("GET", "/admin/models")["models"][0]["name"]
+    answer = running.call("GET", f"/v2/models/{model}/versions/99/stats")
+    assert answer.status_code == 404 and "has no version '99'" in answer.json()["error"]
+    assert running.call("GET", f"/v2/models/{model}/versions/1/stats").status_code == 200

@@ -21,11 +21,22 @@ from app.catalog import durable
 from app.catalog.model_config import Capture, SampleSources
 from app.catalog.model_files import links_within
 from app.catalog.processing import Processor
-from app.catalog.reservoir import FILL_INTERVAL_S, MAX_SAMPLE_BYTES, Kept, Reservoir, load_captured, victim
+from app.catalog.reservoir import (
+    FILL_INTERVAL_S,
+    MAX_SAMPLE_BYTES,
+    MOST_FOLLOWED_BYTES,
+    Kept,
+    Reservoir,
+    by_form,
+    captured_before,
+    load_captured,
+    victim,
+)
+from app.catalog.sample_file import MOST_TEXTS, one_row
 from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import References, Spent, assemble, reference_inputs, synthetic
 from app.catalog.sections import ImagePreprocess, Postprocess, Preprocess
-from app.catalog.tensors import bytes_tensor, to_tensor
+from app.catalog.tensors import bytes_tensor, elements, to_tensor
 from app.domain import Signature, Tensor, TensorSpec
 from app.errors import Conflict, InsufficientStorage, ModelRejected, NotAllowed, NotFound
 from optimizers.samples import Samples, write_npz
@@ -155,12 +166,63 @@ def test_text_and_half_precision_come_back_as_values(tmp_path: Path) -> None:
     assert found.inputs["h"].tolist() == [1.5] and found.inputs["n"].dtype == np.int64
 
 
+@pytest.mark.parametrize(("rows", "taken"), [(MOST_TEXTS // 2, True), (MOST_TEXTS // 2 + 1, False)])
+def test_a_row_of_very_many_texts_is_not_looked_for(rows: int, taken: bool) -> None:
+    signature = Signature((TensorSpec("t", "BYTES", (-1, 2)),), (TensorSpec("y", "FP32", (-1,)),), True)
+    texts = bytes_tensor("t", (rows, 2), [str(number // 2).encode() for number in range(2 * rows)])
+    found = one_row([texts], [to_tensor("y", "FP32", np.zeros(rows, "f4"))], signature)
+    assert (found is not None) == taken
+    if found is not None:
+        first, second = elements(found[0][0])
+        assert first == second and 0 <= int(first) < rows
+
+
 def test_a_call_that_cannot_be_cut_or_is_too_large_is_left(tmp_path: Path) -> None:
     reservoir = opened(tmp_path / "captured")
     inputs, outputs = call(1, rows=2)
     assert not reservoir.offer(inputs, call(1, rows=3)[1]) and not reservoir.pending
     big = opened(tmp_path / "big", signature=replace(CALLS, inputs=(TensorSpec("x", "UINT8", (-1,)),)))
     assert not big.offer([Tensor("x", "UINT8", (MAX_SAMPLE_BYTES + 1,), bytes(MAX_SAMPLE_BYTES + 1))], outputs) and not big.pending
+
+
+def test_who_follows_sees_each_of_the_next_requests_whatever_is_stored(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured")
+    take(reservoir, *call(1))
+    reservoir._opens_at = time.monotonic() + 3600
+    complete: list[bool] = []
+    seen = reservoir.follow(3, lambda: complete.append(True))
+    assert seen == [] == complete
+    for value in range(10, 15):
+        assert not reservoir.offer(*call(value))
+    assert complete == [True] and not reservoir.pending and len(reservoir) == 1
+    (together,) = by_form(seen)
+    assert together.inputs["x"][:, 0].tolist() == [10, 11, 12] and together.stacked
+    off = opened(tmp_path / "off", Capture(mode="off"))
+    assert off.follow(3, lambda: complete.append(True)) == [] and len(complete) == 2 and not off.offer(*call(1))
+
+
+def test_who_follows_large_requests_sees_fewer(tmp_path: Path) -> None:
+    reservoir = opened(tmp_path / "captured", signature=replace(CALLS, inputs=(TensorSpec("x", "UINT8", (-1,)),)))
+    large = [Tensor("x", "UINT8", (MAX_SAMPLE_BYTES,), bytes(MAX_SAMPLE_BYTES))]
+    complete: list[bool] = []
+    seen = reservoir.follow(24, lambda: complete.append(True))
+    for _ in range(24):
+        reservoir.offer(large, call(1)[1])
+    assert len(seen) == MOST_FOLLOWED_BYTES // MAX_SAMPLE_BYTES and complete == [True]
+
+
+def test_earlier_samples_are_told_from_later_ones_and_kept_apart_by_form(tmp_path: Path) -> None:
+    free = Signature((TensorSpec("x", "FP32", (-1, -1)),), (TensorSpec("y", "FP32", (-1, 3)),), True)
+    reservoir = opened(tmp_path / "captured", signature=free)
+    for width in (4, 4, 6, 4, 6):
+        reservoir._opens_at = 0.0
+        take(reservoir, [to_tensor("x", "FP32", np.ones((1, width), "f4"))], call(1)[1])
+        time.sleep(0.002)
+    moments = [kept.at for kept in reservoir._kept]
+    before = captured_before(tmp_path / "captured", moments[4] - 0.0005, 24)
+    assert sorted((len(each), each.inputs["x"].shape[1]) for each in before) == [(1, 6), (3, 4)]
+    assert sum(map(len, captured_before(tmp_path / "captured", moments[4] + 1, 2))) == 2
+    assert captured_before(tmp_path / "captured", moments[0] - 1, 24) == captured_before(tmp_path / "none", time.time(), 24) == []
 
 
 def test_captured_inputs_are_for_the_owner_only(tmp_path: Path) -> None:
@@ -426,6 +488,14 @@ def rows_of(part: Samples | None) -> set[str]:
     return set(part.hashes()) if part is not None else set()
 
 
+def captured_some(folder: Path, count: int) -> None:
+    """A reservoir with `count` calls in it."""
+    reservoir = opened(folder / "captured")
+    for value in range(count):
+        reservoir._opens_at = 0.0
+        take(reservoir, *call(value))
+
+
 @pytest.mark.parametrize(
     "named", [(), ("reference",), ("validation",), ("train",), ("calibration",), ("reference", "validation", "train", "calibration")]
 )
@@ -438,10 +508,7 @@ def test_what_calibrates_or_trains_never_judges(tmp_path: Path, named: tuple[str
         both = Samples({"x": np.concatenate([mine.inputs["x"], shared.inputs["x"]])}, np.concatenate([mine.labels, shared.labels]))
         both.save(tmp_path / "m" / f"{name}.npz")
     sources = SampleSources(**{name: f"{name}.npz" for name in named})
-    reservoir = opened(tmp_path / "captured")
-    for value in range(captured):
-        reservoir._opens_at = 0.0
-        take(reservoir, *call(value))
+    captured_some(tmp_path, captured)
     inputs = reference_inputs(sources, read)
     reference = References(tmp_path / "reference").freeze(inputs, {"y": np.zeros((len(inputs), 1))}, "g", "h")
     kept = Spent(tmp_path / "state" / "spent")
@@ -481,14 +548,24 @@ def test_recent_inputs_calibrate_beside_named_ones_and_then_never_judge(tmp_path
     read = reader(tmp_path)
     samples(60, seed=1).save(tmp_path / "m" / "calibration.npz")
     sources = SampleSources(calibration="calibration.npz")
-    reservoir = opened(tmp_path / "captured")
-    for value in range(80):
-        reservoir._opens_at = 0.0
-        take(reservoir, *call(value))
+    captured_some(tmp_path, 80)
     plain, recent = assemble(sources, read, None, most_train=9), assemble(sources, read, None, most_train=9, recent=True)
     assert len(plain.calibration) == 60 and plain.live is not None and len(plain.live) == 80
     assert recent.live is not None and len(recent.calibration) == 60 + 80 - len(recent.live) and 20 < len(recent.live) < 60
     assert not rows_of(recent.live) & rows_of(recent.calibration) and "captured inputs" in recent.notes[0]
+
+
+def test_what_learns_from_captured_inputs_takes_half_of_them_and_those_never_judge(tmp_path: Path) -> None:
+    read = reader(tmp_path)
+    samples(60, seed=1).save(tmp_path / "m" / "calibration.npz")
+    sources = SampleSources(calibration="calibration.npz")
+    captured_some(tmp_path, 80)
+    kept = Spent(tmp_path / "state" / "spent")
+    learning = assemble(sources, read, None, most_train=9, spent=kept, trains=True)
+    assert learning.train is not None and learning.live is not None and not rows_of(learning.train) & rows_of(learning.live)
+    kept.add(learning)
+    judging = assemble(sources, read, None, spent=kept)
+    assert judging.train is None and rows_of(judging.live) == rows_of(learning.live), "what learned is out, whoever judges"
 
 
 def test_validation_without_labels_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.serving.backoff import Backoff
 from tests.models import scaled
 from tests.running_server import Running, server
 
@@ -123,9 +124,30 @@ def test_a_kill_in_the_midst_of_swaps_is_repaired(running: Running, victim: str)
         thread.join()
     model = running.until(lambda: (m := running.admin("GET", "/admin/models/m")) and m["active"] == m["desired"] and m)
     answer = running.call("GET", "/v2/models/m").json()
-    assert answer["properties"]["version"] == model["desired"]
+    assert answer["properties"]["version"] == model["desired"], running.admin("GET", "/admin/timeline?limit=12")
     pids = [pid for pid in children(running.process.pid) if b"hone" in command(pid)]
     assert len(pids) <= 8, [command(pid) for pid in pids]
+
+
+def test_a_failure_answers_only_those_who_asked_before_it() -> None:
+    """Who promotes a version waits for what becomes of *this* promotion: a load for an earlier one may fail in the meantime."""
+    backoff = Backoff()
+    assert not backoff.failed_for("1", 3)
+    assert backoff.failed("1", "hash", 3) == 1
+    assert backoff.failed_for("1", 3) and not backoff.failed_for("1", 4)
+    assert backoff.failed("1", "hash", 4) == 2 and backoff.failed_for("1", 4)
+
+
+def test_a_load_waits_whatever_failed_before(running: Running) -> None:
+    file = running.folder / "models" / "m" / "1" / "model.onnx"
+    running.until(lambda: len(running.admin("GET", "/admin/models/m")["loaded"]) == 1)
+    file.write_bytes(b"this is no model")
+    running.admin("POST", "/admin/models/m/promote", 409, json={"version": "1"})
+    running.admin("POST", "/admin/models/m/rollback", 200)
+    assert "1" in running.admin("GET", "/admin/models/m")["failed"]
+    for call in ("unload", "load"):
+        running.admin("POST", f"/v2/repository/models/m/{call}", 200)
+    assert running.admin("GET", "/admin/models/m")["active"] == "2"
 
 
 def test_the_desired_version_survives_a_restart(running: Running) -> None:

@@ -97,6 +97,34 @@ def test_under_load_a_quicker_version_answers_and_goes_again_when_the_load_does(
     running.until(lambda: running.admin("GET", "/admin/models/m")["stepped_down_to"] == "", 60)
 
 
+def test_a_queue_that_is_longer_than_is_promised_is_a_step_down_though_it_is_not_full(running: Running) -> None:
+    config = running.folder / "models" / "m" / "model.yaml"
+    config.write_text(config.read_text() + "objective: {p95_ms: 40}\n")
+    running.until(lambda: running.admin("GET", "/admin/models/m")["objective"].get("p95_ms") == 40, 20)
+    running.admin("PATCH", "/admin/models/m/settings", 200, json={"queue_limit": 500})
+    running.admin("PUT", "/admin/models/m/ladder", 200, json={"rungs": ["1"]})
+    running.until(lambda: "1" in [one["version"] for one in running.admin("GET", "/admin/models/m")["loaded"]], 20)
+    stop = threading.Event()
+
+    def call() -> None:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            while not stop.is_set():
+                ask(client)  # version 1 has its short queue, and refuses
+
+    callers = [threading.Thread(target=call) for _ in range(40)]
+    for caller in callers:
+        caller.start()
+    try:
+        running.until(lambda: running.admin("GET", "/admin/models/m")["stepped_down_to"] == "1", 20)
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    step = next(e for e in running.admin("GET", "/admin/timeline?model=m&limit=100")["events"] if e["kind"] == "ladder.stepped")
+    assert "what waits takes" in step["data"]["summary"] and "40 are promised" in step["data"]["summary"]
+    running.until(lambda: running.admin("GET", "/admin/models/m")["stepped_down_to"] == "", 60)
+
+
 def test_the_ladder_is_the_loops_in_auto_mode_and_a_persons_in_others(running: Running) -> None:
     running.admin("PUT", "/admin/models/m/mode", 200, json={"mode": "auto"})
     running.until(lambda: running.admin("GET", "/admin/models/m")["mode"] == "auto", 20)

@@ -1,10 +1,20 @@
-"""The live runner beside a fresh one: when a probe has seen enough."""
+"""The live runner beside a fresh one: when a probe has seen enough; and what is known of those that died before."""
 
 from __future__ import annotations
 
-import numpy as np
+import asyncio
+from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any
 
-from app.serving.vitals import Round, _probe_of, _undecided
+import numpy as np
+import pytest
+
+from app.domain import Event, RuntimeSettings
+from app.serving.past_deaths import PastDeath, past_deaths
+from app.serving.vitals import DEATHS_S, Round, Vitals, _probe_of, _undecided
+from app.store.open import open_journal
 
 LIMITS = (1.15, 1.3)
 
@@ -26,3 +36,34 @@ def test_a_probe_goes_on_only_while_a_ratio_seems_to_be_above_its_limit_and_is_n
 def test_more_rounds_narrow_what_is_known_of_a_ratio() -> None:
     few, many = _probe_of(rounds(3.0, 0.8, 8)), _probe_of(rounds(3.0, 0.8, 30))
     assert few.wall[1] < many.wall[1] < 3.0 < many.wall[2] < few.wall[2] and few.cpu == (1.0, 1.0, 1.0)
+
+
+def test_deaths_of_an_earlier_life_count_until_another_version_was_wanted() -> None:
+    def died(at: float, version: str = "1.1", reason: str = "a segmentation fault") -> Event:
+        return Event("runner.died", "m", version, data={"reason": reason}, at=at)
+
+    story = [
+        died(600.0), died(750.0), Event("desired.changed", "other", "1", data={"version": "1"}, at=800.0), died(900.0, "1", "killed from outside (SIGKILL)"), died(960.0), died(1001.0),
+    ]  # fmt: skip
+    found = past_deaths(story[::-1], 1002.0, 300.0, before=1000.0)
+    assert found == {("m", "1.1"): [PastDeath(42.0, False), PastDeath(252.0, False)], ("m", "1"): [PastDeath(102.0, True)]}
+    anew = [*story[:4], Event("desired.changed", "m", "1.1", data={"version": "1.1"}, at=950.0), *story[4:]]
+    assert found != past_deaths(anew[::-1], 1002.0, 300.0, 1000.0) == {("m", "1.1"): [PastDeath(42.0, False)]}
+
+
+def test_a_server_remembers_them_and_forgets_them_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = open_journal(str(tmp_path / "journal.db"))
+    for _ in range(3):
+        journal.append(Event("runner.died", "m", "1.1", data={"reason": "a segmentation fault"}))
+    parts: Any = None
+    vitals = Vitals(parts, parts, parts, 2)
+    asyncio.run(vitals.remember(journal))
+    journal.close()
+    engine = SimpleNamespace(deaths=[])
+    active = SimpleNamespace(version="1.1", generation=1, settings=RuntimeSettings(), memory_bytes=0, engine=engine)
+    slot: Any = SimpleNamespace(name="m", active=active, ready=True, versions={"1.1": active}, rung=None, failed={})
+    seen = vitals._view(slot)
+    assert seen is not None and (seen.recent_deaths, seen.recent_kills) == (3, 0)
+    monkeypatch.setattr("app.serving.vitals.monotonic", lambda: monotonic() + DEATHS_S)
+    later = vitals._view(slot)
+    assert later is not None and later.recent_deaths == 0

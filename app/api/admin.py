@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Final, Literal, Protocol
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.api.auth import Guard, Role
 from app.domain import JSON, Mode
 from app.errors import InvalidRequest
+from app.store.base import StoreUnavailable
 
 
 class Asked(BaseModel):
@@ -22,6 +24,7 @@ class Asked(BaseModel):
 
 
 FOLLOWED_AT_ONCE: Final = 1000
+AWAY_S: Final = 2.0
 Step = str | dict[str, Any]
 
 
@@ -86,6 +89,7 @@ class Operations(Protocol):
     async def clear_capture(self, name: str, actor: str) -> JSON: ...
     async def freeze(self, frozen: bool, actor: str) -> JSON: ...
     async def explain(self, name: str) -> JSON: ...
+    async def curves(self, name: str, version: str) -> str: ...
     def jobs(self, model: str, open_only: bool) -> list[JSON]: ...
     def job(self, identity: str) -> JSON: ...
     async def cancel(self, identity: str, actor: str) -> JSON: ...
@@ -115,7 +119,7 @@ class Admin:
             ("GET", "/status", self.status), ("GET", "/models", self.models), ("POST", "/models", self.upload),
             ("GET", "/models/{name}", self.model), ("DELETE", "/models/{name}", self.remove_model),
             ("GET", "/models/{name}/explain", self.explain), ("GET", "/models/{name}/versions", self.versions), ("DELETE", "/models/{name}/versions/{version}", self.remove_version),
-            ("POST", "/models/{name}/versions/{version}/load", self.load_version),
+            ("POST", "/models/{name}/versions/{version}/load", self.load_version), ("GET", "/models/{name}/versions/{version}/curves", self.curves),
             ("POST", "/models/{name}/optimize", self.optimize), ("POST", "/models/{name}/promote", self.promote),
             ("POST", "/models/{name}/rollback", self.rollback), ("POST", "/models/{name}/verify", self.verify),
             ("PATCH", "/models/{name}/settings", self.settings), ("PUT", "/models/{name}/mode", self.mode),
@@ -146,6 +150,10 @@ class Admin:
     async def explain(self, request: Request, name: str) -> Response:
         role = self._guard.may_read(request)
         return self._show(role, await self._do.explain(name))
+
+    async def curves(self, request: Request, name: str, version: str) -> Response:
+        self._guard.may_read(request)
+        return Response(await self._do.curves(name, version), media_type="image/svg+xml")
 
     async def upload(self, request: Request) -> Response:
         return answer(await self._do.upload(request, self._guard.may_change(request)), 201)
@@ -222,6 +230,8 @@ class Admin:
     ) -> Response:  # fmt: skip
         """The newest `limit` events, oldest first; with `after` those that follow it; with `follow` server-sent events until you leave."""
         role = self._guard.may_read(request)
+        if (seen := request.headers.get("last-event-id", "")).isdecimal() and len(seen) < 19:  # a browser takes a broken stream up again
+            after = max(after, int(seen))
         if not follow:
             events = await self._do.timeline(model, after, limit, newest_first=not after)
             return self._show(role, {"events": events if after else events[::-1]})
@@ -230,7 +240,13 @@ class Admin:
     async def _follow(self, model: str, after: int, role: Role) -> AsyncIterator[bytes]:
         looked_at: int | None = after
         while looked_at is not None:
-            events = await self._do.timeline(model, after, FOLLOWED_AT_ONCE, newest_first=False)
+            try:
+                events = await self._do.timeline(model, after, FOLLOWED_AT_ONCE, newest_first=False)
+            except StoreUnavailable:
+                yield b": the journal is away\n\n"
+                await asyncio.sleep(AWAY_S)
+                looked_at = await self._do.news(looked_at, 0.0)
+                continue
             for event in events:
                 after = event["seq"]
                 data = orjson.dumps(event)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
+
+from starlette.requests import ClientDisconnect, Request
 
 from app.api.memfd import Memfd
 from app.domain import Buffer
@@ -169,6 +171,12 @@ class Body:
             self._grant.close()
         self.data, self.memory, self._grant, self._read_from_it = data, memory, grant, None
 
+    def count_too(self, budget: BodyBudget, count: int) -> None:
+        """Memory beside the body that is as long in use: what it was parsed into. Raises NotReady where the budget has no room."""
+        if self._grant is None:
+            self._grant = Grant(budget)
+        self._grant.grow(count)
+
     def free_too(self, read_from_it: object) -> None:
         """Something else that is as large and as long in use as this body."""
         self._read_from_it = read_from_it
@@ -239,6 +247,15 @@ class BodyReader:
         return PayloadTooLarge(
             f"the body {what} bytes; the limit is {self.limit_bytes}: send less at once, or raise the limit on the server"
         )
+
+
+async def parts_of(request: Request) -> AsyncIterator[bytes]:
+    """The body of a call that is no inference, as it comes. Raises Cancelled if the client leaves."""
+    try:
+        async for part in request.stream():
+            yield part
+    except ClientDisconnect:
+        raise Cancelled("the client left before its body was whole") from None
 
 
 def parse_content_length(value: bytes | str | None) -> int | None:

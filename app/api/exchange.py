@@ -156,7 +156,7 @@ class Sink(Protocol):
     def observe(self, observation: Observation) -> None: ...
     def refused(self, observation: Observation, error: errors.HoneError) -> None: ...
     def saw_non_finite(self, model: str, version: str) -> None: ...
-    def label(self, model: str, version: str | None) -> tuple[str, str]: ...
+    def label(self, model: str, version: str | None, error: errors.HoneError | None = None) -> tuple[str, str]: ...
 
 
 class Door:
@@ -174,7 +174,7 @@ class Door:
                 sink.saw_non_finite(exchange.model, exchange.result.version if exchange.result else "")
             seen = await exchange.answer(reply)
         except errors.HoneError as error:
-            seen = await exchange.refuse(error, *sink.label(exchange.model, exchange.version))
+            seen = await exchange.refuse(error, *sink.label(exchange.model, exchange.version, error))
             sink.refused(seen, error)
         except asyncio.CancelledError:  # the server ends, and its grace time is over
             if exchange.answering:

@@ -16,6 +16,7 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from app.api.exchange import request_id
 from app.api.http_cycle import OneWriteCycle
 from app.api.http_sweeper import Sweeper
 from app.api.http_upgrade import framing, parser_within_body
@@ -29,12 +30,18 @@ _CHUNK_OVERHEAD: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Bounds of one request as HTTP. `body_timeout_s` bounds the whole upload, and a reply that the client does not read."""
+    """Bounds of one request as HTTP. `body_timeout_s` bounds the whole upload, and a reply that the client does not read.
+
+    A body of more than `small_bytes` holds memory that others wait for: it comes at `least_bytes` in each `stall_s`, or ends.
+    """
 
     header_bytes: int = 32 << 10
     url_bytes: int = 8 << 10
     header_timeout_s: float = 30.0
     body_timeout_s: float = 300.0
+    stall_s: float = 10.0
+    least_bytes: int = 16 << 10
+    small_bytes: int = 64 << 10
 
 
 @dataclass(slots=True)
@@ -78,6 +85,8 @@ class HoneProtocol(HttpToolsProtocol):
         self._refusal: tuple[int, str] | None = None
         self._discarded = 0
         self._stuck_since = 0.0
+        self._seen = 0, 0
+        self._moved_at = 0.0
 
     # ---- bytes in ----------------------------------------------------------------------------------------------------
 
@@ -217,6 +226,7 @@ class HoneProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, text: str) -> None:
         """Answer with a JSON error and close; where an earlier request is still being answered, close after that answer instead."""
+        headers = self.headers if self._stage in (_HEAD, _BODY) else []
         self._stage = _REFUSED
         self._since = self.loop.time()
         cycle = self.cycle
@@ -233,7 +243,9 @@ class HoneProtocol(HttpToolsProtocol):
                 return
         body = orjson.dumps({"error": text})
         lines = [STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in self.server_state.default_headers)]
-        lines.append(b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body))
+        identity = request_id(dict(headers)).encode()
+        lines.append(b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n" % (len(body), identity))
+        lines.append(b"connection: close\r\n\r\n")
         self.transport.write(b"".join([*lines, body]))
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -288,8 +300,24 @@ class HoneProtocol(HttpToolsProtocol):
                 self.transport.close()
         elif stage in (_BODY, _REFUSED) and answered and open_s > LINGER_S:
             self.transport.close()
+        elif stage == _BODY and self._stalls(now):
+            rate = f"{limits.least_bytes} bytes in {limits.stall_s:g} seconds"
+            self._refuse(408, f"the body came at less than {rate}, the limit for one over {limits.small_bytes} bytes; send it faster")
         elif stage == _BODY and open_s > limits.body_timeout_s:
             self._refuse(408, f"the body took longer than {limits.body_timeout_s:g} seconds, the limit; send it faster, or less at once")
+
+    def _stalls(self, now: float) -> bool:
+        """Whether a body that holds memory hardly comes, though it is read (a client that was told to wait, or is not read, does not stall)."""
+        waits = self.flow.read_paused or self.cycle.waiting_for_100_continue
+        begun, before = self._seen
+        if waits or begun != self._begun or self._body_bytes - before >= self.limits.least_bytes:
+            self._seen, self._moved_at = (self._begun, self._body_bytes), now
+            return False
+        return now - self._moved_at > self.limits.stall_s and max(self._announced(), self._body_bytes) > self.limits.small_bytes
+
+    def _announced(self) -> int:
+        length = dict(self.headers).get(b"content-length", b"")
+        return int(length) if length.isdigit() else 0
 
     # ---- losing the client -------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Infer:
             check_reply_form(parsed, signature)
             request.request_id, request.caller = exchange.id, exchange.caller
             exchange.decoded = perf_counter()
-            exchange.result = await until_done_or_gone(exchange, service.run(loaded, request))
+            exchange.result = await until_done_or_gone(exchange, service.run(loaded, request, exchange.version is not None))
         reply = await offload.encode(exchange.result, parsed)
         accepted = headers.get(b"accept-encoding")
         coding = choose_encoding(accepted) if accepted else None

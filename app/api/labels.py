@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app.api.auth import Guard
+from app.api.bodies import parts_of
 from app.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from app.serving.service import InferenceService
 
@@ -53,7 +54,7 @@ def feedback_route(service: InferenceService, guard: Guard) -> Route:
 async def _body(request: Request) -> FeedbackBody:
     """The checked body, no larger than it may be."""
     parts, size = [], 0
-    async for part in request.stream():
+    async for part in parts_of(request):
         size += len(part)
         if size > MOST_BYTES:
             raise PayloadTooLarge(f"the body has more than {MOST_BYTES} bytes; send labels in smaller portions")

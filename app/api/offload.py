@@ -20,6 +20,7 @@ from app.api.parcels import encode_parcel, reply_parcel
 from app.api.wire import ParsedRequest, Reply, compress, decompress, encode_response, json_raw_bytes, parse_content_encoding, parse_infer
 from app.domain import Buffer, InferenceResult, Signature
 from app.errors import QueueFull
+from app.serving.shm import size_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def parse_place(data: Buffer, header_length: int | None) -> Place:
     if json_size > THREAD_BYTES or json_size == 0:
         return Place.THREAD
     head = bytes(data[:json_size])
-    if b'"BYTES"' in head or b'"BOOL"' in head:
+    if b'"BYTES"' in head or b'"BOOL"' in head or b"\\" in head:  # escaped, a datatype reads otherwise
         return Place.HELPER if size > HELPER_BYTES else Place.THREAD
     return Place.HERE
 
@@ -141,6 +142,14 @@ class Offload:
         place = parse_place(data, header_length)
         if place is Place.HERE:
             return parse_infer(data, header_length, signature, received_at)
+        parsed = await self._parse_aside(body, place, header_length, signature, received_at)
+        if header_length is None:  # JSON only: its tensors are memory of their own, and may be several times as large
+            body.count_too(self.budget, sum(size_of(tensor.data) for tensor in parsed.request.inputs))
+        return parsed
+
+    async def _parse_aside(
+        self, body: Body, place: Place, header_length: int | None, signature: Signature | None, received_at: float | None
+    ) -> ParsedRequest:
         if place is Place.HELPER:
             try:
                 parsed = await self.helpers.parse(await self._shared(body), header_length, received_at)
@@ -148,7 +157,7 @@ class Offload:
                 return parsed
             except HelperUnavailable:
                 pass
-        return await self.run_in_thread(parse_infer, data, header_length, signature, received_at)
+        return await self.run_in_thread(parse_infer, body.data, header_length, signature, received_at)
 
     async def encode(self, result: InferenceResult, parsed: ParsedRequest) -> Reply:
         """`wire.encode_response`, wherever that is best done."""

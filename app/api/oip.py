@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from starlette.routing import Route
 from app import errors
 from app.api import extensions
 from app.api.auth import Guard
+from app.api.bodies import parts_of
 from app.api.exchange import Door
 from app.serving.service import InferenceService
 from app.telemetry.metrics import Metrics
@@ -36,17 +38,21 @@ def json_response(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, media_type="application/json")
 
 
-async def small_json(request: Request) -> dict[str, Any]:
+async def small_json(request: Request, limit: int = MAX_SMALL_BODY) -> dict[str, Any]:
     """The body of a quiet endpoint as an object; empty means {}. Raises InvalidRequest or PayloadTooLarge."""
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in parts_of(request):
         body += chunk
-        if len(body) > MAX_SMALL_BODY:
-            raise errors.PayloadTooLarge(f"the body passes {MAX_SMALL_BODY} bytes, which is the most this call takes")
+        if len(body) > limit:
+            raise errors.PayloadTooLarge(f"the body passes {limit} bytes, which is the most this call takes")
     if not body:
         return {}
+    return _object_of(bytes(body)) if len(body) <= MAX_SMALL_BODY else await asyncio.to_thread(_object_of, bytes(body))
+
+
+def _object_of(body: bytes) -> dict[str, Any]:
     try:
-        document = orjson.loads(bytes(body))
+        document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise errors.InvalidRequest(f"the body is not JSON: {error}; it may be left out") from None
     if not isinstance(document, dict):
@@ -54,15 +60,24 @@ async def small_json(request: Request) -> dict[str, Any]:
     return document
 
 
+def _says_nothing(config: object) -> bool:
+    """Clients that send files have to send a configuration with them; an empty one asks for nothing."""
+    try:
+        return isinstance(config, str) and orjson.loads(config) == {}
+    except orjson.JSONDecodeError:
+        return False
+
+
 class Protocol2:
     """All handlers of /v2 but infer."""
 
     def __init__(
         self, service: InferenceService, metrics: Metrics, repository: RepositoryDoor, guard: Guard, ready: Callable[[], tuple[bool, str]],
-        statistics: str, allow_files: bool,
+        statistics: str, allow_files: bool, max_body_bytes: int,
     ) -> None:  # fmt: skip
         self._service, self._metrics, self._repository, self._guard = service, metrics, repository, guard
         self._ready, self._statistics, self._allow_files = ready, statistics, allow_files
+        self._load_bytes = max(max_body_bytes, MAX_SMALL_BODY) if allow_files else MAX_SMALL_BODY
 
     def routes(self, infer: Door) -> list[Route]:
         """The inference side; infer first, since routes are tried in order."""
@@ -125,7 +140,9 @@ class Protocol2:
             self._guard.may_read(request)
         name, version = request.path_params.get("model"), request.path_params.get("version")
         if name is not None:
-            self._service.slot(name)
+            slot = self._service.slot(name)
+            if version is not None and version not in slot.known:
+                raise errors.NotFound(f"model {name!r} has no version {version!r}; it has {', '.join(slot.known) or 'none'}")
         rows = [row for row in list(self._metrics.rows.values()) if name in (None, row.model) and version in (None, row.version)]
         return json_response(extensions.statistics(rows, self._metrics.gauges["hone_model_memory_bytes"]))
 
@@ -138,12 +155,13 @@ class Protocol2:
 
     async def load(self, request: Request) -> Response:
         actor = self._guard.may_change(request)
-        parameters = (await small_json(request)).get("parameters") or {}
+        parameters = (await small_json(request, self._load_bytes)).get("parameters") or {}
         if not isinstance(parameters, dict):
             raise errors.InvalidRequest("parameters must be an object of names and values")
-        if parameters.get("config"):
+        if parameters.get("config") and not _says_nothing(parameters["config"]):
             raise errors.Unsupported("the load parameter `config` is not taken; what a model needs to be told stands in its model.yaml")
-        await self._repository.load(request.path_params["model"], self._files(parameters), actor)
+        files = await asyncio.to_thread(self._files, parameters) if parameters else {}
+        await self._repository.load(request.path_params["model"], files, actor)
         return json_response({})
 
     async def unload(self, request: Request) -> Response:

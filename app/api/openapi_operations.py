@@ -186,6 +186,10 @@ def _admin(example: Example) -> list[Operation]:
         change("DELETE", model, "Remove a model", said="It is served no longer.", errors="404 409"),
         read(f"{model}/explain", "Why the active version is the active one", "Model", "401 404"),
         read(f"{model}/versions", "Versions with their lineage, fidelity and speed", "VersionList", "401 404"),
+        read(
+            f"{model}/versions/{{version}}/curves", "What each layer costs when it alone is cut, as a picture", "", "400 401 404", answer_type="image/svg+xml",
+            details="For versions that sensitivity-pruning built, or a method with rank=sensitivity.",
+        ),
         change("DELETE", f"{model}/versions/{{version}}", "Remove a built version", errors="404 409", said="Its weights go, its card stays."),
         change("POST", f"{model}/versions/{{version}}/load", "Load a version beside the active one", errors="404 409 507", said="It answers under /versions."),
         change(
@@ -197,7 +201,7 @@ def _admin(example: Example) -> list[Operation]:
         change("POST", f"{model}/rollback", "Back to what was before, at once", errors="404 409", body=_json("ReasonBody", reason), body_needed=False, schema="Model"),
         change("PATCH", f"{model}/settings", "Change run-time settings on the live server", errors="404 409", body=_json("SettingsBody", {"batch_limit": 8}), schema="Model"),
         change("PUT", f"{model}/mode", "How far the loop goes by itself", body=_json("ModeBody", {"mode": "approve"})),
-        change("PUT", f"{model}/ladder", "Which versions may answer in its place under load", body=_json("LadderBody", {"rungs": []})),
+        change("PUT", f"{model}/ladder", "Which versions may answer in its place under load", errors="404 409", body=_json("LadderBody", {"rungs": []})),
         change("DELETE", f"{model}/capture", "Delete the captured live inputs"),
         read(
             "/admin/jobs", "Jobs", "JobList", "400 401",

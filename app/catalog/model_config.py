@@ -95,6 +95,10 @@ class Source(Strict):
         return value
 
 
+CLEARLY_MISSED: Final = 0.75
+"""So many late answers break any promise, also one that lets half of them be late."""
+
+
 @dataclass(frozen=True, slots=True)
 class Promise:
     """At least `share` of the answers come within `threshold_s`."""
@@ -105,6 +109,11 @@ class Promise:
     @property
     def text(self) -> str:
         return f"p{self.share * 100:g} ≤ {self.threshold_s * 1e3:g} ms"
+
+    @property
+    def most_missed(self) -> float:
+        """Share of late answers from which it is clearly broken: twice what it allows, where that is not nearly all."""
+        return min(2 * (1 - self.share), CLEARLY_MISSED)
 
 
 class Objective(Strict):

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import inf
@@ -36,6 +36,7 @@ STEADY_INTERVAL_S: Final = 15.0
 SALT: Final = ".salt"
 GOLDEN: Final = ".golden"
 MOST_PENDING: Final = 4
+MOST_FOLLOWED_BYTES: Final = MAX_TOTAL_BYTES // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,9 @@ class Reservoir:
         self._callers: Counter[str] = Counter()
         self._salt = secrets.token_bytes(16)
         self._full = False
+        self._followed: list[Captured] = []
+        self._missing = 0
+        self._followed_all: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
 
     def configure(self, capture: Capture, signature: Signature, classifies: bool, golden_sha256: str = "") -> None:
@@ -76,6 +80,7 @@ class Reservoir:
                 self._pending.clear()
             self._capture, self._signature, self._classifies, self._golden = capture, signature, classifies, golden_sha256
             self._read_folder()
+            self._missing = 0
             voided = self._taken_for() not in {golden_sha256, None}
         if capture.mode == "off" or voided:
             self.clear()
@@ -84,9 +89,22 @@ class Reservoir:
     def offer(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], caller: str = "") -> bool:
         """Perhaps remember one row of an answered request; True if so (it is stored by the next `store_pending`)."""
         now = time.monotonic()
+        if self._missing:
+            self._show(inputs, outputs)
         if now < self._opens_at:
             return False
         return self._admit(inputs, outputs, caller, now)
+
+    def follow(self, count: int, done: Callable[[], None] = lambda: None) -> list[Captured]:
+        """A list, in memory alone, that gets one row of each of the next `count` answered requests; then `done` is called. 0 ends it.
+
+        With capture off it stays empty.
+        """
+        self._followed, self._followed_all = [], done
+        self._missing = count if self._capture.mode == "on" and self._signature is not None else 0
+        if not self._missing:
+            done()
+        return self._followed
 
     @property
     def pending(self) -> bool:
@@ -143,14 +161,31 @@ class Reservoir:
             self._opens_at = now + interval / 50
             return False
         self._opens_at = now + interval * random.uniform(0.5, 1.5)
-        rows = max(1, inputs[0].shape[0] if inputs and inputs[0].shape and signature.batchable else 1)
-        if sum(len(tensor.data) for tensor in inputs) > MAX_SAMPLE_BYTES * rows:
-            return False  # before a byte is copied: this runs on the event loop
-        row = one_row(inputs, outputs, signature)
-        if row is None or sum(len(tensor.data) for tensor in row[0]) > MAX_SAMPLE_BYTES:
+        row = self._row(inputs, outputs, signature)
+        if row is None:
             return False
         self._pending.append((*row, known))
         return True
+
+    def _row(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], signature: Signature) -> tuple[list[Tensor], list[Tensor]] | None:
+        """A copy of one row with its outputs; None where it is too large or cannot be cut."""
+        rows = max(1, inputs[0].shape[0] if inputs and inputs[0].shape and signature.batchable else 1)
+        if sum(len(tensor.data) for tensor in inputs) > MAX_SAMPLE_BYTES * rows:
+            return None  # before a byte is copied: this runs on the event loop
+        row = one_row(inputs, outputs, signature)
+        return row if row is not None and sum(len(tensor.data) for tensor in row[0]) <= MAX_SAMPLE_BYTES else None
+
+    def _show(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """One more row for whoever follows; it ends early where rows are large."""
+        signature = self._signature
+        row = self._row(inputs, outputs, signature) if signature is not None else None
+        if row is None or signature is None:
+            return
+        self._followed.append(Captured(time.time(), "", "", signature.batchable, tuple(row[0])))
+        held = sum(len(tensor.data) for one in self._followed for tensor in one.inputs)
+        self._missing = self._missing - 1 if held < MOST_FOLLOWED_BYTES else 0
+        if not self._missing:
+            self._followed_all()
 
     def _hashed(self, caller: str) -> str:
         return blake2b(caller.encode("utf-8", "surrogateescape"), key=self._salt, digest_size=8).hexdigest()
@@ -238,10 +273,20 @@ def victim(kept: Sequence[Kept], per_caller: int) -> int:
 
 def load_captured(folder: Path) -> Samples | None:
     """What any process may read of a reservoir: the samples of the commonest shape, the oldest first; None where there are none."""
+    found = (read(path) for path in sorted(folder.glob(f"*{SUFFIX}")))
+    return max(by_form([sample for sample in found if sample is not None]), key=len, default=None)
+
+
+def captured_before(folder: Path, at: float, most: int) -> list[Samples]:
+    """Up to `most` samples taken before `at` (unix seconds), spread over their time; those of a form together. Blocks on the disk."""
+    older = [path for path in sorted(folder.glob(f"*{SUFFIX}")) if path.name < f"{int(at * 1000):014d}"]
+    chosen = older if len(older) <= most else [older[round(i * (len(older) - 1) / max(1, most - 1))] for i in range(most)]
+    return by_form([sample for sample in map(read, chosen) if sample is not None])
+
+
+def by_form(samples: Sequence[Captured]) -> list[Samples]:
+    """Those that may be stacked together, as arrays."""
     groups: dict[tuple[object, ...], list[Captured]] = {}
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        if (sample := read(path)) is not None:
-            groups.setdefault(sample.form, []).append(sample)
-    if not groups:
-        return None
-    return Captured.together(max(groups.values(), key=len))
+    for sample in samples:
+        groups.setdefault(sample.form, []).append(sample)
+    return [Captured.together(group) for group in groups.values()]

@@ -22,6 +22,8 @@ from optimizers.samples import Samples
 
 SUFFIX: Final = ".sample"
 MAX_HEAD_BYTES: Final = 1 << 16
+MOST_TEXTS: Final = 4096
+"""Of a call with more, no row is looked for: texts are passed one by one, on the event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Captured:
 def one_row(inputs: Sequence[Tensor], outputs: Sequence[Tensor], signature: Signature) -> tuple[list[Tensor], list[Tensor]] | None:
     """A row at random of a batchable call, without its batch axis, with its outputs; else the whole call. Copies the bytes.
 
-    None for a call that cannot be cut: rows of different number, or text of variable size that does not add up.
+    None for a call that cannot be cut: rows of different number, or text of variable size that does not add up or is of too many elements.
     """
     if not signature.batchable:
         return [_copy(tensor) for tensor in inputs], [_copy(tensor) for tensor in outputs]
@@ -58,6 +60,8 @@ def one_row(inputs: Sequence[Tensor], outputs: Sequence[Tensor], signature: Sign
     if len(counts) != 1 or (rows := counts.pop()) < 1:
         return None
     chosen = random.randrange(rows)
+    if any(tensor.datatype == BYTES and prod(tensor.shape) > MOST_TEXTS for tensor in (*inputs, *outputs)):
+        return None
     return [_row(tensor, chosen) for tensor in inputs], [_row(tensor, chosen) for tensor in outputs]
 
 
@@ -126,11 +130,18 @@ def _parse(line: bytes, data: bytes | None) -> Captured:
 def _row(tensor: Tensor, index: int) -> Tensor:
     shape = tensor.shape[1:]
     if tensor.datatype == BYTES:
-        per_row = prod(shape)
-        items = elements(tensor)[index * per_row : (index + 1) * per_row]
-        return Tensor(tensor.name, BYTES, shape, b"".join(len(item).to_bytes(4, "little") + item for item in items))
+        per_row, view = prod(shape), memoryview(tensor.data)
+        start = _behind(view, 0, index * per_row)
+        return Tensor(tensor.name, BYTES, shape, bytes(view[start : _behind(view, start, per_row)]))
     size = prod(shape) * DATATYPE_SIZES[tensor.datatype]
     return Tensor(tensor.name, tensor.datatype, shape, bytes(memoryview(tensor.data)[index * size : (index + 1) * size]))
+
+
+def _behind(view: memoryview, at: int, count: int) -> int:
+    """Where the texts after the next `count` begin."""
+    for _ in range(count):
+        at += 4 + int.from_bytes(view[at : at + 4], "little")
+    return at
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -210,11 +210,12 @@ class Spent:
 
 def assemble(
     sources: SampleSources, reader: SampleReader, reference: Reference | None, seed: int = 0, most_train: int = 0, spent: Spent | None = None,
-    recent: bool = False,
+    recent: bool = False, trains: bool = False,
 ) -> SampleSets:  # fmt: skip
     """Read every source, and part what judges from what calibrates or trains (now, or before: `spent`). Raises what reading a source raises.
 
     `most_train`: so many training samples are read; 0 for those who only judge. `recent`: half of what was captured calibrates too.
+    `trains`: something learns; where no training samples are named, from half of what was captured, which never judges from then on.
     """
     frozen = reference.samples if reference else None
     captured = load_captured(reader.captured)
@@ -223,6 +224,9 @@ def assemble(
     if recent and live is not None and live is captured and len(live) >= LEAST_RECENT:
         first, live = live.split(0.5, seed)
         calibration, note = _joined(calibration, first), f"{note}, and {len(first)} of {len(captured)} captured inputs"
+    if trains and train is None and live is not None and live is captured and len(live) >= LEAST_RECENT:
+        train, live = live.split(0.5, seed)
+        note = f"{note}; training: {len(train)} of {len(captured)} captured inputs"
     used = {one[:_SHORT] for part in (calibration, train) if part is not None for one in part.hashes()} | (
         spent.known() if spent else set()
     )

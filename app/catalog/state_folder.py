@@ -18,7 +18,7 @@ _HOST_CLASS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
 
 @dataclass(frozen=True)
 class StateFolder:
-    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, journal.db, admin-token, last-state.json, unpacked."""
+    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, checkpoints, journal.db, admin-token, last-state.json, unpacked."""
 
     root: Path
 
@@ -55,6 +55,11 @@ class StateFolder:
     def scratch(self) -> Path:
         """Where jobs build; on the same file system as `models`, so that publishing is a rename."""
         return self.root / "scratch"
+
+    @property
+    def checkpoints(self) -> Path:
+        """JOB/TRY: trainings of jobs that are not built yet, so that the next attempt goes on where a killed one was."""
+        return self.root / "checkpoints"
 
     @property
     def unpacked(self) -> Path:

@@ -6,7 +6,7 @@ A free instance takes at once what is queued, up to the batch limit; no timer (d
 from __future__ import annotations
 
 import asyncio
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Final, TypeAlias
@@ -97,7 +97,7 @@ class Queue:
             if not self.length:
                 self._clear()
             else:
-                self._levels[work.priority].stale()
+                self._left(work.priority)
 
     def take(self, limit: int) -> list[Work]:
         """The next batch: up to `limit` rows that may share a call, or one request alone, whatever its rows."""
@@ -123,6 +123,9 @@ class Queue:
                 rows += work.rows
         if not self.length:
             self._clear()
+        elif len(self._order) > 1:
+            for priority in [priority for priority in self._order if not self._levels[priority].waiting]:
+                self._forget(priority)
         return batch
 
     def _less(self, caller: str) -> None:
@@ -146,6 +149,17 @@ class Queue:
         batch.append(work)
         self._levels[work.priority].stale()
 
+    def _left(self, priority: int) -> None:
+        """One of this level is not waited for any more; a level of none goes, for callers may name ever new ones."""
+        level = self._levels[priority]
+        level.stale()
+        if not level.waiting:
+            self._forget(priority)
+
+    def _forget(self, priority: int) -> None:
+        del self._levels[priority]
+        del self._order[bisect_left(self._order, priority)]
+
     def _clear(self) -> None:
         self._levels.clear()
         self._order.clear()
@@ -155,16 +169,18 @@ class Queue:
 class _Level:
     """One priority's lines. Work that left out of turn stays in them until it comes to the front, or until half of them is such work."""
 
-    __slots__ = ("_alike", "_stale", "line")
+    __slots__ = ("_alike", "_stale", "line", "waiting")
 
     def __init__(self) -> None:
         self.line: deque[Work] = deque()
         self._alike: dict[Key, deque[Work]] = {}
         self._stale = 0
+        self.waiting = 0
 
     def stale(self) -> None:
         """One more has left; swept before the next batch is made, never while one is."""
         self._stale += 1
+        self.waiting -= 1
 
     def sweep(self) -> None:
         if self._stale > 64 and self._stale * 2 > len(self.line):
@@ -176,6 +192,7 @@ class _Level:
             self._stale = 0
 
     def push(self, work: Work, front: bool) -> None:
+        self.waiting += 1
         lines = [self.line] if work.alone else [self.line, self._alike.setdefault(work.key, deque())]
         for line in lines:
             if front:

@@ -390,6 +390,10 @@ class Dispatcher:
             self._again_alone(batch)
         elif reply.failed == "InvalidRequest":
             batch.work[0].fail(InvalidRequest(reply.text))
+        elif reply.failed == "OutOfMemory":
+            batch.work[0].fail(
+                NotReady(f"{self._spec.name} had no memory left for this request ({reply.text}); try again, or send less at once")
+            )
         else:
             batch.work[0].fail(ModelFailed(f"{self._spec.name} failed on this request: {reply.text}"))
 

@@ -36,6 +36,8 @@ _TRIES: Final = 3
 WATCH_S: Final = 0.25
 _MEMORY_LOOK_S: Final = 2.0
 _TRIM_IDLE_S, _TRIM_BUSY_S = 2.0, 30.0
+_REST_S: Final = 30.0
+"""After so long without a request a runner gives back what only batches need: it is there again after the first one (1 to 2 ms for a small model)."""
 _RECYCLE_S: Final = 60.0
 _SLACK_BYTES: Final = 64 << 20
 """A runner may hold this much more than after its warm-up before it is asked to give freed memory back."""
@@ -64,11 +66,12 @@ class Engine:
         on_death: Callable[[str, int, tuple[str, ...]], None] | None,
         quarantine: Quarantine | None,
         patience: Patience,
+        killers: set[str] | None = None,
     ) -> None:
         self.spec = spec
         self.inflight = 0
         self.deaths: deque[Death] = deque(maxlen=64)
-        self.killers: set[str] = set()
+        self.killers: set[str] = killers if killers is not None else set()
         self.restarts = 0
         self.quarantine = quarantine if quarantine is not None else Quarantine()
         self._forkserver = forkserver
@@ -83,6 +86,7 @@ class Engine:
         self._past_cpu_s = 0.0
         self._last_cpu_s = 0.0
         self._watch: asyncio.TimerHandle | None = None
+        self._rest: asyncio.TimerHandle | None = None
         self._patience = patience
         self._memory_looked_at = 0.0
         self._trimmed_at = -_TRIM_BUSY_S
@@ -104,10 +108,11 @@ class Engine:
         on_death: Callable[[str, int, tuple[str, ...]], None] | None = None,
         quarantine: Quarantine | None = None,
         patience: Patience = Patience(),  # noqa: B008 - frozen
+        killers: set[str] | None = None,
         timeout_s: float = 300.0,
     ) -> Engine:
         """Session open and warm. Raises ModelRejected, Unsupported or NotReady with the reason; nothing is left behind then."""
-        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine, patience)
+        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine, patience, killers)
         try:
             engine._adopt(await Runner.start(spec, forkserver, engine._on_exit, timeout_s))
         except BaseException:
@@ -129,6 +134,12 @@ class Engine:
     @property
     def queued(self) -> int:
         return self._dispatcher.queue.length + len(self._dispatcher.suspects)
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until all that waits now is answered, by what calls took lately."""
+        dispatcher, settings = self._dispatcher, self._dispatcher.settings
+        return dispatcher.rates.drain_s(dispatcher.queue.rows, settings.batch_limit, settings.instances)
 
     @property
     def settings(self) -> RuntimeSettings:
@@ -229,8 +240,9 @@ class Engine:
     async def stop(self) -> None:
         """End the runner; whoever still waits gets NotReady."""
         self._closed = "was unloaded"
-        if self._watch is not None:
-            self._watch.cancel()
+        for timer in (self._watch, self._rest):
+            if timer is not None:
+                timer.cancel()
         for task in (self._recovery, self._recycling):
             if task is not None:
                 task.cancel()
@@ -339,6 +351,15 @@ class Engine:
             self._look_at_memory(runner, now)
         if self.inflight or self._dispatcher.busy or self._dispatcher.suspects:
             self._keep_watch()
+            return
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = asyncio.get_running_loop().call_later(_REST_S, self._at_rest)
+
+    def _at_rest(self) -> None:
+        self._rest = None
+        if self._runner is not None and not self._closed and not self.inflight and not self._dispatcher.busy:
+            self._runner.trim(at_rest=True)
 
     def _keep_watch(self) -> None:
         if self._watch is None and not self._closed:

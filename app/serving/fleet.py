@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from time import monotonic
 
@@ -29,6 +30,7 @@ from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
 WATCH_S = 2.0
+SWAPS = ("activated", "swapped", "settings", "failed")
 
 
 class Recorder:
@@ -92,11 +94,14 @@ class Fleet:
         self._scan_due = True
         self._found: dict[str, FoundModel] = {}
         self._leaving: set[str] = set()
+        self._coming: set[str] = set()
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
+        self.latest: dict[str, JSON] = {}
+        """The newest event of each model: seq, kind, at."""
         self.warnings: list[str] = []
         self.ready = False
         service.complete = False
@@ -143,14 +148,13 @@ class Fleet:
         self._scan_due = self._scan_due or scan
         self._wake.set()
 
-    @contextlib.contextmanager
-    def removing(self, name: str) -> Iterator[None]:
+    def removing(self, name: str) -> AbstractContextManager[None]:
         """While somebody removes a model, its missing folder is not news: the one who removes it says so."""
-        self._leaving.add(name)
-        try:
-            yield
-        finally:
-            self._leaving.discard(name)
+        return _held(self._leaving, name)
+
+    def deploying(self, name: str) -> AbstractContextManager[None]:
+        """While somebody deploys a model, its new files are not news: the one who brings them says so."""
+        return _held(self._coming, name)
 
     async def rescan(self) -> None:
         """Look at the repository now, and let every reconciler know."""
@@ -229,10 +233,21 @@ class Fleet:
         state = catch_up(self._journal, self.state if self._remembered else None)
         self._remembered = True
         self.warnings = self._journal.warnings()
+        self._note_latest(state)
         return state, self._journal.board()
+
+    def _note_latest(self, state: State) -> None:
+        """What happened last with each model; blocks, but asks only where something did."""
+        latest = {name: self.latest.get(name, {}) for name in state.models}
+        for name, model in state.models.items():
+            if latest[name].get("seq") != model.last_event:
+                for event in self._journal.read(model.last_event - 1, 1, name):
+                    latest[name] = {"seq": event.seq, "kind": event.kind, "at": event.at}
+        self.latest = latest
 
     async def _scan(self) -> None:
         """Look at the repository, and tell the journal of golden versions that are new, changed or gone."""
+        coming = frozenset(self._coming)
         try:
             models = await asyncio.to_thread(self._repository.scan)
         except HoneError as error:
@@ -246,7 +261,7 @@ class Fleet:
         if self.store_error:
             return
         for model in models:
-            if not model.error:
+            if not model.error and model.name not in coming | self._coming:
                 await self._announce(model)
         for name in [name for name in self.state.models if name not in self._found and name not in self._leaving]:
             await self._append(Event("model.removed", name, data={"reason": "its folder is gone from the repository"}))
@@ -300,6 +315,8 @@ class Fleet:
         config = found.config or ModelConfig()
         slot = Slot(name, config, self._reservoir(name, config))
         self._service.slots[name] = slot
+        for outcome in SWAPS:  # a counter that is born at 1 hides its first event from Prometheus's increase()
+            self._metrics.count("hone_swaps", name, outcome, by=0.0)
         reconciler = ModelReconciler(slot, self._service, self._admission, self._loader, self._record, self._metrics, self._told)
         self._reconcilers[name] = reconciler
         self._tasks[name] = asyncio.create_task(reconciler.run(), name=f"reconcile-{name}")
@@ -320,3 +337,12 @@ class Fleet:
         await asyncio.gather(*(reconciler.settled.wait() for reconciler in self._reconcilers.values()))
         self.ready = True
         self._metrics.gauge("hone_server_ready", value=1)
+
+
+@contextlib.contextmanager
+def _held(names: set[str], name: str) -> Iterator[None]:
+    names.add(name)
+    try:
+        yield
+    finally:
+        names.discard(name)

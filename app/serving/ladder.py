@@ -21,6 +21,9 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.window import Totals, Window
 
 log = logging.getLogger("hone.serving")
+GLANCE_S: Final = 0.25
+GLANCES: Final = 3
+"""So many glances in a row at a queue that is longer than the promise allows are a step down: a hiccup is over by then, a burst is not."""
 LOOK_S: Final = 1.0
 SPAN_S: Final = 3.0
 """What a look sees: short enough to act within seconds, long enough for a few hundred requests."""
@@ -33,7 +36,10 @@ UP_SHARE: Final = 0.7
 HOLD_S: Final = 20.0
 MOST_HOLD_S: Final = 900.0
 SETTLED_S: Final = 600.0
-"""After this long without a step the hold-off is short again."""
+"""After this long on the desired version, without a step, the hold-off is short again."""
+PROVED_S: Final = 60.0
+"""A step up that is taken back within this time, without more load than it was taken for, shows that the upper version can do less."""
+MORE: Final = 1.3
 
 
 @dataclass
@@ -42,8 +48,14 @@ class Footing:
 
     rung: str = ""
     bad_looks: int = 0
+    long_glances: int = 0
+    full_since: tuple[float, Totals] | None = None
+    """When the queue was first seen too long, and what had been answered by then."""
     calm_since: float = 0.0
     stepped_at: float = -SETTLED_S
+    up_at: float = -PROVED_S
+    up_offered: float = 0.0
+    """Requests a second that were offered when it last stepped up, at `up_at`."""
     hold_s: float = HOLD_S
     capacities: dict[str, float] = field(default_factory=dict)
     marks: deque[tuple[float, str, Totals]] = field(default_factory=lambda: deque(maxlen=round(SPAN_S / LOOK_S) + 1))
@@ -61,13 +73,40 @@ class Ladder:
         self._footings: dict[str, Footing] = {}
 
     async def run(self) -> None:
+        looked_at = self._clock()
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(GLANCE_S)
+            look = self._clock() - looked_at > LOOK_S - GLANCE_S / 2
+            looked_at = self._clock() if look else looked_at
             for slot in list(self._service.slots.values()):
                 try:
-                    self.look(slot)
+                    self.glance(slot)
+                    if look:
+                        self.look(slot)
                 except Exception:
                     log.exception("model %s: the ladder could not be looked at", slot.name)
+
+    def glance(self, slot: Slot) -> None:
+        """A step down before answers are late: what waits already takes longer than is promised, and goes on to."""
+        want, promise, footing = self._want(slot.name), slot.config.objective.promise, self._footings.setdefault(slot.name, Footing())
+        current = slot.rung or slot.active
+        if want is None or promise is None or current is None or not slot.config.ladder or not want.rungs:
+            return
+        now, waits_s = self._clock(), current.engine.backlog_s
+        if waits_s <= promise.threshold_s:
+            footing.long_glances, footing.full_since = 0, None
+            return
+        totals = self._window.totals(slot.name, current.version)
+        footing.long_glances += 1
+        then, before = footing.full_since = footing.full_since or (now, totals)
+        rungs = _rungs(slot, want)
+        lower = self._loaded(slot, rungs[rungs.index(current.version) + 1 :]) if current.version in rungs else None
+        if footing.long_glances < GLANCES or lower is None:
+            return
+        answered = totals.minus(before).requests / max(1e-3, now - then)  # of long calls none may have ended in so short a time
+        footing.capacities[current.version] = self._capacity(footing, current, max(answered, current.engine.queued / waits_s), now)
+        why = f"load: what waits takes {waits_s * 1e3:.0f} ms, {promise.threshold_s * 1e3:.0f} are promised; {answered:.3g} requests/s answered"
+        self._step(slot, footing, lower, why, now, up=False)
 
     def look(self, slot: Slot) -> None:
         """One look at one model: a step down, a step up, or nothing."""
@@ -76,33 +115,36 @@ class Ladder:
         if want is None or active is None:
             return
         now = self._clock()
-        rungs = [want.desired, *(version for version in want.rungs if version != want.desired)] if slot.config.ladder else [want.desired]
+        rungs = _rungs(slot, want)
+        if slot.rung is not None and slot.rung.version == active.version:
+            slot.rung = None  # it was promoted: nobody stands in for it any more
+            self._metrics.gauge("hone_ladder_rung", slot.name, value=0.0)
         current = slot.rung.version if slot.rung is not None else active.version
         if current not in rungs:
-            self._step(slot, footing, None, "the envelope changed", now)
+            self._step(slot, footing, None, "the envelope changed", now, up=True)
             return
         at = rungs.index(current)
         footing.marks.append((now, current, self._window.totals(slot.name, current)))
         (then, _, before), (_, _, after) = next(mark for mark in footing.marks if mark[1] == current), footing.marks[-1]
         seen, span_s = after.minus(before), max(1e-3, now - then)
-        if now - footing.stepped_at > SETTLED_S:
+        if slot.rung is None and now - footing.stepped_at > SETTLED_S:
             footing.hold_s = HOLD_S
         if self._overloaded(slot, seen):
             footing.bad_looks, footing.calm_since = footing.bad_looks + 1, 0.0
             lower = self._loaded(slot, rungs[at + 1 :])
             if footing.bad_looks >= DOWN_LOOKS and lower is not None:
-                footing.capacities[current] = seen.requests / span_s
+                footing.capacities[current] = self._capacity(footing, slot.versions.get(current), seen.requests / span_s, now)
                 why = f"load: {seen.offered / span_s:.3g} requests/s offered, {seen.requests / span_s:.3g} answered, queue {seen.queue_ratio:.0%} of latency"
-                self._step(slot, footing, lower, why, now)
+                self._step(slot, footing, lower, why, now, up=False)
             return
         footing.bad_looks = 0
         if at > 0:
             self._perhaps_up(slot, footing, rungs[at - 1], seen.offered / span_s, now)
 
     def _perhaps_up(self, slot: Slot, footing: Footing, upper: str, offered: float, now: float) -> None:
-        """`offered` in requests a second."""
-        capacity = footing.capacities.get(upper, 0.0)
-        if offered >= UP_SHARE * capacity:
+        """`offered` in requests a second. What the upper version can do may be unknown, where it never was full: then only trying tells."""
+        capacity = footing.capacities.get(upper)
+        if capacity is not None and offered and offered >= UP_SHARE * capacity:
             footing.calm_since = 0.0
             return
         footing.calm_since = footing.calm_since or now
@@ -110,20 +152,34 @@ class Ladder:
             return
         loaded = self._loaded(slot, [upper])
         if loaded is not None:
-            why = f"{offered:.3g} requests/s offered for {footing.hold_s:.0f} s, below {UP_SHARE:.0%} of the {capacity:.3g} that {upper} answered when it was full"
+            known = f"below {UP_SHARE:.0%} of the {capacity:.3g} that {upper} answered when it was full" if capacity is not None else ""
+            why = f"{offered:.3g} requests/s offered for {footing.hold_s:.0f} s, {known or f'what {upper} can do is not known'}"
             footing.hold_s = min(MOST_HOLD_S, 2 * footing.hold_s)
-            self._step(slot, footing, loaded if loaded is not slot.active else None, why, now)
+            footing.up_at, footing.up_offered = now, offered
+            footing.marks.append((now, upper, self._window.totals(slot.name, upper)))
+            self._step(slot, footing, loaded if loaded is not slot.active else None, why, now, up=True)
+
+    def _capacity(self, footing: Footing, full: Loaded | None, answered: float, now: float) -> float:
+        """Requests a second that `full` can do: what it answered; no more than what it was just tried with, where that proved too much."""
+        recent = [mark for mark in footing.marks if full is not None and mark[1] == full.version and mark[0] >= footing.up_at]
+        if full is None or not recent or now - footing.up_at > PROVED_S:
+            return answered
+        then, _, before = recent[0]
+        came = self._window.totals(full.admitted.model, full.version).minus(before).offered + full.engine.queued
+        same = came / max(LOOK_S, now - then) < MORE * footing.up_offered
+        return min(answered, footing.up_offered) if same else answered
 
     def _overloaded(self, slot: Slot, seen: Totals) -> bool:
-        """Refusals, or a broken promise whose time goes into the queue."""
+        """Refusals, or deadlines or a promise that are broken in the queue."""
         if seen.offered < LEAST:
             return False
-        if seen.refused > REFUSED * seen.offered:
+        waited = seen.queue_ratio > QUEUED or not seen.requests  # else one caller's deadlines are too short for any version
+        if seen.refused + (seen.expired if waited else 0) > REFUSED * seen.offered:
             return True
         promise = slot.config.objective.promise
         if promise is None or not seen.requests:
             return False
-        return 1 - seen.within / seen.requests > 2 * (1 - promise.share) and seen.queue_ratio > QUEUED
+        return 1 - seen.within / seen.requests > promise.most_missed and seen.queue_ratio > QUEUED
 
     def _loaded(self, slot: Slot, versions: list[str]) -> Loaded | None:
         """The first of `versions` that can answer at once."""
@@ -133,7 +189,7 @@ class Ladder:
                 return loaded
         return None
 
-    def _step(self, slot: Slot, footing: Footing, rung: Loaded | None, why: str, now: float) -> None:
+    def _step(self, slot: Slot, footing: Footing, rung: Loaded | None, why: str, now: float, up: bool) -> None:
         active = slot.active.version if slot.active is not None else ""
         before = slot.rung.version if slot.rung is not None else active
         after = rung.version if rung is not None else active
@@ -141,13 +197,18 @@ class Ladder:
             slot.rung = rung
             return
         slot.rung = rung
-        footing.bad_looks, footing.calm_since, footing.stepped_at = 0, 0.0, now
-        direction = "up" if rung is None else "down"
-        self._metrics.count("hone_ladder_steps", slot.name, direction)
+        footing.bad_looks, footing.long_glances, footing.full_since = 0, 0, None
+        footing.calm_since, footing.stepped_at = 0.0, now
+        self._metrics.count("hone_ladder_steps", slot.name, "up" if up else "down")
         self._metrics.gauge("hone_ladder_rung", slot.name, value=0.0 if rung is None else 1.0)
         data = {
             "version": after,
             "from": before,
-            "summary": f"{after} answers for {before}: {why}" if rung is not None else f"back to {after}: {why}",
+            "summary": f"back to {after}: {why}" if up else f"{after} answers for {before}: {why}",
         }
         self._record(Event("ladder.stepped", slot.name, after, data=data))
+
+
+def _rungs(slot: Slot, want: ModelState) -> list[str]:
+    """The versions that may answer, the desired one first."""
+    return [want.desired, *(version for version in want.rungs if version != want.desired)] if slot.config.ladder else [want.desired]

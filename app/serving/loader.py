@@ -24,6 +24,7 @@ from app.serving.admission import Admitted
 from app.serving.engine import BatchReport, Engine, RunnerSpec
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
+from app.serving.quarantine import Quarantine
 from app.serving.slot import Loaded
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
@@ -32,6 +33,8 @@ log = logging.getLogger("hone.serving")
 CHECK_ROWS: Final = 32
 CHECK_S: Final = 20.0
 OOM_ACTIVE, OOM_WARM, OOM_CANDIDATE = 300, 500, 700
+PLACE_S: Final = 10.0
+"""So long a load keeps one of the places; most are done in one."""
 RUNNER_BYTES: Final = 24 << 20
 PRECISE_INT8: Final = "session.x64quantprecision"
 WEIGHTS_FACTOR: Final = 2.5
@@ -55,6 +58,7 @@ class Loader:
         self.replica = uuid.uuid4().hex[:8]
         self._taken: dict[int, int] = {}
         self._loading = asyncio.Semaphore(2)
+        self._deadly: dict[tuple[str, str], tuple[Quarantine, set[str]]] = {}
 
     async def load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
         """A running engine that agrees with golden on the reference. Raises ModelRejected, InsufficientStorage or Unsupported.
@@ -80,7 +84,7 @@ class Loader:
             return (str(error),)
 
     async def _load(self, admitted: Admitted, settings: RuntimeSettings, generation: int, config: ModelConfig) -> Loaded:
-        async with self._loading:
+        async with self._place():
             key, lone = self._reserve(admitted, settings.has_lone and admitted.kind == "onnx")
             try:
                 limit = (config.limits.memory_mb or 0) << 20 or max(64 << 20, self._memory_limit - self.taken_bytes + self._taken[key])
@@ -89,7 +93,7 @@ class Loader:
                     factory=admitted.factory, signature=admitted.signature, settings=settings, memory_limit_bytes=limit,
                     oom_score_adj=OOM_CANDIDATE, second_session=lone,
                 )  # fmt: skip
-                engine = await self._start(spec, config)
+                engine = await self._start(spec, config, *self._known_killers(admitted))
             except BaseException:
                 self._taken.pop(key, None)
                 raise
@@ -105,11 +109,14 @@ class Loader:
         return loaded
 
     @contextlib.asynccontextmanager
-    async def fresh(self, loaded: Loaded, config: ModelConfig) -> AsyncIterator[Engine]:
-        """A second engine of the same version and settings in a new process, to hold the live one against. Raises InsufficientStorage."""
-        key, _ = self._reserve(loaded.admitted, False)
+    async def fresh(self, loaded: Loaded, config: ModelConfig, settings: RuntimeSettings | None = None) -> AsyncIterator[Engine]:
+        """A second engine of the same version in a new process, with its settings or others, to hold against. Raises InsufficientStorage."""
+        spec = loaded.engine.spec
+        if settings is not None:
+            spec = replace(spec, settings=settings, second_session=spec.second_session and settings.has_lone)
+        key, _ = self._reserve(loaded.admitted, settings is not None and spec.second_session)
         try:
-            engine = await self._start(loaded.engine.spec, config)
+            engine = await self._start(spec, config)
             try:
                 yield engine
             finally:
@@ -133,12 +140,31 @@ class Loader:
     def taken_bytes(self) -> int:
         return sum(self._taken.values())
 
-    async def _start(self, spec: RunnerSpec, config: ModelConfig) -> Engine:
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """A place among the few that load at once, given back at the end, or before where a load takes long: one that hangs must not hold up others."""
+        await self._loading.acquire()
+        place = contextlib.ExitStack()
+        place.callback(self._loading.release)
+        timer = asyncio.get_running_loop().call_later(PLACE_S, place.close)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            place.close()
+
+    def _known_killers(self, admitted: Admitted) -> tuple[Quarantine, set[str]]:
+        """What killed runners of these very weights, whichever engine had them: a reload or other settings let no input kill again."""
+        return self._deadly.setdefault((admitted.model, admitted.sha256), (Quarantine(), set()))
+
+    async def _start(
+        self, spec: RunnerSpec, config: ModelConfig, quarantine: Quarantine | None = None, killers: set[str] | None = None
+    ) -> Engine:
         try:
             async with asyncio.timeout(config.limits.load_timeout_s):
                 return await Engine.start(
                     spec, forkserver=self._forkserver, ledger=self._ledger, observer=partial(self._batch, spec.model, spec.version),
-                    on_death=partial(self._on_death, spec.model, spec.version),
+                    on_death=partial(self._on_death, spec.model, spec.version), quarantine=quarantine, killers=killers,
                 )  # fmt: skip
         except TimeoutError:
             raise ModelRejected(

@@ -81,6 +81,8 @@ class Mirror:
         self.opens_at = now + self.every_s
         if sum(len(tensor.data) for tensor in request.inputs) > MOST_BYTES:
             return
+        if any(0 in tensor.shape for tensor in result.outputs):
+            return  # no rows, nothing to compare
         self.kept.append(Seen(_copied(request.inputs), request.outputs, _copied(result.outputs), result.version))
 
     def note(self, seen: Seen) -> bool:

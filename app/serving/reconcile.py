@@ -14,20 +14,19 @@ from time import monotonic, time
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.repository import FoundModel
-from app.domain import Event, ModelState, VersionState
+from app.domain import Event, Generation, ModelState, VersionState
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
+from app.serving.backoff import RETRY_MOST_S, Backoff
 from app.serving.loader import Loader
 from app.serving.mirror import Mirror
 from app.serving.service import InferenceService
-from app.serving.slot import Loaded, Share, Slot
+from app.serving.slot import Loaded, Share, Slot, asked_alike
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
 
 Recorder = Callable[[Event], None]
-RETRY_FIRST_S = 2.0
-RETRY_MOST_S = 300.0
 DRAIN_S = 30.0
 DEADLY_INPUTS = 3
 """So many different inputs that killed a runner count against the version; one alone counts against the input."""
@@ -44,36 +43,9 @@ def _classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
     return {group: best.count(group) / len(best) for group in set(best)}
 
 
-def _asked_alike(one: Loaded, other: Loaded) -> bool:
-    """Whether requests for one version are requests for the other: inputs and outputs count, not what was proven about rows."""
-    first, second = one.admitted.signature, other.admitted.signature
-    return (first.inputs, first.outputs) == (second.inputs, second.outputs)
-
-
 def needed(want: ModelState) -> set[str]:
     """Versions that stay loaded beside the active one: golden, the one that shares the traffic, and the rungs of the ladder."""
     return {want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
-
-
-class Backoff:
-    """When a version that failed may be tried again; growing waits, forgotten when anything about it changed."""
-
-    def __init__(self) -> None:
-        self._failed: dict[str, tuple[object, int, float]] = {}
-
-    def blocked(self, version: str, identity: object) -> bool:
-        known = self._failed.get(version)
-        return known is not None and known[0] == identity and monotonic() < known[2]
-
-    def failed(self, version: str, identity: object) -> int:
-        """Note a failure; returns how many in a row."""
-        known = self._failed.get(version)
-        count = known[1] + 1 if known is not None and known[0] == identity else 1
-        self._failed[version] = (identity, count, monotonic() + min(RETRY_MOST_S, RETRY_FIRST_S * 2 ** (count - 1)))
-        return count
-
-    def forget(self, version: str) -> None:
-        self._failed.pop(version, None)
 
 
 class ModelReconciler:
@@ -88,6 +60,7 @@ class ModelReconciler:
         self._service, self._admission, self._loader = service, admission, loader
         self._record, self._metrics = record, metrics
         self._backoff = Backoff()
+        self._left_deadly: tuple[str, Generation] | None = None
         self._stopping: set[asyncio.Task[None]] = set()
         self._freezing: asyncio.Task[None] | None = None
         self._freeze_after = 0.0
@@ -170,6 +143,10 @@ class ModelReconciler:
         self.slot.failed.pop(version, None)
         self.changed.set()
 
+    def refuses(self, version: str, generation: int) -> bool:
+        """Whether `version` was tried for this generation, or a later one, and does not load."""
+        return version in self.slot.failed and self._backoff.failed_for(version, generation)
+
     async def close(self) -> None:
         self._closed = True
         self.slot.active = None
@@ -209,11 +186,11 @@ class ModelReconciler:
         try:
             loaded = await self._load(want, found, version)
         except HoneError as error:
-            self._failed(version, identity, error)
+            self._failed(want, version, identity, error)
             return
         except Exception as error:
             log.exception("model %s: version %s could not be loaded", slot.name, version)
-            self._failed(version, identity, ModelRejected(f"internal error: {type(error).__name__}; the log tells more"))
+            self._failed(want, version, identity, ModelRejected(f"internal error: {type(error).__name__}; the log tells more"))
             return
         self._backoff.forget(version)
         replaced = slot.versions.get(version)
@@ -233,7 +210,7 @@ class ModelReconciler:
             slot.split = None
             return
         loaded = slot.versions.get(split.version)
-        if loaded is None or not _asked_alike(loaded, slot.active):
+        if loaded is None or not asked_alike(loaded, slot.active):
             slot.split = None
         elif slot.split is None or (slot.split.loaded, slot.split.share, slot.split.stage) != (loaded, split.share, split.stage):
             slot.split = Share(loaded, split.share, split.stage)
@@ -246,7 +223,7 @@ class ModelReconciler:
         try:
             self.slot.versions[version] = await self._load(want, found, version)
         except HoneError as error:
-            self._backoff.failed(version, identity)
+            self._backoff.failed(version, identity, want.generation.n)
             self.slot.failed[version] = self._told(str(error))
             log.warning("model %s: version %s is not kept warm: %s", self.slot.name, version, error)
 
@@ -305,11 +282,11 @@ class ModelReconciler:
         self._record(Event("version.activated", self.slot.name, loaded.version, data=data))
         log.info("model %s: version %s answers, %.1f s after it was asked for", self.slot.name, loaded.version, took_s)
 
-    def _failed(self, version: str, identity: object, error: HoneError) -> None:
+    def _failed(self, want: ModelState, version: str, identity: object, error: HoneError) -> None:
         reason = self.slot.failed[version] = self._told(str(error))
         if self.slot.active is None:
             self.slot.reason = f"version {version} does not load: {reason}"
-        count = self._backoff.failed(version, identity)
+        count = self._backoff.failed(version, identity, want.generation.n)
         self._metrics.count("hone_swaps", self.slot.name, "failed")
         log.warning("model %s: version %s does not load (%d): %s", self.slot.name, version, count, error)
         if count == 1:
@@ -320,12 +297,17 @@ class ModelReconciler:
         """A built version that several different inputs killed goes; golden is never marked failed, its runner only backs off."""
         if active.version == want.golden or active.engine.distinct_killers < DEADLY_INPUTS or active.version != want.desired:
             return
+        if self._left_deadly == (active.version, want.generation):
+            return  # told, but the store has not taken it yet
+        self._left_deadly = active.version, want.generation
         back = want.previous if want.previous and want.previous != active.version else want.golden
         reason = f"{active.engine.distinct_killers} different inputs killed its runner"
         self.slot.failed[active.version] = reason
         self._record(Event("version.failed", self.slot.name, active.version, data={"version": active.version, "reason": reason}))
-        data = {"version": back, "from": active.version, "reason": reason}
+        data = {"version": back, "from": active.version, "reason": reason, "fault": True}
         self._record(Event("desired.changed", self.slot.name, back, data=data))
+        self._metrics.count("hone_rollbacks", self.slot.name, "killers")
+        active.engine.killers.clear()  # whoever wants it again gives it another chance; the inputs stay refused
 
     def _freeze_reference(self, found: FoundModel, want: ModelState) -> None:
         """Once, in the background: golden's answers on frozen samples, which every later version and host is held to."""

@@ -42,6 +42,7 @@ _ONNX_TYPES: Final = {
     "tensor(double)": "FP64", "tensor(string)": BYTES,
 }  # fmt: skip
 _BFLOAT16: Final = 16
+QUICK_S: Final = 0.1
 _LEVELS: Final = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
 
 
@@ -174,6 +175,7 @@ def _end_with_server(lifeline_fd: int) -> None:
 
 def _control(control: socket.socket) -> None:
     model: Model | None = None
+    row: dict[str, Array] | None = None
     spec: dict[str, Any] = {}
     meter = Meter(own_thread=True)
     lone: list[Model] = []
@@ -188,7 +190,7 @@ def _control(control: socket.socket) -> None:
                 spec = orjson.loads(os.pread(fds[0], order["size"], 0))
                 os.close(fds[0])
                 meter = Meter(own_thread=spec["settings"]["intra_op_threads"] <= 1)
-                model = _opened(control, spec)
+                model, row = _opened(control, spec)
             case "instance" if model is not None:
                 runs, clock = (lone[0], lone_meter) if order["lone"] else (model, meter)
                 instance = Instance(runs, socket.socket(fileno=fds[0]), fds[1], clock)
@@ -199,6 +201,9 @@ def _control(control: socket.socket) -> None:
             case "trim" if model is not None:
                 for each in (model, *lone):
                     each.trim()
+                    if order["at_rest"] and row is not None:
+                        with contextlib.suppress(MemoryError):
+                            _tried(each, row)
                 _trim()
             case "stop":
                 return
@@ -229,25 +234,25 @@ def _trim() -> None:
         trim(0)
 
 
-def _opened(control: socket.socket, spec: dict[str, Any]) -> Model | None:
-    """Open the session and run it once or twice; report what came of it."""
+def _opened(control: socket.socket, spec: dict[str, Any]) -> tuple[Model | None, dict[str, Array] | None]:
+    """Open the session and run it once or twice; report what came of it. Also a made-up row that it takes, and takes little time for."""
     started = time.monotonic()
     try:
         _name_and_bound(spec)
         model = _torch_model(spec) if spec["kind"] == "torch" else OnnxModel(spec)
         load_s = time.monotonic() - started
         _trim()  # parsing and packing leave up to twice the weights behind in the allocator: 138 -> 45 MB for 45 MB of weights
-        warm = _warm_up(model, spec)
+        warm, row = _warm_up(model, spec)
         _trim()
     except MemoryError:
         _report(control, {"failed": "ModelRejected", "text": _too_large(spec)})
-        return None
+        return None, None
     except HoneError as error:
         text = _too_large(spec) if is_memory(str(error)) and spec["memory_limit_bytes"] else str(error)
         _report(control, {"failed": type(error).__name__, "text": text})
-        return None
+        return None, None
     _report(control, {"opened": True, "load_s": load_s, "warm_up": warm})
-    return model
+    return model, row if spec["kind"] != "torch" else None
 
 
 def _open_lone(control: socket.socket, spec: dict[str, Any], lone: list[Model]) -> None:
@@ -296,20 +301,26 @@ def _too_large(spec: dict[str, Any]) -> str:
     )
 
 
-def _warm_up(model: Model, spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run once at batch 1 and once at the batch limit, on ones (else zeros). Data that a model cannot take is no reason to refuse it."""
+def _warm_up(model: Model, spec: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Array] | None]:
+    """Run once at batch 1 and once at the batch limit, on ones (else zeros). Data that a model cannot take is no reason to refuse it.
+
+    Also the single row that it took, where that was quick.
+    """
     signature = spec["signature"]
     batches = [1]
     if signature["batchable"] and spec["settings"]["batch_limit"] > 1:
         batches.append(spec["settings"]["batch_limit"])
     done: list[dict[str, Any]] = []
+    single: dict[str, Array] | None = None
     for rows in batches:
         for value in (1, 0):
-            error = _tried(model, _made_up(signature, rows, value, signature["batchable"]))
+            feeds, began = _made_up(signature, rows, value, signature["batchable"]), time.monotonic()
+            error = _tried(model, feeds)
             done.append({"rows": rows, "value": value, "error": error})
             if not error:
+                single = feeds if rows == 1 and time.monotonic() - began < QUICK_S else single
                 break
-    return done
+    return done, single
 
 
 def _tried(model: Model, feeds: dict[str, Array]) -> str:

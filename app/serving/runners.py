@@ -218,13 +218,13 @@ class Runner:
         self._loop.remove_reader(instance.sock.fileno())
         self._close_instance(instance)
 
-    def trim(self) -> None:
-        """Ask for freed memory to go back to the kernel, and give back the arenas of free instances."""
+    def trim(self, at_rest: bool = False) -> None:
+        """Ask for freed memory to go back to the kernel, and give back the arenas of free instances. `at_rest`: at once, not with the next run."""
         for instance in self.instances:
             if instance.batch is None:
                 instance.arena.trim()
         with contextlib.suppress(OSError):
-            self._order({"do": "trim"})
+            self._order({"do": "trim", "at_rest": at_rest})
 
     def kill(self, reason: str, own_fault: bool) -> None:
         """End it now; on_exit follows, with this reason."""

@@ -19,10 +19,11 @@ from app.errors import (
     PayloadTooLarge,
     Quarantined,
     QueueFull,
+    RunnerLost,
 )
 from app.serving.engine import Engine
 from app.serving.feedback import Feedback
-from app.serving.slot import Loaded, Slot
+from app.serving.slot import Loaded, Slot, asked_alike
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 
@@ -36,6 +37,9 @@ _REASONS: Final[dict[type[HoneError], str]] = {
     PayloadTooLarge: "too_large",
     Quarantined: "quarantined",
 }
+
+
+_ANOTHER_MAY_ANSWER: Final = (NotReady, ModelFailed, RunnerLost, Quarantined, QueueFull, CannotMeetDeadline)
 
 
 class InferenceService:
@@ -59,21 +63,25 @@ class InferenceService:
         self, model: str, version: str | None, request: InferenceRequest, headers: Mapping[bytes, bytes] | None = None
     ) -> InferenceResult:
         """Answer one validated request. Raises the errors of app.errors; cancelling the caller's task drops queued work."""
-        return await self.run(self.loaded(model, version, headers), request)
+        return await self.run(self.loaded(model, version, headers), request, version is not None)
 
-    async def run(self, loaded: Loaded, request: InferenceRequest) -> InferenceResult:
-        """The same for a version that was leased before the request was parsed."""
+    async def run(self, loaded: Loaded, request: InferenceRequest, named: bool = False) -> InferenceResult:
+        """The same for a version that was leased before the request was parsed; `named`: the caller wants that one and no other."""
         if request.deadline is None and self._default_timeout_s:
             request.deadline = monotonic() + self._default_timeout_s
         slot = self.slots.get(loaded.admitted.model)
         try:
-            result = await loaded.engine.infer(request)
-        except (NotReady, ModelFailed) as error:
-            instead = self._instead(slot, loaded, error)
-            if instead is None:
-                raise
-            loaded = instead
-            result = await loaded.engine.infer(request)
+            try:
+                result = await loaded.engine.infer(request)
+            except _ANOTHER_MAY_ANSWER as error:
+                instead = self._instead(slot, loaded, error, named)
+                if instead is None:
+                    raise
+                loaded = instead
+                result = await loaded.engine.infer(request)
+        except HoneError as error:
+            error.version = loaded.version
+            raise
         result.generation = loaded.generation
         if slot is not None:
             slot.reservoir.offer(request.inputs, result.outputs, request.caller)
@@ -83,17 +91,24 @@ class InferenceService:
                 self.feedback.remember(slot.name, request.request_id, result)
         return result
 
-    def _instead(self, slot: Slot | None, loaded: Loaded, error: HoneError) -> Loaded | None:
-        """Who answers what `loaded` could not: its next generation, or the incumbent where it was a version on trial."""
+    def _instead(self, slot: Slot | None, loaded: Loaded, error: HoneError, named: bool) -> Loaded | None:
+        """Who answers what `loaded` could not: its next generation, or the active version where the caller named none.
+
+        So nobody meets the failures of a version on trial, or the end of one that was replaced while the request came; they count against it.
+        """
         if slot is None:
             return None
         current = slot.versions.get(loaded.version)
-        if isinstance(error, NotReady) and current is not None and current is not loaded:
+        if isinstance(error, NotReady) and current is not None and current is not loaded and asked_alike(current, loaded):
             return current  # replaced by a new generation of the same version since it was leased
-        if slot.split is not None and slot.split.loaded is loaded and slot.active is not None:
+        active = slot.active
+        if named or active is None or active is loaded or not asked_alike(active, loaded):
+            return None
+        if loaded is slot.rung and not isinstance(error, NotReady | RunnerLost):
+            return None
+        if slot.split is not None and slot.split.loaded is loaded:
             self.window.failed(slot.name, loaded.version)
-            return slot.active
-        return None
+        return active
 
     def observe(self, observation: Observation) -> None:
         for observer in self._observers:
@@ -104,18 +119,25 @@ class InferenceService:
         reason = _REASONS.get(type(error))
         if reason is not None:
             self._metrics.count("hone_rejections", observation.model, reason)
+        if isinstance(error, ModelFailed) and observation.model:
+            self.window.model_failed(observation.model, observation.version)
 
     def saw_non_finite(self, model: str, version: str) -> None:
         self._metrics.count("hone_nonfinite_outputs", model, version)
         self.window.answered_non_finite(model, version)
 
-    def label(self, model: str, version: str | None) -> tuple[str, str]:
-        """Model and version to count a refusal under; unknown names are not labels, so that nobody can make series without end."""
+    def label(self, model: str, version: str | None, error: HoneError | None = None) -> tuple[str, str]:
+        """Model and version to count a refusal under: whose `error` it is, else who would have answered.
+
+        Unknown names are not labels, so that nobody can make series without end.
+        """
         slot = self.slots.get(model)
         if slot is None:
             return "", ""
+        version = (error.version if error is not None else "") or version
         if version is None:
-            return model, slot.active.version if slot.active is not None else ""
+            loaded = slot.rung or slot.active
+            return model, loaded.version if loaded is not None else ""
         return model, version if version in slot.known else ""
 
     def slot(self, model: str) -> Slot:

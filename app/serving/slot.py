@@ -39,6 +39,12 @@ class Loaded:
         return self.admitted.version
 
 
+def asked_alike(one: Loaded, other: Loaded) -> bool:
+    """Whether requests for one version are requests for the other: inputs and outputs count, not what was proven about rows."""
+    first, second = one.admitted.signature, other.admitted.signature
+    return (first.inputs, first.outputs) == (second.inputs, second.outputs)
+
+
 @dataclass(slots=True)
 class Share:
     """A second version that answers a share of the requests: a candidate on trial, or the previous one beside its successor."""
@@ -85,7 +91,10 @@ class Slot:
 
     def lease(self, version: str | None) -> Loaded:
         """The loaded version that stands for `version`. Raises NotReady with the reason and remedy, or NotFound."""
-        loaded = (self.rung or self.active) if version is None else self.versions.get(version)
+        if version is None:
+            loaded = self.rung if self.rung is not None and self.rung.engine.alive else self.active
+        else:
+            loaded = self.versions.get(version)
         if loaded is None:
             raise self._unavailable(version)
         return loaded

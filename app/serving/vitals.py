@@ -10,29 +10,43 @@ import logging
 import math
 import resource
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from time import monotonic
+from statistics import median
+from time import monotonic, time
 from typing import Any, Final
 
 from app.catalog.model_config import ModelConfig
+from app.catalog.reservoir import by_form
 from app.catalog.tensors import to_tensor
-from app.domain import OWN, InferenceRequest, ModelView, Tensor
+from app.domain import OWN, InferenceRequest, ModelView, RuntimeSettings, Tensor
 from app.errors import HoneError, NotReady
 from app.serving.engine import Engine
 from app.serving.loader import Loader
 from app.serving.mirror import EVERY_S, Compared
+from app.serving.past_deaths import PastDeath, past_deaths
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
+from app.store.base import Journal, StoreUnavailable
 from app.telemetry.window import Window
+from optimizers.samples import Samples
 
 log = logging.getLogger("hone.serving")
 PROBES: Final = 8
 """Different inputs that a probe goes through."""
 SLICE_S: Final = 0.015
 LONGEST_TURN_S: Final = 0.06
+NEWEST: Final = 24
+"""Rows of live requests that tell what comes now; as many as there are rounds of a replay until its second look."""
+NEWEST_S: Final = 4.0
+PACED_CALLS: Final = 5
+PAUSE_S: Final = 0.005
+"""Between calls that are timed as a single caller meets them: threads go to sleep in it, or spin."""
 LEAST_ROUNDS: Final = 8
 MOST_ROUNDS: Final = 30
 DEATHS_S: Final = 300.0
+READ_BACK: Final = 1000
+AGAIN_S: Final = 2.0
 MIRROR_SHARE: Final = 0.05
 """Most of the cores' time that comparing live answers with golden's may use."""
 TRIAL_TIMES: Final = 3
@@ -69,6 +83,21 @@ class Vitals:
         self.window = window
         self._since: dict[str, tuple[tuple[str, int], float]] = {}
         self._spent = Spent()
+        self._following = asyncio.Lock()
+        self._began = time()
+        self._past: dict[tuple[str, str], list[PastDeath]] = {}
+        self._past_at = 0.0
+
+    async def remember(self, journal: Journal) -> None:
+        """Learn which runners died before this server was started; while the store is away, try again as long as it matters."""
+        while time() < self._began + DEATHS_S:
+            try:
+                events = await asyncio.to_thread(journal.read, 0, READ_BACK, "", True)
+            except StoreUnavailable:
+                await asyncio.sleep(AGAIN_S)
+                continue
+            self._past, self._past_at = past_deaths(events, time(), DEATHS_S, self._began), monotonic()
+            return
 
     # ---- seeing
     def models(self) -> list[ModelView]:
@@ -126,6 +155,40 @@ class Vitals:
             return None
         return await asyncio.to_thread(_probe_of, turns) if len(turns) >= LEAST_ROUNDS else None
 
+    async def in_turns(
+        self, name: str, settings: tuple[RuntimeSettings, RuntimeSettings], inputs: Samples, seconds: float, limit: float
+    ) -> tuple[float, float, float] | None:
+        """The active version under two settings, in fresh runners, while the live one answers: (estimate, low, high) of the time that a single call
+        takes under the second over that under the first, the waiting for cores counted. None where there is no room, or too little was seen.
+        While it seems to lie above `limit` and is not sure to, it goes on, up to four times as long; sure to lie below, it ends.
+        """
+        loaded, config = self._active(name), self.config(name)
+        specs = {spec.name: spec for spec in loaded.admitted.signature.inputs}
+        rows = list(_rows(inputs.inputs, specs, inputs.stacked, min(PROBES, len(inputs))))
+        try:
+            async with AsyncExitStack() as stack:
+                first, second = [await stack.enter_async_context(self._loader.fresh(loaded, config, one)) for one in settings]
+                with self.window.background("tune"):
+                    rounds = await _paced_rounds((second, first), rows, seconds, limit)
+        except HoneError as error:
+            log.warning("model %s: its settings could not be compared: %s", name, error)
+            return None
+        return (await asyncio.to_thread(_probe_of, rounds)).wall if len(rounds) >= LEAST_ROUNDS else None
+
+    async def newest(self, name: str, count: int = NEWEST, seconds: float = NEWEST_S) -> list[Samples]:
+        """A row of each of the next live requests, those of a form together; fewer where fewer come in `seconds`, none with capture off."""
+        slot = self._service.slots.get(name)
+        if slot is None:
+            return []
+        complete = asyncio.Event()
+        async with self._following:  # a job and an investigation may ask at the same time
+            taken = slot.reservoir.follow(count, complete.set)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await complete.wait()
+            slot.reservoir.follow(0)
+        return await asyncio.to_thread(by_form, taken)
+
     async def compare_some(self, most: int = 4) -> list[tuple[str, Compared]]:
         """Put kept live requests to golden and to a version on trial, while nobody waits and the budget lasts; (model, outcome) of each."""
         found: list[tuple[str, Compared]] = []
@@ -136,7 +199,10 @@ class Vitals:
             for _ in range(most * eager):
                 if slot.mirror is None or not slot.mirror.kept or not self.idle or not self._spent.allows(self._cores):
                     break
-                found += [(slot.name, compared) async for compared in self._compare(slot)]
+                try:
+                    found += [(slot.name, compared) async for compared in self._compare(slot)]
+                except Exception:  # one model's odd answer must not cost the others what was seen of them
+                    log.exception("model %s: a live answer could not be compared with golden's", slot.name)
         for name, compared in found:
             self.window.compared(name, compared.version, compared.agrees, compared.rows)
         return found
@@ -180,11 +246,13 @@ class Vitals:
         known = self._since.get(slot.name)
         if known is None or known[0] != identity:
             known = self._since[slot.name] = (identity, monotonic())
-        recent = [death for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
+        recent = ["from outside" in death.reason for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
+        past = self._past.get((slot.name, active.version), ())
+        recent += [death.outside for death in past if monotonic() - self._past_at + death.age_s < DEATHS_S]
         return ModelView(
             slot.name, active.version, active.generation, active.settings, slot.ready, active.memory_bytes, len(recent), tuple(slot.versions),
-            known[1], sum("from outside" in death.reason for death in recent), slot.rung.version if slot.rung is not None else "",
-            tuple(slot.failed.items()),
+            known[1], sum(recent), slot.rung.version if slot.rung is not None else "",
+            tuple(slot.failed.items()), tuple((version, loaded.memory_bytes) for version, loaded in slot.versions.items()),
         )  # fmt: skip
 
 
@@ -219,6 +287,32 @@ async def _calls_in_a_slice(engines: tuple[Engine, Engine], inputs: Sequence[lis
     return max(2, min(64, round(SLICE_S / min(walls)), round(LONGEST_TURN_S / max(walls))))
 
 
+async def _paced_rounds(engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]], seconds: float, limit: float) -> list[Round]:
+    """ABBA rounds of single calls with pauses between them, as a caller meets them at low load: what is compared is how long each takes."""
+    until = monotonic() + seconds
+    rounds: list[Round] = []
+    while monotonic() < until + 3 * seconds and (
+        len(rounds) < LEAST_ROUNDS
+        or (monotonic() < until and not await asyncio.to_thread(_hopeless, rounds, limit))
+        or await asyncio.to_thread(_undecided, rounds, (math.inf, limit))
+    ):
+        turns: tuple[list[Turn], list[Turn]] = ([], [])
+        for which in (0, 1, 1, 0) if len(rounds) % 2 else (1, 0, 0, 1):
+            turns[which].append(await _paced_turn(engines[which], inputs))
+        rounds.append(turns)
+    return rounds
+
+
+async def _paced_turn(engine: Engine, inputs: Sequence[list[Tensor]]) -> Turn:
+    """Medians of CPU seconds and of the seconds that a call waits for cores and computes."""
+    results = []
+    for number in range(PACED_CALLS + 1):
+        request = InferenceRequest(list(inputs[number % len(inputs)]), "tune", deadline=monotonic() + 10.0, caller=OWN)
+        results.append(await engine.infer(request))
+        await asyncio.sleep(PAUSE_S)
+    return median(r.cpu_s for r in results[1:]), median(r.queue_s + r.compute_s for r in results[1:])
+
+
 async def _turn(engine: Engine, inputs: Sequence[list[Tensor]], calls: int) -> Turn:
     results = []
     for number in range(calls + 1):
@@ -232,6 +326,11 @@ def _undecided(rounds: Sequence[Round], limits: tuple[float, float]) -> bool:
     """Whether a ratio seems to lie above its limit, and more rounds might show it."""
     probe = _probe_of(rounds)
     return any(low <= limit < estimate for (estimate, low, _), limit in zip((probe.cpu, probe.wall), limits, strict=True))
+
+
+def _hopeless(rounds: Sequence[Round], limit: float) -> bool:
+    """Whether the ratio of wall times lies below its limit for sure."""
+    return _probe_of(rounds).wall[2] < limit
 
 
 def _probe_of(rounds: Sequence[Round]) -> Probe:

@@ -17,7 +17,7 @@ from app.store.codec import enum_or_none, settings_from_json, state_from_json
 from app.store.kinds import SCHEMA, problem, version_of
 from app.store.transient import closed, drop, opened, put, with_model
 
-FOLD_VERSION: Final = 2
+FOLD_VERSION: Final = 3
 """Changes whenever the same events fold to another state: snapshots of another version are not used."""
 KEPT_REMOVED_MODELS: Final = 1000
 KEPT_REMOVED_VERSIONS: Final = 200
@@ -100,6 +100,7 @@ def _model_deployed(state: State, event: Event) -> State:
         split=None,
         rungs=(),
         left=(),
+        changed="version",
     )
     why = f"golden changed from {model.golden} ({model.golden_sha256[:12]}) to {golden} ({sha256[:12]})"
     return fold_jobs.cancel_of_model(_changed(state, event, renewed), event, sha256, why)
@@ -169,9 +170,12 @@ def _desired_changed(state: State, event: Event) -> State:
     settings = settings_from_json(given) if given is not None else model.settings_of(version)
     before = model
     if settings != model.settings_of(version):
-        model = _with_settings(model, version, settings, None)
+        model = replace(_with_settings(model, version, settings, None), changed="settings")
     if version != model.desired:
-        model = replace(model, desired=version, previous=model.desired, split=_watched(model, event), left=_left(model, event))
+        left = _left(model, event)
+        rungs = tuple(rung for rung in model.rungs if rung not in left)
+        split = _watched(model, event)
+        model = replace(model, desired=version, previous=model.desired, split=split, left=left, rungs=rungs, changed="version")
     return state if model is before else _changed(state, event, replace(model, generation=_next(model, state)))
 
 
@@ -179,6 +183,17 @@ def _left(model: ModelState, event: Event) -> tuple[str, ...]:
     """A version that was left for faults is remembered; one that somebody desires again is forgiven."""
     left = tuple(version for version in model.left if version != version_of(event))
     return (*left, model.desired) if event.data.get("fault") else left
+
+
+def _canary_ended(state: State, event: Event) -> State:
+    """One that failed is neither stepped down to nor switched to, until somebody desires it."""
+    model, version = state.models.get(event.model), version_of(event)
+    if model is None or event.data.get("verdict") != Verdict.FAILED.value or version in (model.desired, model.golden, *model.left):
+        return state
+    if _find(model, version) is None or not _may_serve(model, version):
+        return state
+    rungs = tuple(rung for rung in model.rungs if rung != version)
+    return _changed(state, event, replace(model, left=(*model.left, version), rungs=rungs))
 
 
 def _watched(model: ModelState, event: Event) -> Split | None:
@@ -207,7 +222,8 @@ def _ladder_set(state: State, event: Event) -> State:
     model = state.models.get(event.model)
     if model is None:
         return state
-    rungs = tuple(version for version in event.data["rungs"] if version != model.desired and _may_serve(model, version))
+    barred = (model.desired, *model.left)
+    rungs = tuple(version for version in event.data["rungs"] if version not in barred and _may_serve(model, version))
     return state if rungs == model.rungs else _changed(state, event, replace(model, rungs=rungs))
 
 
@@ -220,7 +236,7 @@ def _settings_changed(state: State, event: Event) -> State:
     if settings == model.settings_of(version):
         return state
     renewed = _with_settings(model, version, settings, settings_from_json(stood) if stood is not None else None)
-    return _changed(state, event, replace(renewed, generation=_next(model, state)))
+    return _changed(state, event, replace(renewed, generation=_next(model, state), changed="settings"))
 
 
 def _with_settings(model: ModelState, version: str, settings: RuntimeSettings | None, stood: RuntimeSettings | None) -> ModelState:
@@ -268,6 +284,7 @@ def _version_removed(state: State, event: Event) -> State:
         previous="" if model.previous == version else model.previous,
         split=None if model.split is not None and model.split.version == version else model.split,
         rungs=tuple(rung for rung in model.rungs if rung != version),
+        left=tuple(one for one in model.left if one != version),
         settings=_without(model.settings, version),
         previous_settings=_without(model.previous_settings, version),
     )
@@ -335,6 +352,7 @@ _HANDLERS: Final[dict[str, Callable[[State, Event], State]]] = {
     "desired.changed": _desired_changed,
     "settings.changed": _settings_changed,
     "traffic.split": _traffic_split,
+    "canary.ended": _canary_ended,
     "ladder.set": _ladder_set,
     "version.published": _version_published,
     "version.removed": _version_removed,

@@ -1,0 +1,211 @@
+"""Who answers where the version that was asked cannot, and whose failure it is: real engines in a slot."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from app.catalog.model_config import ModelConfig
+from app.catalog.samples import Reservoir
+from app.domain import Event, Generation, InferenceResult, ModelState, RuntimeSettings, Tensor
+from app.errors import DeadlineExceeded, NotReady, Quarantined, QueueFull
+from app.serving.admission import Admitted
+from app.serving.engine import Engine
+from app.serving.forkserver import ForkServer
+from app.serving.ledger import CoreLedger
+from app.serving.loader import Loader
+from app.serving.mirror import Mirror, Seen
+from app.serving.reconcile import ModelReconciler
+from app.serving.service import InferenceService
+from app.serving.slot import Loaded, Share, Slot
+from app.serving.vitals import Vitals
+from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
+from tests.engines import Start, anyio_backend, forkserver, request, start, tensor, until, values
+from tests.models import KILLING_ROW, endless, killer, save, scaled, signature_of, value
+
+__all__ = ["anyio_backend", "forkserver", "start"]
+pytestmark = pytest.mark.anyio
+Put = Callable[..., Awaitable[Loaded]]
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Slot:
+    return Slot("m", ModelConfig(), Reservoir(tmp_path / "captured"), known=("1", "1.1"))
+
+
+@pytest.fixture
+def service(slot: Slot) -> InferenceService:
+    made = InferenceService(60.0, Metrics(), Window())
+    made.slots["m"] = slot
+    return made
+
+
+@pytest.fixture
+def put(slot: Slot, start: Start) -> Put:
+    """put(version, path, ...): loaded, and in the slot."""
+
+    async def load(version: str, path: Path, **settings: Any) -> Loaded:
+        engine = await start(path, **settings)
+        loaded = slot.versions[version] = loaded_of(version, engine)
+        return loaded
+
+    return load
+
+
+def loaded_of(version: str, engine: Engine) -> Loaded:
+    settings = engine.spec.settings
+    return Loaded(admitted_of(version, Path(engine.spec.path), settings), engine, settings, 1, 0.0)
+
+
+def admitted_of(version: str, path: Path, settings: RuntimeSettings) -> Admitted:
+    card: Any = SimpleNamespace(bytes=path.stat().st_size)
+    return Admitted("m", version, "onnx", path, "", signature_of(path), "s", "g", settings, card, None, None)
+
+
+def subtracting(path: Path) -> Path:
+    """Takes what `killer` takes, and kills nothing: y = x - d."""
+    inputs = [value("x", "INT64", ["N"]), value("d", "INT64", ["N"])]
+    return save(path, [helper.make_node("Sub", ["x", "d"], ["y"])], inputs, [value("y", "INT64", ["N"])])
+
+
+def float32(array: Any) -> Any:
+    return np.asarray(array, np.float32)
+
+
+def failures(service: InferenceService, version: str) -> int:
+    return service.window.totals("m", version).failures
+
+
+async def on_trial(service: InferenceService, **arrays: Any) -> InferenceResult:
+    loaded = service.loaded("m", None, {})
+    assert loaded.version == "1.1"
+    return await service.run(loaded, request(**arrays))
+
+
+async def test_an_input_that_kills_a_version_on_trial_is_answered_by_the_active_one(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    slot.active = await put("1", subtracting(tmp_path / "1.onnx"))
+    slot.split = Share(await put("1.1", killer(tmp_path / "2.onnx")), 1.0, "canary")
+    x, d = KILLING_ROW
+    for count in (1, 2):  # found out, then known
+        result = await on_trial(service, x=np.array([x], np.int64), d=np.array([d], np.int64))
+        assert result.generation == 1 and values(result)[0] == x - d
+        await until(lambda: slot.split is not None and slot.split.loaded.engine.alive)
+        assert failures(service, "1.1") == count and failures(service, "1") == 0
+    with pytest.raises(Quarantined) as refused:
+        await service.infer("m", "1.1", request(x=np.array([x], np.int64), d=np.array([d], np.int64)))
+    assert service.label("m", "1.1", refused.value) == ("m", "1.1")
+
+
+async def test_a_full_queue_of_a_version_on_trial_refuses_nobody(service: InferenceService, slot: Slot, put: Put, tmp_path: Path) -> None:
+    slot.active = await put("1", scaled(tmp_path / "1.onnx", 2.0))
+    slot.split = Share(await put("1.1", scaled(tmp_path / "2.onnx", 3.0), queue_limit=0), 1.0, "canary")
+    row = [[1.0, 1.0, 1.0, 1.0]]
+    assert values(await on_trial(service, x=float32(row)))[0, 0] == 2.0
+    assert failures(service, "1.1") == 1
+    with pytest.raises(QueueFull):
+        await service.infer("m", "1.1", request(x=float32(row)))
+
+
+async def test_a_deadline_that_a_version_on_trial_misses_is_its_own(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    slot.active = await put("1", endless(tmp_path / "1.onnx"))
+    slot.split = Share(await put("1.1", endless(tmp_path / "2.onnx")), 1.0, "canary")
+    slow = request(x=float32([1.0]), n=np.array([3_000_000], np.int64), deadline=monotonic() + 0.1)
+    with pytest.raises(DeadlineExceeded) as late:
+        await service.run(service.loaded("m", None, {}), slow)
+    assert service.label("m", None, late.value) == ("m", "1.1") and service.label("m", None) == ("m", "1")
+
+
+async def test_a_rung_whose_runner_is_down_is_passed_over(service: InferenceService, slot: Slot, put: Put, tmp_path: Path) -> None:
+    slot.active = await put("1", scaled(tmp_path / "1.onnx", 2.0))
+    slot.rung = await put("1.1", scaled(tmp_path / "2.onnx", 3.0))
+    assert service.loaded("m", None) is slot.rung
+    await slot.rung.engine.stop()
+    assert service.loaded("m", None) is slot.active
+
+
+async def test_what_is_unloaded_while_a_request_comes_is_answered_by_the_active_version(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    """As where a new golden takes over: versions of the one before go at once."""
+    slot.active = old = await put("1.1", scaled(tmp_path / "1.onnx", 2.0))
+    slot.active = await put("2", scaled(tmp_path / "2.onnx", 3.0))
+    del slot.versions["1.1"]
+    await old.engine.drain(1.0)
+    ask = request(x=float32([[1.0, 1.0, 1.0, 1.0]]))
+    assert values(await service.run(old, ask))[0, 0] == 3.0
+    with pytest.raises(NotReady):
+        await service.run(old, ask, named=True)
+    slot.active = await put("3", scaled(tmp_path / "3.onnx", 3.0, width=5))
+    with pytest.raises(NotReady):
+        await service.run(old, ask)
+
+
+async def test_an_answer_that_cannot_be_compared_costs_other_models_nothing(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    slot.active, slot.golden = await put("1", scaled(tmp_path / "1.onnx", 2.0)), "1"
+    await put("1.1", scaled(tmp_path / "2.onnx", 2.0))
+    odd = Slot("a", ModelConfig(), Reservoir(tmp_path / "more"), active=slot.active, mirror=Mirror("agreement", 0.99))
+    service.slots = {"a": odd, "m": slot}
+    odd.mirror.kept.append(Seen([], None, [Tensor("y", "FP32", (2, 2), b"short")], "1"))  # type: ignore[union-attr]
+    slot.mirror = Mirror("sqnr_db", 20.0)
+    row = np.ones((1, 4), np.float32)
+    slot.mirror.kept.append(Seen([tensor("x", row)], None, [tensor("y", 2 * row)], "1.1"))
+    found = await Vitals(service, None, service.window, 2).compare_some()  # type: ignore[arg-type]
+    assert [(name, compared.version, compared.agrees) for name, compared in found] == [("m", "1.1", True)]
+
+
+@pytest.fixture
+def loader(forkserver: ForkServer) -> Loader:
+    return Loader(forkserver, CoreLedger(2), Metrics(), Window(), "here", 4 << 30, lambda *death: None)
+
+
+async def test_what_killed_a_runner_is_refused_by_the_next_engine_of_the_same_weights(loader: Loader, tmp_path: Path) -> None:
+    admitted = admitted_of("1.1", killer(tmp_path / "1.onnx"), RuntimeSettings())
+    x, d = np.array([KILLING_ROW[0]], np.int64), np.array([KILLING_ROW[1]], np.int64)
+    for settings in (RuntimeSettings(), RuntimeSettings(intra_op_threads=2)):
+        loaded = await loader.load(admitted, settings, 1, ModelConfig())
+        with pytest.raises(Quarantined):
+            await loaded.engine.infer(request(x=x, d=d))
+        assert loaded.engine.distinct_killers == 1
+        deaths = len(loaded.engine.deaths)
+        await loader.stop(loaded, 1.0)
+    assert deaths == 0
+
+
+async def test_loads_that_hang_give_their_places_back(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.serving.loader.PLACE_S", 0.01)
+    async with asyncio.timeout(10):
+        async with loader._place(), loader._place(), loader._place():
+            pass
+    async with asyncio.timeout(10):
+        async with loader._place(), loader._place():
+            pass
+
+
+async def test_a_deadly_version_is_left_once_for_its_faults(slot: Slot, service: InferenceService, put: Put, tmp_path: Path) -> None:
+    """However long the store does not take it: each pass finds the same version active and desired."""
+    told: list[Event] = []
+    active = await put("1.1", scaled(tmp_path / "1.onnx"))
+    want = ModelState("m", "1", "g", "1.1", "1", Generation(1, 7))
+    metrics = Metrics()
+    reconciler = ModelReconciler(slot, service, None, None, told.append, metrics)  # type: ignore[arg-type]
+    for _ in range(3):
+        active.engine.killers.update("abc")
+        reconciler._leave_deadly(active, want)
+    assert [event.kind for event in told] == ["version.failed", "desired.changed"]
+    assert told[1].data["fault"] and told[1].version == "1"
+    assert metrics.counters["hone_rollbacks"] == {("m", "killers"): 1.0}

@@ -1,0 +1,204 @@
+"""How the job keeper lets a proven version or measured settings take over, and what holds it back at the last moment: a real journal, real cards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from app.catalog.cards import BuiltCard, CardFile, Cards, Draft, GoldenCard, RowsProof
+from app.catalog.model_config import ModelConfig
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
+from app.control.commands import Commands
+from app.control.keeper import JobKeeper
+from app.control.rollout import End
+from app.control.tally import JobTally
+from app.control.verification import Judged
+from app.domain import Event, Mode, RuntimeSettings, Signature, TensorSpec, Verdict
+from app.errors import Conflict
+from app.settings import Settings
+from app.store.base import Journal
+from app.store.open import open_journal
+from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
+from tests.journal_story import SHA, claimed, deployed, desired, job_event, published, requested
+
+HERE = "x86_64-test"
+SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP32", (-1, 2)),), True)
+GOLDEN = GoldenCard("m", "1", SHA, (CardFile("model.onnx", 3, "bb"),), SIGNATURE, RowsProof(True, "rows alone = rows together"))
+WINNER = Judged("1.1", Verdict.PASSED, "twice as fast", 2.0, True, "live", False, {})
+
+
+@dataclass
+class Trial:
+    """A rollout that passes its largest share while something happens, as `during` says; its end leaves the split in place, as the real one's does."""
+
+    journal: Journal
+    during: Event | None = None
+
+    async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Any) -> End:
+        self.journal.append(Event("traffic.split", model, version, job, data={"version": version, "share": 0.25, "stage": "canary"}))
+        if self.during is not None:
+            self.journal.append(self.during)
+        return End(Verdict.PASSED, "good")
+
+    async def clear(self, model: str, version: str, job: str) -> None:
+        self.journal.append(Event("traffic.split", model, "", job, data={"version": "", "share": 0.0, "stage": "canary"}))
+
+
+@dataclass
+class Bed:
+    """A keeper on a journal with a proven version 1.1 of job j."""
+
+    journal: Journal
+    keeper: Any
+    trial: Trial
+    metrics: Metrics
+    cards: Cards
+
+    def take(self) -> tuple[str, str, Any]:
+        job = self.journal.state().jobs["j"]
+        piece = SimpleNamespace(config=ModelConfig(), golden=GOLDEN)
+        taken: tuple[str, str, Any] = asyncio.run(self.keeper._take(job, piece, WINNER, None, {}, asyncio.Event()))
+        return taken
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[Bed]:
+    settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
+    settings.repository.mkdir()
+    folder = StateFolder(settings.state).prepare()
+    cards, journal, metrics = Cards(folder), open_journal(str(tmp_path / "journal.db")), Metrics()
+    cards.write_golden(GOLDEN)
+    scratch = folder.scratch / "job"
+    scratch.mkdir()
+    (scratch / "model.onnx").write_bytes(b"weights")
+    steps = ({"method": "graph"},)
+    card: BuiltCard = cards.publish("m", scratch, Draft("j", 0, "1", SHA, "1", steps, SIGNATURE, RowsProof(True, ""), "test"))
+    automatic = requested("j")
+    automatic.data["promote"] = "auto"
+    verified = Event("version.verified", "m", "1.1", data={"version": "1.1", "host_class": HERE, "verdict": "passed"})
+    for event in (
+        deployed(),
+        automatic,
+        claimed("j"),
+        published(card.version, job="j"),
+        job_event("built", "j", candidates=["1.1"], report={}),
+    ):
+        journal.append(event)
+    journal.append(verified)
+    trial: Any = Trial(journal)
+    plane: Any = None
+    keeper: Any = JobKeeper(
+        journal, Commands(journal, HERE), Repository(settings.repository), folder, cards, HERE, 2, settings, metrics, Window(), trial, plane, "r",
+    )  # fmt: skip
+
+    async def taken(job: Any, version: str, since: int, report: Any) -> Any:
+        return "promoted", version, report  # no data plane is here to say that it serves
+
+    keeper._taken = taken
+    yield Bed(journal, keeper, trial, metrics, cards)
+    journal.close()
+
+
+def test_what_passed_its_trial_is_promoted(bed: Bed) -> None:
+    assert bed.take()[0] == "promoted" and bed.journal.state().models["m"].desired == "1.1"
+
+
+@pytest.mark.parametrize(
+    ("during", "why"),
+    [
+        (Event("loop.frozen"), "frozen"),
+        (Event("mode.changed", "m", data={"mode": Mode.APPROVE.value}), "mode is approve"),
+        (Event("mode.changed", "m", data={"mode": Mode.OBSERVE.value}), "mode is observe"),
+    ],
+)
+def test_a_freeze_or_another_mode_holds_back_what_is_under_way(bed: Bed, during: Event, why: str) -> None:
+    """In the midst of the canary: it ends on the incumbent; before: there is none."""
+    bed.trial.during = during
+    outcome, version, report = bed.take()
+    assert (outcome, version) == ("kept", "1.1") and why in report["waits"]
+    model = bed.journal.state().models["m"]
+    assert model.desired == "1" and model.split is None
+    splits = len([event for event in bed.journal.read() if event.kind == "traffic.split"])
+    assert bed.take()[0] == "kept"
+    assert len([event for event in bed.journal.read() if event.kind == "traffic.split"]) == splits
+
+
+def test_measured_settings_are_not_taken_while_frozen_or_for_another_version(bed: Bed) -> None:
+    meanwhile: list[Event] = []
+
+    async def tuned(*_: Any) -> Any:
+        for event in meanwhile:
+            bed.journal.append(event)
+        return RuntimeSettings(2, 1, 16), {"summary": "faster"}
+
+    keeper, job = bed.keeper, bed.journal.append(requested("t")).job
+    keeper._tune, keeper._bench = tuned, SimpleNamespace(settings=lambda *_: RuntimeSettings(1, 1, 8))
+    asked = SimpleNamespace(id=job, model="m", golden_sha256=SHA, promote="auto", tries=(({"method": "tune"},),))
+    piece = SimpleNamespace(config=ModelConfig(), golden=GOLDEN)
+
+    def tune() -> tuple[str, str, Any]:
+        found: tuple[str, str, Any] = asyncio.run(keeper._tune_active(asked, piece, asyncio.Event(), {}))
+        return found
+
+    meanwhile[:] = [Event("loop.frozen")]
+    outcome, _, report = tune()
+    assert outcome == "kept" and "frozen" in report["waits"] and bed.journal.state().models["m"].settings == ()
+    meanwhile[:] = [Event("loop.unfrozen"), desired("1.1")]
+    outcome, _, report = tune()
+    assert outcome == "kept" and "replaced" in report["waits"]
+    meanwhile.clear()
+    assert tune()[0] == "promoted"
+    assert bed.journal.state().models["m"].settings_of("1.1") == RuntimeSettings(2, 1, 16)
+
+
+def test_a_job_of_a_server_that_died_right_after_its_claim_goes_on(bed: Bed) -> None:
+    bed.journal.append(requested("t"))
+    bed.journal.append(claimed("t", "server gone"))
+    asyncio.run(bed.keeper._advance(bed.journal.state().jobs["t"]))
+    assert bed.journal.state().jobs["t"].state.value == "built"
+
+
+def test_weights_of_a_version_that_was_promoted_at_the_same_moment_stay(bed: Bed) -> None:
+    """What was decided by a state of before is not done: the journal ignores the removal of what is desired."""
+    [card] = bed.cards.built("m")
+    weights = bed.cards.path(card)
+    commands = bed.keeper._commands
+    bed.journal.append(desired("1.1"))
+    with pytest.raises(Conflict, match="promoted"):
+        commands.let_go("m", "1.1", "hone", "not needed")
+    bed.journal.append(desired("1"))
+    bed.journal.append(job_event("finished", "j", outcome="refused", report={}))
+    bed.journal.append(Event("version.verified", "m", "1.1", data={"version": "1.1", "host_class": HERE, "verdict": "failed"}))
+    bed.journal.append(Event("desired.changed", "m", "1", data={"version": "1", "from": "", "reason": ""}))
+    asyncio.run(bed.keeper._remove_unneeded("m"))
+    assert weights.exists(), "the previous version"
+    commands.let_go("m", "1.1", "ann", "asked for")
+    assert bed.journal.state().models["m"].built[0].removed
+
+
+def test_jobs_are_counted_once_by_the_recipe_that_came_out(bed: Bed) -> None:
+    tally = JobTally(bed.metrics)
+    tally.count(bed.journal.state())
+    counted = bed.metrics.counters["hone_jobs"]
+    assert counted[("graph", "promoted")] == 0 and ("graph | int8", "failed") in counted, "shown from 0 on, while they are open"
+    bed.journal.append(job_event("finished", "j", outcome="promoted", candidate="1.1", report={}))
+    bed.journal.append(requested("k"))
+    bed.journal.append(job_event("finished", "k", outcome="failed", report={}))
+    tally.count(bed.journal.state())
+    tally.count(bed.journal.state())
+    assert counted[("graph", "promoted")] == 1 and counted[("graph | int8", "failed")] == 1
+    for identity in ("elsewhere", "here"):
+        bed.journal.append(requested(identity))
+        bed.journal.append(job_event("finished", identity, outcome="failed", report={}))
+    tally.lapsed()
+    tally.ended("here")
+    tally.count(bed.journal.state())
+    assert counted[("graph | int8", "failed")] == 2, "another server counted the other, while it held the lease"
