@@ -21,6 +21,8 @@ POLL_S: Final = 0.5
 TIMEOUT_S: Final = 180.0
 """Promoting answers when the version serves; the server itself waits up to two minutes for that."""
 HEALTH_TIMEOUT_S: Final = 5.0
+AWAY: Final = frozenset({0, 502, 503, 504})
+"""Statuses of a server that is not there (0: no answer came), or not yet."""
 WON: Final = frozenset({"promoted", "kept", "proven"})
 
 
@@ -228,11 +230,19 @@ def _print_event(arguments: argparse.Namespace, event: dict[str, Any]) -> None:
 
 
 def _following(client: Client, model: str, after: int) -> Iterator[dict[str, Any]]:
-    """Events for as long as the server lives; a broken stream is taken up where it ended."""
+    """Events until you leave; a broken stream is taken up where it ended, also after the server was started again."""
+    told = False
     while True:
-        for event in client.follow(model, after):
-            after = event["seq"]
-            yield event
+        try:
+            for event in client.follow(model, after):
+                after, told = event["seq"], False
+                yield event
+        except ClientError as error:
+            if error.status not in AWAY:
+                raise
+            if not told:
+                print(f"{error}; trying again", file=sys.stderr, flush=True)
+            told = True
         time.sleep(POLL_S)
 
 

@@ -228,7 +228,7 @@ def _add_versions(commands: Parsers) -> None:
     promote.add_argument("model", metavar="MODEL[:VERSION]")
     promote.add_argument("version", nargs="?", metavar="VERSION")
     promote.add_argument("--force", action="store_true", help="even without a proof on this class of host")
-    rollback = _asking(commands, "rollback", "back to what was before, at once", "rollback", "hone rollback digits")
+    rollback = _asking(commands, "rollback", "undo the last change of version or settings, at once", "rollback", "hone rollback digits")
     rollback.add_argument("model", metavar="MODEL")
     verify = _asking(
         commands,

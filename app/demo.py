@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -152,20 +153,29 @@ def start_of_this_life(client: Client) -> int:
 
 
 def greeting(settings: Settings, url: str, picture: Path) -> str:
-    elsewhere = "" if settings.port == Settings().port else f"HONE_PORT={settings.port} "  # a second terminal knows nothing of this one's
-    hone = elsewhere + command_name()
-    shown = _shown(picture)
+    hone = elsewhere(settings) + command_name()
+    token = "as HONE_ADMIN_TOKEN says; set it where you call hone too" if settings.admin_token else _shown(settings.state / "admin-token")
     return f"""
 Hone serves the model {MODEL!r} at {url}   (API: {url}/docs   metrics: {url}/metrics)
 
-  which digit is it?  curl -s --data-binary @{shown} {url}/models/{MODEL}/predict
+  which digit is it?  curl -s --data-binary {shlex.quote("@" + _shown(picture))} {url}/models/{MODEL}/predict
   make it faster      {hone} optimize {MODEL} --with int8-static --wait
   what serves         {hone} status
-  admin token         {_shown(settings.state / "admin-token")}
+  admin token         {token}
   models, logs        {_shown(settings.state / "demo")}, {_shown(settings.state / "logs")}
 
 Ctrl-C stops it. What happens:
 """
+
+
+def elsewhere(settings: Settings) -> str:
+    """The variables that a command needs in a second terminal, which knows nothing of this one's."""
+    differing = {
+        "STATE": (_shown(settings.state), settings.state.absolute() == Settings().state.absolute()),
+        "HOST": (settings.host, settings.host in {Settings().host, "0.0.0.0"}),
+        "PORT": (str(settings.port), settings.port == Settings().port),
+    }
+    return "".join(f"HONE_{name}={shlex.quote(value)} " for name, (value, usual) in differing.items() if not usual)
 
 
 def command_name() -> str:

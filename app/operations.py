@@ -6,15 +6,16 @@ It speaks JSON-able facts; HTTP is app.api.admin's, decisions are app.control.co
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from app import __version__
+from app.api.bodies import parts_of
 from app.api.upload_form import receive_form
 from app.catalog import durable
 from app.catalog.card_facts import signature_of
@@ -31,7 +32,7 @@ from app.control.loop import Loop
 from app.control.planner import default_tries
 from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
-from app.errors import Cancelled, Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
+from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
 from app.serving.admission import Admission
 from app.serving.fleet import Fleet
 from app.serving.service import InferenceService
@@ -39,6 +40,7 @@ from app.serving.slot import Loaded, Slot
 from app.settings import Settings
 from app.store.base import Journal
 from app.store.codec import settings_from_json
+from optimizers.plot import curves_svg
 
 EXPLAINING: Final = frozenset({
     "model.deployed", "desired.changed", "settings.changed", "version.failed", "version.confirmed", "canary.ended", "suspicion.raised",
@@ -48,6 +50,7 @@ EXPLAINING: Final = frozenset({
 STORY: Final = 30
 LOAD_WAIT_S: Final = 120.0
 """How long a load call waits for the model to answer; loading goes on after that."""
+UNLOAD_WAIT_S: Final = 60.0
 
 
 class ServerOperations:
@@ -126,6 +129,18 @@ class ServerOperations:
             version = lineage[version]["parent"]
         told = [asdict(event) for event in reversed(events) if event.kind in EXPLAINING]
         return self._model(slot) | {"lineage": chain, "story": told[-STORY:]}
+
+    async def curves(self, name: str, version: str) -> str:
+        """A picture of what each layer costs when it alone is cut (SVG), where a method that built `version` measured that. Raises NotFound."""
+        self._service.slot(name)
+        card = await asyncio.to_thread(self._cards.card, name, version)
+        steps = card.draft.facts if isinstance(card, BuiltCard) else ()
+        measured = next((step for step in steps if step.get("curves")), None)
+        if measured is None:
+            raise NotFound(
+                f"no step that built version {version!r} of {name!r} cut layers one by one; sensitivity-pruning does, and rank=sensitivity"
+            )
+        return curves_svg(measured["curves"], f"{name}:{version}, {measured['method']}: each layer cut alone")
 
     async def news(self, after: int, timeout_s: float) -> int | None:
         return await self._fleet.news(after, timeout_s)
@@ -234,7 +249,7 @@ class ServerOperations:
                 await asyncio.to_thread(durable.require_space, self._state.staging, int(length), "receiving an upload")
             with durable.temporary_folder(self._state.staging, 0o700) as folder:
                 form = await receive_form(
-                    request.headers.get("content-type", ""), _chunks(request), folder, self._settings.max_upload_bytes, _check_field
+                    request.headers.get("content-type", ""), parts_of(request), folder, self._settings.max_upload_bytes, _check_field
                 )
                 if "name" not in form.fields:
                     raise InvalidRequest("the form needs a field `name`: the name of the model, such as -F name=resnet")
@@ -253,9 +268,10 @@ class ServerOperations:
                 await asyncio.to_thread(self._check_processing, name, staged, report)
             known = self._fleet.state.models.get(name)
             taken = [known.golden] if known is not None else []
-            found = await asyncio.to_thread(deploy, self._repository, staged.model, name, staged.config, data_files, taken)
+            with self._fleet.deploying(name):
+                found = await asyncio.to_thread(deploy, self._repository, staged.model, name, staged.config, data_files, taken)
+                await self._announce(found, actor)
             unused = sorted({*staged.data_files} - {*data_files})
-        await self._announce(found, actor)
         notes = [f"{printable(file)} was not kept: the model names no such data file" for file in unused]
         return await self.serve_found(found, notes)
 
@@ -310,26 +326,41 @@ class ServerOperations:
             if broken is not None:
                 raise ModelRejected(f"model {model!r} does not load: {broken.reason}")
             raise NotFound(f"no model {model!r} in the repository; put it into {model}/1/model.onnx, or upload it with POST /admin/models")
-        self._fleet.reconciler(model).try_again(self._fleet.state.models[model].desired)
+        reconciler, want = self._fleet.reconciler(model), self._fleet.state.models[model]
+        for version in (want.desired, want.golden):
+            reconciler.try_again(version)
         await self._do(self._commands.set_loaded, model, True, actor)
-        await self._fleet.settle(model, lambda slot: slot.active is not None or bool(slot.failed), LOAD_WAIT_S)
+        want = self._fleet.state.models.get(model, want)
+
+        def done(slot: Slot) -> bool:  # golden answers where the desired one does not load
+            return slot.active is not None or all(reconciler.refuses(v, want.generation.n) for v in (want.desired, want.golden))
+
+        await self._fleet.settle(model, done, LOAD_WAIT_S)
         slot = self._service.slot(model)
         if slot.active is None:
             raise NotReady(f"model {model!r} is not ready: {slot.reason}")
 
     async def unload(self, model: str, actor: str) -> None:
-        self._service.slot(model)
+        slot = self._service.slot(model)
         await self._do(self._commands.set_loaded, model, False, actor)
-        await self._fleet.settle(model, lambda slot: slot.unloaded and not slot.versions, 60.0)
+        if not await self._fleet.settle(model, lambda slot: slot.unloaded and not slot.versions, UNLOAD_WAIT_S):
+            left = ", ".join(f"version {one.version} ({one.engine.inflight} requests)" for one in slot.versions.values())
+            raise NotReady(
+                f"model {model!r} takes no requests any more, but is not gone after {UNLOAD_WAIT_S:.0f} s: {left or 'a load'} must end first"
+            )
 
     async def _load_files(self, model: str, files: Mapping[str, bytes], actor: str) -> None:
         with (
             durable.storage_errors("receiving files of a load", self._state.staging),
             durable.temporary_folder(self._state.staging, 0o700) as folder,
         ):
-            paths = {}
+            paths: dict[str, Path] = {}
             for number, (name, content) in enumerate(files.items()):
                 plain = name.rpartition("/")[2]
+                if plain in paths:
+                    raise InvalidRequest(
+                        f"two files of this load are called {printable(plain)}; it deploys one version, so send each name once"
+                    )
                 path = folder / f"{number}.part"
                 await asyncio.to_thread(path.write_bytes, content)
                 paths[plain] = path
@@ -345,13 +376,13 @@ class ServerOperations:
 
     async def _reached(self, name: str, event: Event) -> JSON:
         """Wait, bounded, until the active version is the one now desired."""
-        want = self._fleet.state.models.get(name)
+        reconciler, want = self._fleet.reconciler(name), self._fleet.state.models.get(name)
         version, number = (want.desired, want.generation.n) if want is not None else (event.version, 0)
 
         def done(slot: Slot) -> bool:
             active = slot.active
             there = active is not None and active.version == version and active.generation >= number
-            return there or version in slot.failed
+            return there or reconciler.refuses(version, number)
 
         await self._fleet.settle(name, done, LOAD_WAIT_S)
         slot = self._service.slot(name)
@@ -385,7 +416,7 @@ class ServerOperations:
             "task": slot.config.task,
             "mode": (want.mode if want is not None and want.mode is not None else slot.config.mode).value,
             "golden": slot.golden,
-            "desired": slot.desired,
+            "desired": want.desired if want is not None else slot.desired,
             "active": active.version if active else "",
             "previous": want.previous if want is not None else "",
             "generation": active.generation if active else 0,
@@ -398,6 +429,7 @@ class ServerOperations:
             "stepped_down_to": slot.rung.version if slot.rung is not None else "",
             "loop": self._loop.told(slot.name),
             "last_event": want.last_event if want is not None else 0,
+            "latest": self._fleet.latest.get(slot.name),
         }
 
     def _job(self, job: Job) -> JSON:
@@ -437,14 +469,6 @@ class ServerOperations:
             "proof": _proof(proof),
             "proven_on": [p.host_class for p in self._cards.proofs(card, want.golden_sha256)],
         }
-
-
-async def _chunks(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in request.stream():
-            yield chunk
-    except ClientDisconnect:
-        raise Cancelled("the client left before its upload was whole") from None
 
 
 def _check_field(name: str, value: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -67,6 +68,7 @@ def models(rows: Iterable[JSON]) -> str:
             ("OBJECTIVE", lambda r: (r.get("loop") or {}).get("objective")),
             ("NOW", lambda r: _p95(r.get("loop") or {})),
             ("TREND", lambda r: _trend((r.get("loop") or {}).get("trend"))),
+            ("LAST EVENT", lambda r: _latest(r.get("latest") or {})),
             ("MODE", lambda r: r.get("mode")),
             ("RUNS WITH", lambda r: _settings(r.get("settings") or {})),
             ("MEMORY", lambda r: size(sum(loaded.get("memory_bytes") or 0 for loaded in r.get("loaded") or ()))),
@@ -90,6 +92,20 @@ def _trend(ratio: float | None) -> str:
     if not isinstance(ratio, int | float):
         return ""
     return "level" if 0.8 <= ratio <= 1.25 else f"{ratio - 1:+.0%}"
+
+
+def _latest(event: JSON) -> str:
+    """What happened last, and how long ago."""
+    at = event.get("at")
+    return f"{event.get('kind')}, {age(time.time() - at)} ago" if isinstance(at, int | float) else ""
+
+
+def age(seconds: float) -> str:
+    """In the largest unit that there is one of, such as 5 min; a clock that was set back makes nothing younger than now."""
+    for name, unit in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def explanation(found: JSON) -> str:

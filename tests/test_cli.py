@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,12 @@ def test_a_wrong_setting_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, c
 def test_a_table_is_aligned_and_leaves_out_what_is_empty() -> None:
     rows = [{"name": "digits", "active": "1.1", "state": "ready"}, {"name": "a", "active": "", "state": "loading"}]
     assert tables.models(rows).splitlines() == ["MODEL   ACTIVE  STATE", "digits  1.1     ready", "a       -       loading"]
+
+
+def test_a_model_shows_what_happened_last_and_how_long_ago() -> None:
+    text = tables.models([{"name": "digits", "latest": {"seq": 7, "kind": "version.confirmed", "at": time.time() - 130}}])
+    assert "LAST EVENT" in text and "version.confirmed, 2 min ago" in text
+    assert [tables.age(seconds) for seconds in (-5, 59, 3600, 200_000)] == ["0 s", "59 s", "1 h", "2 d"]
 
 
 def test_an_event_is_one_line_with_what_of_whom_and_why() -> None:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.models import identity
+from tests.models import heavy, identity
 from tests.running_server import Running, server
 
 http = pytest.importorskip("tritonclient.http")
@@ -132,3 +132,22 @@ def test_index_load_and_unload(client: Any, running: Running) -> None:
 
 def test_the_state_folder_holds_its_secret(running: Running) -> None:
     assert Path(running.folder / "state" / "admin-token").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_load_may_bring_the_files_where_the_operator_allows_it(tmp_path: Path) -> None:
+    big = heavy(tmp_path / "big.onnx", 640, 1).read_bytes()
+    with server(tmp_path, allow_file_parameters="true", max_body_bytes=str(4 << 20)) as running:
+        running.until(lambda: running.answers("/v2/health/live"))
+        client = http.InferenceServerClient(running.url.removeprefix("http://"))
+        authorized = {"Authorization": f"Bearer {running.token}"}
+        client.load_model("m", authorized, config="{}", files={"file:1/model.onnx": big})
+        assert len(big) > 1 << 20 and client.is_model_ready("m")
+        for files, said in (
+            ({"file:1/model.onnx": big, "file:2/model.onnx": big[:100]}, "called"),
+            ({"file:1/model.onnx": 3 * big}, "passes"),
+        ):
+            with pytest.raises(InferenceServerException, match=said):
+                client.load_model("m", authorized, config="{}", files=files)
+        with pytest.raises(InferenceServerException, match=r"model\.yaml"):
+            client.load_model("m", authorized, config='{"max_batch_size": 3}')
+        assert not list((tmp_path / "state" / "staging").iterdir())

@@ -260,9 +260,14 @@ def test_the_greeting_names_what_a_newcomer_needs(tmp_path: Path, monkeypatch: p
         assert part in text
 
 
-def test_the_greetings_commands_work_in_another_terminal_too(tmp_path: Path) -> None:
+def test_the_greetings_commands_work_in_another_terminal_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     text = greeting(Settings(state=tmp_path / ".hone", port=8123), "http://127.0.0.1:8123", tmp_path / "digit.png")
     assert re.findall(r"  HONE_PORT=8123 \S+ (\w+)", text) == ["optimize", "status"], text
+    settings = Settings(state=tmp_path / "a b", host="127.0.0.2", admin_token="secret")
+    text = greeting(settings, "http://127.0.0.2:8000", tmp_path / "a b" / "digit.png")
+    assert re.findall(r"  HONE_STATE='a b' HONE_HOST=127.0.0.2 \S+ (\w+)", text) == ["optimize", "status"], text
+    assert "'@a b/digit.png'" in text and "admin-token" not in text and "HONE_ADMIN_TOKEN" in text and "secret" not in text
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,12 @@ def test_a_row_that_is_not_there_is_told_with_those_that_are() -> None:
     assert [row.name for row in rows.chosen("int8-static,graph")] == ["graph", "int8-static"]
     with pytest.raises(rows.UnknownRow, match=r"int4.*graph, int8-static"):
         rows.chosen("int4")
+
+
+def test_a_ratio_without_a_bound_is_told_all_the_same() -> None:
+    assert table.inverted([0.5, 0.4, 0.8]) == (2.0, 1.25, 2.5)
+    assert table.inverted([0.5, 0.0, math.inf]) == (2.0, 0.0, math.inf)
+    assert table._times([0.5, 0.0, math.inf]) == "2.00 [0.00, inf]"
 
 
 def test_the_table_has_figures_and_reasons(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -114,6 +115,20 @@ def test_a_job_is_built_judged_and_kept_for_a_person_to_promote(running: Running
     assert removed["removed"] and not (running.folder / "state" / "models" / "net" / "1.1" / "model.onnx").exists()
     assert (running.folder / "state" / "models" / "net" / "1.1" / "card.json").exists()
     assert "removed" in running.admin("POST", "/admin/models/net/promote", 409, json={"version": "1.1"})["error"]
+
+
+def test_what_cutting_each_layer_costs_is_shown_as_a_picture(running: Running, worker: int) -> None:
+    recipe = [{"method": "low-rank", "rank": "sensitivity", "split": "fewer", "ratio": 0.1}]
+    done = running.job_done(ask(running, "other", recipe=recipe))
+    [version] = [one["version"] for one in running.admin("GET", "/admin/models/other/versions")["versions"] if one["recipe"]]
+    path = f"/admin/models/other/versions/{version}/curves"
+    picture = running.call("GET", path, headers={"Authorization": "Bearer only-looks"})
+    assert picture.status_code == 200 and picture.headers["content-type"] == "image/svg+xml", done["report"]
+    root = ElementTree.fromstring(picture.text)
+    assert len(root.findall(".//{*}polyline")) == 2, "one line for each of the two layers"
+    assert running.call("GET", path).status_code == 401
+    assert "cut layers one by one" in running.admin("GET", "/admin/models/other/versions/1/curves", 404)["error"]
+    assert "nothing is known" in running.admin("GET", "/admin/models/other/versions/1.9/curves", 404)["error"]
 
 
 def test_methods_that_do_not_apply_say_why(running: Running, worker: int) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from app.catalog.model_config import ModelConfig
 from app.control.quality import sureness_shift, worst_class
 from app.control.suspicion import LEAST_ROWS, Kind, Normal, Seen, learned, other_shapes, shape_shift, suspicions, with_news
+from app.domain import InferenceRequest, InferenceResult
 from app.serving.mirror import Mirror
 from app.telemetry.likeness import Likeness, Row
 from app.telemetry.window import Block, Cost, Window
@@ -140,3 +141,13 @@ def test_the_window_keeps_and_merges_what_was_compared() -> None:
     counted = Counter(golden.argmax(1).tolist())
     assert {group: compared for group, (_, compared) in merged.likeness.groups.items()} == {g: 2 * n for g, n in counted.items()}
     assert merged.likeness.entropy.count == 64 and merged.compared == 2
+
+
+def test_an_answer_without_rows_is_not_kept_to_be_compared() -> None:
+    mirror = Mirror("agreement", 0.99)
+    asked, empty = InferenceRequest([tensor("x", scores(3))]), InferenceRequest([tensor("x", scores(0))])
+    mirror.offer(empty, InferenceResult([tensor("y", scores(0))], "m", "1", 1, 0.0, 0.0, 0, 0.0, 0.0))
+    assert not mirror.kept
+    mirror.opens_at = 0.0
+    mirror.offer(asked, InferenceResult([tensor("y", scores(3))], "m", "1", 1, 0.0, 0.0, 3, 0.0, 0.0))
+    assert len(mirror.kept) == 1

@@ -107,6 +107,19 @@ def test_a_slower_model_is_blamed_by_replay_and_a_better_one_asked_for(running: 
     assert job["actor"] == "hone" and job["tries"][0][0]["method"] == "int8-static"
 
 
+def test_larger_images_are_blamed_though_most_of_what_was_captured_is_small(running: Running, traffic: Traffic) -> None:
+    deploy(running, free_size)
+    running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "2", 30)
+    traffic.raise_to(rate=80.0, rows=1, callers=8)
+    time.sleep(12.0)
+    running.until(lambda: running.admin("GET", "/admin/models/digits")["loop"]["condition"] == "steady", 30)
+    traffic.change = lambda images: images.repeat(2, -1).repeat(2, -2)
+    found = told(running, "diagnosis.made", cause="input")
+    assert found["evidence"]["replay"]["recent"][1] > 1.5 and "earlier ones" in found["summary"]
+    assert told(running, "plan.made", action="tune")
+    assert traffic.failed == 0
+
+
 def test_labels_are_taken_once_by_request_id_and_only_with_their_token(running: Running) -> None:
     picture = (DEMO / "digit.png").read_bytes()
     answer = running.call("POST", "/models/digits/predict", content=picture, headers={"X-Request-Id": "r1"}).json()

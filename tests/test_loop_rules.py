@@ -11,8 +11,9 @@ import pytest
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
 from app.control.objectives import Burn, burn
-from app.control.patient import Looks, Patient
+from app.control.patient import Incident, Looks, Patient
 from app.control.planner import Action, Situation, plan, wait_after
+from app.control.replay import _held_to
 from app.control.situation import situation_of
 from app.control.suspicion import Kind, Normal, Seen, Suspicion, leap_of_latency, learned, suspicions
 from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
@@ -122,9 +123,31 @@ def test_wall_time_is_held_to_the_promise_and_without_one_to_twice_its_normal() 
     burning = Burn({}, True)
     assert look([block(within=185), block(within=185)], promised, burning=burning) == [Kind.LATENCY]
     assert look([block(within=199), block(within=199)], promised, burning=burning) == [], "what is over needs no look"
+    assert look([block(within=120), block(within=199)], promised, burning=burning) == [], "nor is what the newest block no longer shows"
     assert look([block(total_s=0.012), block(total_s=0.012)]) == [Kind.LATENCY]
     assert look([block(total_s=0.006), block(total_s=0.006)]) == []
     assert look([block(requests=5, total_s=0.1), block(requests=5, total_s=0.1)]) == []
+
+
+def test_a_median_that_is_promised_can_be_missed_as_well() -> None:
+    promised = ModelConfig.model_validate({"objective": {"p50_ms": 3}})
+    assert look([block(within=40), block(within=40)], promised) == [Kind.LATENCY]
+    assert look([block(within=60), block(within=60)], promised) == []
+    assert burn(0.5, lambda seconds: (20, 80)).fires and not burn(0.5, lambda seconds: (30, 70)).fires
+    assert burn(0.95, lambda seconds: (27, 73)).fires
+    assert leap_of_latency(block(stretch=6.0, within=40), normal(), promised.objective.promise, QUIET) is not None
+
+
+def test_with_few_requests_burn_rates_tell_and_the_last_two_blocks_alone_do_not() -> None:
+    promised, few, lately = (
+        ModelConfig.model_validate({"objective": {"p95_ms": 3}}),
+        block(requests=8, within=0),
+        Block(0.0, 300.0, requests=300),
+    )
+    assert look([few, few], promised, lately, burning=Burn({}, True)) == [Kind.LATENCY]
+    assert look([few, few], promised, lately, burning=Burn({}, False)) == []
+    assert look([few, block(requests=8, within=8)], promised, lately, burning=Burn({}, True)) == [], "it is over"
+    assert look([few, few], promised, Block(0.0, 300.0, requests=10), burning=Burn({}, True)) == [], "no data"
 
 
 def test_every_objective_is_held() -> None:
@@ -157,6 +180,26 @@ def test_faults_refusals_memory_and_fidelity_are_seen_at_once() -> None:
     assert look([block()], classifier, Block(0.0, 300.0, compared=10, agreed=5)) == []
 
 
+def test_requests_that_expire_are_a_sign_of_load_and_never_the_versions_fault() -> None:
+    late = block(expired=60, queue_s=200 * 0.003)
+    assert look([late, late]) == [Kind.REFUSALS] and look([block(expired=3)]) == []
+    available = ModelConfig.model_validate({"objective": {"availability": 0.99}})
+    assert set(look([late], available, Block(0.0, 300.0, requests=900, expired=100))) == {Kind.REFUSALS}
+    found = diagnose(findings([Kind.REFUSALS], late, host=replace(QUIET, busy_ratio=0.99)))
+    assert found.cause is Cause.LOAD and "60 expired" in found.text
+    assert learned(Normal(), late, 1) == Normal() and learned(Normal(), block(expired=1), 1) != Normal()
+
+
+def test_a_model_that_fails_on_most_requests_is_suspected_and_blamed_only_where_it_is_new() -> None:
+    failing, lately = block(requests=10, failed_calls=40), Block(0.0, 300.0, requests=10, failed_calls=40)
+    assert look([failing], lately=lately) == [Kind.ERRORS]
+    assert look([failing], lately=Block(0.0, 300.0, requests=900, failed_calls=40)) == [], "it answered others until a moment ago"
+    assert look([block(requests=2, failed_calls=9)], lately=lately) == [], "too few"
+    (found,) = suspicions(Seen([failing], lately, 0, 0), normal(), ModelConfig(), None, None)
+    for new, of in ((True, Cause.VERSION), (False, Cause.UNKNOWN)):
+        assert diagnose(replace(findings([]), suspicions=[found], began_with_version=new)).cause is of
+
+
 def test_what_is_normal_is_learned_from_quiet_blocks_alone() -> None:
     for odd in (block(disturbed=True), block(requests=5), block(failures=1), block(refused=1)):
         assert learned(Normal(), odd, 1) == Normal()
@@ -183,6 +226,9 @@ def test_looks_in_vain_wait_ever_longer_but_not_for_what_is_new() -> None:
     assert not looks.due(slow, 579.0) and looks.due(slow, 581.0), "experiments take a tenth of the cores' time at most"
     looks.in_vain(slow, 10_000.0, 2.0, 2)
     assert looks.due(slow, 10_061.0), "an hour later it is another matter"
+    dear = frozenset({Kind.COST})
+    looks.in_vain(dear, 10_001.0, 2.0, 2)
+    assert not looks.due(dear, 10_050.0) and not looks.due(slow, 10_050.0), "two kinds in turns wait as well"
     for _ in range(20):
         looks.in_vain(slow, looks.not_before, 2.0, 2)
     assert looks.count == 21
@@ -221,6 +267,9 @@ FULL: dict[str, Any] = {"queue_s": 200 * 0.003, "refused": 30}
         (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, throttled_ratio=0.4)}),
         (Cause.HOST, [Kind.LATENCY], None, {"host": replace(QUIET, steal_ratio=0.3)}),
         (Cause.HOST, [Kind.COST], None, {"others": 2, "models": 3}),
+        (Cause.UNKNOWN, [Kind.COST], None, {"others": 1, "models": 4}),
+        (Cause.VERSION, [Kind.COST], None, {"others": 2, "models": 3, "replay": SLOWER}),
+        (Cause.UNKNOWN, [Kind.LATENCY], block(edge_s=0.6), {"replay": AS_PROVEN}),
         (Cause.HOST, [Kind.DEATHS], None, {"host": replace(QUIET, memory_pressure=0.5)}),
         (Cause.PROCESS, [Kind.COST], None, {"fresh": FreshRunner((1.5, 1.4, 1.6), (1.5, 1.4, 1.6))}),
         (Cause.PROCESS, [Kind.LATENCY], block(wait_s=0.3), {"fresh": FreshRunner((1.0, 0.9, 1.1), (2.2, 1.9, 2.5))}),
@@ -267,9 +316,34 @@ def test_a_fresh_runner_is_tried_even_where_the_host_is_busy_but_not_for_load_or
     assert not needs_probe(findings([Kind.EVENT]))
 
 
+def test_settings_that_were_just_changed_and_leave_cores_idle_need_no_experiment() -> None:
+    waits, seen = [Kind.LATENCY, Kind.REFUSALS], block(**FULL)
+    changed = findings(waits, seen, instances=1, event="settings")
+    assert not needs_probe(changed) and not needs_replay(changed) and diagnose(changed).cause is Cause.SETTINGS
+    for other in (
+        findings(waits, seen, instances=1, event="swap"), findings(waits, instances=1, event="settings"),
+        findings([*waits, Kind.COST], seen, instances=1, event="settings"),
+    ):  # fmt: skip
+        assert needs_probe(other) and needs_replay(other), other
+
+
 def test_evidence_that_blames_nobody_is_told_beside() -> None:
     found = diagnose(findings([Kind.LATENCY], block(edge_s=0.5), replay=AS_PROVEN, host=replace(QUIET, loop_lag_s=0.3)))
     assert any("binary protocol" in text for text in found.beside) and any("event loop" in text for text in found.beside)
+
+
+def test_what_reading_and_writing_takes_is_not_the_versions_fault_and_the_plan_says_what_helps() -> None:
+    found = diagnose(findings([Kind.LATENCY], block(edge_s=0.68), replay=AS_PROVEN))
+    decided = plan(found, GOLDEN, ModelConfig())
+    assert decided.action is Action.NOTHING and any("binary protocol" in text for text in decided.advice)
+
+
+def test_only_models_that_are_out_of_the_ordinary_now_and_likewise_count_beside_one() -> None:
+    slow = Suspicion(Kind.LATENCY, "slow")
+    patient = Patient(incident=Incident(100.0, [slow], suspected_at=200.0))
+    assert patient.suspected_of({Kind.LATENCY, Kind.COST}, 195.0)
+    assert not patient.suspected_of({Kind.LATENCY}, 201.0), "it stands, and nothing is wrong any more"
+    assert not patient.suspected_of({Kind.ERRORS}, 195.0) and not Patient().suspected_of({Kind.LATENCY}, 0.0)
 
 
 # What to do
@@ -281,6 +355,7 @@ def decide(of: Cause, now: Situation, evidence: dict[str, Any] | None = None) ->
 
 HERE = Situation("1.1", "1", "1", ("1.2",))
 GOLDEN = Situation("1", "1")
+FELL = Diagnosis(Cause.INPUT, 0.8, "", {"suspicions": ["fidelity"]})
 
 
 def test_the_cheapest_remedy_that_fits_comes_first() -> None:
@@ -292,22 +367,21 @@ def test_the_cheapest_remedy_that_fits_comes_first() -> None:
     assert decide(Cause.SETTINGS, replace(HERE, settings_before=True), {"event": "settings"}) is Action.UNDO_SETTINGS
     assert decide(Cause.SETTINGS, replace(HERE, settings_before=True), {"event": "swap"}) is Action.TUNE
     assert decide(Cause.VERSION, HERE) is Action.ROLL_BACK
-    assert decide(Cause.VERSION, replace(HERE, tried_actions=frozenset({Action.ROLL_BACK}))) is Action.SWITCH
+    assert decide(Cause.VERSION, replace(HERE, tried_actions=frozenset({(Action.ROLL_BACK, (), "1")}))) is Action.SWITCH
     assert decide(Cause.VERSION, GOLDEN) is Action.OPTIMIZE
     assert decide(Cause.INPUT, HERE) is Action.TUNE
     assert decide(Cause.INPUT, HERE, {"suspicions": ["fidelity"]}) is Action.SWITCH
-    switched = replace(HERE, tried_actions=frozenset({Action.SWITCH}))
+    switched = replace(HERE, tried_actions=frozenset({plan(FELL, HERE, ModelConfig()).remedy}))
     assert decide(Cause.INPUT, switched, {"suspicions": ["fidelity"]}) is Action.RECALIBRATE
     assert decide(Cause.INPUT, HERE, {"suspicions": ["confidence"]}) is Action.RECALIBRATE
     assert decide(Cause.UNKNOWN, HERE) is Action.NOTHING
 
 
 def test_golden_answers_at_once_where_inputs_changed_and_the_rest_is_built_where_there_is_budget() -> None:
-    found = Diagnosis(Cause.INPUT, 0.8, "", {"suspicions": ["fidelity"]})
-    decided = plan(found, HERE, ModelConfig())
+    decided = plan(FELL, HERE, ModelConfig())
     assert (decided.version, decided.tries) == ("1", (("int8-static",),)) and "meanwhile" in decided.text
     for spent in ({"builds_left": 0}, {"cpu_s_left": 0.0}, {"jobs_open": 1}):
-        decided = plan(found, replace(HERE, faults=True, **spent), ModelConfig())
+        decided = plan(FELL, replace(HERE, faults=True, **spent), ModelConfig())
         assert (decided.action, decided.version, decided.tries) == (Action.SWITCH, "1", ())
 
 
@@ -323,6 +397,21 @@ def test_a_slower_version_that_the_user_deployed_is_not_taken_back_but_a_broken_
     assert decide(Cause.VERSION, replace(deployed, faults=True)) is Action.ROLL_BACK
 
 
+def test_a_remedy_is_of_one_version_so_that_a_second_bad_golden_is_left_as_well() -> None:
+    first, second = Situation("2", "2", "1", faults=True), Situation("3", "3", "1.1", faults=True)
+    tried = frozenset({plan(Diagnosis(Cause.VERSION, 0.9, ""), first, ModelConfig()).remedy})
+    assert decide(Cause.VERSION, replace(first, tried_actions=tried)) is Action.NOTHING
+    assert decide(Cause.VERSION, replace(second, tried_actions=tried)) is Action.ROLL_BACK
+
+
+def test_an_earlier_golden_that_a_person_went_back_to_is_left_only_for_faults_and_held_to_nothing() -> None:
+    back = Situation("1", "2", "2", ("2.1",))
+    assert decide(Cause.VERSION, back) is Action.NOTHING
+    assert decide(Cause.VERSION, replace(back, faults=True)) is Action.ROLL_BACK
+    want = ModelState("m", "2", "sha", "1", "2", Generation(1, 3))
+    assert _held_to(None, None, want, "1") == ("", None)  # type: ignore[arg-type]
+
+
 def test_modes_budgets_and_a_freeze_hold_it_back_but_never_a_way_out_of_faults() -> None:
     for held in (
         {"mode": Mode.OBSERVE}, {"frozen": True}, {"builds_left": 0}, {"cpu_s_left": 0.0}, {"jobs_open": 1}, {"wait_s": 60.0},
@@ -336,13 +425,23 @@ def test_what_was_tried_is_not_tried_again() -> None:
     tried = frozenset({("int8-static",), ("int8-dynamic",), ("graph",)})
     assert decide(Cause.VERSION, replace(GOLDEN, tried=tried)) is Action.TUNE
     assert decide(Cause.VERSION, replace(GOLDEN, tried=tried | {("tune",)})) is Action.NOTHING
-    found = plan(Diagnosis(Cause.VERSION, 0.9, ""), replace(GOLDEN, tried=frozenset({("int8-static",)})), ModelConfig())
-    assert ("int8-static",) not in found.tries
+
+
+def test_what_gains_most_is_built_alone_and_the_next_where_it_came_to_nothing() -> None:
+    slow, config = Diagnosis(Cause.VERSION, 0.9, ""), ModelConfig()
+    first = plan(slow, GOLDEN, config)
+    assert first.tries == (("int8-static",), ("int8-dynamic",)), "callers wait: the little that graph gains is not waited for"
+    refused = replace(GOLDEN, tried=frozenset(first.tries), tried_actions=frozenset({first.remedy}))
+    waiting = replace(GOLDEN, tried_actions=frozenset({first.remedy}))  # for a person's agreement
+    assert plan(slow, refused, config).tries == plan(slow, waiting, config).tries == (("graph",),)
+    assert plan(slow, replace(GOLDEN, tried=frozenset({("int8-static",)})), config).tries == (("int8-dynamic",),)
 
 
 def test_only_what_the_owner_allows_is_built() -> None:
     config = ModelConfig.model_validate({"allow": ["graph"]})
     assert plan(Diagnosis(Cause.VERSION, 0.9, ""), GOLDEN, config).tries == (("graph",),)
+    for of in (Cause.SETTINGS, Cause.INPUT):
+        assert plan(Diagnosis(of, 0.9, ""), GOLDEN, config).action is Action.NOTHING, "tune is not allowed"
 
 
 def test_the_same_cause_without_a_gain_waits_exponentially_longer() -> None:
@@ -367,12 +466,17 @@ def test_the_planner_knows_what_was_tried_left_and_spent() -> None:
 
     def situation(*jobs: Job, of: Cause = Cause.VERSION, model: ModelState = want) -> Situation:
         state = State(models={"m": model}, jobs={one.id: one for one in jobs})
-        return situation_of(state, model, view, ModelConfig(), of, "here", {Action.OPTIMIZE}, 7.0)
+        return situation_of(state, model, view, ModelConfig(), of, "here", {(Action.OPTIMIZE, (), "")}, 7.0)
 
     now = situation(*jobs)
     assert (now.previous, now.proven, now.tried) == ("", ["1.2"], frozenset({("graph",)})), "1.3 was left for faults"
-    assert (now.jobs_open, now.builds_left, now.wait_s, now.tried_actions) == (1, 23, 7.0, frozenset({Action.OPTIMIZE}))
+    assert (now.jobs_open, now.builds_left, now.wait_s, now.tried_actions) == (1, 23, 7.0, frozenset({(Action.OPTIMIZE, (), "")}))
     assert now.cpu_s_left == 14_400 - 120, "what a person asked for does not count"
     assert situation(*jobs, of=Cause.INPUT).tried == frozenset(), "with other inputs the same recipe is another"
+    assert situation(*jobs, model=replace(want, left=("1.3", "1"))).proven == [], "what was built from a version that was left"
+    patient, swaps = Patient(switched_at=[50.0, 150.0, 160.0]), ModelConfig().budget.swaps
+    state = State(models={"m": want}, jobs={"p": job("p", "tune", "promoted")})
+    spent = situation_of(state, want, view, ModelConfig(), Cause.VERSION, "here", (), 0.0, patient.switched(100.0))
+    assert spent.swaps_left == swaps - 3, "one by a job, two by the loop itself"
     assert situation(job("d", "int8-static", "inconclusive")).tried_actions == frozenset(), "a loud host left it open"
     assert situation(*jobs, model=replace(want, left=("1",))).builds_left == 0, "nothing is built from a golden that was left"

@@ -82,7 +82,8 @@ def make_traffic(running: Running) -> None:
     assert infer(running, "killer", *deadly).status_code == 422
     job = running.admin("POST", "/admin/models/small/optimize", 202, json={"recipe": ["int8-dynamic"]})
     assert running.job_done(job["id"])["outcome"] == "not_applicable"
-    running.until(lambda: {"hone_model_cpu_seconds_total", "hone_jobs_total"} <= set(re.findall(r"^(\w+)\{", metrics(running), re.M)))
+    awaited = {"hone_model_cpu_seconds_total", "hone_job_duration_seconds_count", "hone_suspicions_total"}
+    running.until(lambda: awaited <= set(re.findall(r"^(\w+)\{", metrics(running), re.M)))
 
 
 def infer(running: Running, model: str, *inputs: dict[str, Any], **top: Any) -> httpx.Response:
@@ -112,6 +113,7 @@ def test_every_metric_is_there_with_its_labels(running: Running) -> None:
     assert value(text, "hone_requests_within_objective_total", model="m") == 10
     assert value(text, "hone_rejections_total", model="m") >= 1
     assert value(text, "hone_jobs_total", optimizer="int8-dynamic", outcome="not_applicable") == 1
+    assert 'hone_swaps_total{model="m",outcome="failed"} 0.0' in text and 'hone_suspicions_total{kind="errors",model="m"} 0.0' in text
     assert 'model="nobody"' not in text, "whoever asks for unknown names must not make series"
     ladders = {tuple(re.findall(rf'{name}_bucket\{{model="m",version="2",(?:phase="compute",)?le="([^"]+)"', text)) for name in ("hone_request_duration_seconds", "hone_phase_duration_seconds")}  # fmt: skip
     assert len(ladders) == 1, "one ladder of buckets for all"

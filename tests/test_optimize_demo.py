@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 
+from optimizers.host import host_class
 from tests.running_server import DEMO, Running, server
 
 PICTURE = (DEMO / "digit.png").read_bytes()
@@ -44,7 +45,9 @@ def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
         finally:
             stop.set()
             caller.join()
-        assert done["outcome"] in {"promoted", "inconclusive"}, done["report"]  # a loud machine may leave it open, never wrong
+        # A loud machine may leave it open, and on one whose int8 is no faster it is refused for that alone; never for being wrong.
+        slow_here = not host_class().has_vnni and "no gain worth a swap" in str(done["report"]["verdicts"])
+        assert done["outcome"] in {"promoted", "inconclusive"} or (done["outcome"] == "refused" and slow_here), done["report"]
         assert set(statuses) == {200}
         assert len(labels) == 1
         version = done["report"]["built"][0]["version"]

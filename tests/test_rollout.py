@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -43,14 +44,16 @@ class Serving:
     candidate_cpu_s: float = 0.0005
     active: str = "1"
     loads: bool = True
+    fails_at: float = 0.0
     quiet: bool = False
     largest_share: float = 0.0
+    memory: tuple[tuple[str, int], ...] = ()
 
     def model(self, name: str) -> ModelView | None:
         split = self.journal.state().models["m"].split
         loaded = ("1", "1.1") if split is not None and self.loads else ("1",)
-        failed = () if self.loads else (("1.1", "its file is corrupt"),)
-        return ModelView("m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0, failed=failed)
+        failed = () if self.loads or monotonic() < self.fails_at else (("1.1", "its file is corrupt"),)
+        return ModelView("m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0, failed=failed, memory=self.memory)
 
     async def serve(self) -> None:
         turn = 0
@@ -76,7 +79,7 @@ class Serving:
         self.window.observe(Observation("m", version, 200, 2 * cpu_s, 0.0, 0.0, cpu_s, 0.0, 1, 1, cpu_s, 0.0))
 
 
-def run(serving: Serving, monkeypatch: pytest.MonkeyPatch, config: ModelConfig = CONFIG, stop: Callable[[], bool] = lambda: False) -> End:
+def run(serving: Serving, monkeypatch: pytest.MonkeyPatch, config: ModelConfig = CONFIG, stop: Callable[[], str] = lambda: "") -> End:
     monkeypatch.setattr(rollout, "LOOK_S", 0.02)
     monkeypatch.setattr(rollout, "SHADOW_S", 2.0)
 
@@ -121,18 +124,57 @@ def test_one_that_costs_more_is_not_promoted(journal: Journal, monkeypatch: pyte
     assert end.verdict is Verdict.FAILED and "slower" in end.text
 
 
+@pytest.mark.parametrize(("incumbent_mib", "verdict"), [(100, Verdict.FAILED), (200, Verdict.PASSED)])
+def test_one_that_takes_more_memory_than_is_promised_and_than_the_incumbent_is_not_promoted(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, incumbent_mib: int, verdict: Verdict
+) -> None:
+    config = CONFIG.model_copy(update={"objective": CONFIG.objective.model_copy(update={"memory_mb": 128})})
+    end = run(Serving(journal, memory=(("1", incumbent_mib << 20), ("1.1", 150 << 20))), monkeypatch, config)
+    assert end.verdict is verdict and ("takes 150 MiB of memory" in end.text) == (verdict is Verdict.FAILED)
+
+
 def test_one_that_does_not_load_never_sees_a_request(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     serving = Serving(journal, loads=False)
     end = run(serving, monkeypatch)
     assert (end.verdict, end.text) == (Verdict.FAILED, "its file is corrupt") and serving.largest_share == 0.0
 
 
+def test_one_that_takes_all_its_time_to_load_and_then_fails_is_refused(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data plane says so a moment after the timeout; whoever gave up before would leave the version for a person to promote."""
+    config = CONFIG.model_copy(update={"limits": CONFIG.limits.model_copy(update={"load_timeout_s": 0.2})})
+    end = run(Serving(journal, loads=False, fails_at=monotonic() + 0.5), monkeypatch, config)
+    assert end == End(Verdict.FAILED, "its file is corrupt")
+
+
 def test_what_stays_undecided_ends_on_the_incumbent_and_too_little_traffic_needs_no_canary(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"min_samples": 20_000, "max_age_s": 1_000_000.0})})
-    asked = iter([False] * 60 + [True] * 1000)
+    asked = iter([""] * 60 + ["all change is frozen"] * 1000)
     end = run(Serving(journal), monkeypatch, many, lambda: next(asked))
-    assert end.verdict is Verdict.ERROR and journal.state().models["m"].split is None
+    assert end.verdict is Verdict.ERROR and "frozen" in end.text and journal.state().models["m"].split is None
     rare = run(Serving(journal, quiet=True), monkeypatch)
     assert rare.verdict is Verdict.PASSED and rare.skipped and "too little traffic" in rare.text
+
+
+def test_a_trial_waits_until_the_watch_over_the_version_before_is_over(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.append(Event("traffic.split", "m", "1.1", data={"version": "1.1", "share": 0.05, "stage": "watch"}))
+    asked = 0
+
+    def stop() -> str:
+        nonlocal asked
+        asked += 1
+        if asked == 5:
+            assert stages(journal) == [("watch", 0.05)]
+            journal.append(Event("traffic.split", "m", "", data={"version": "", "share": 0.0, "stage": "watch"}))
+        return ""
+
+    assert run(Serving(journal), monkeypatch, stop=stop).verdict is Verdict.PASSED
+    assert stages(journal)[:3] == [("watch", 0.05), ("watch", 0.0), ("shadow", 0.0)]
+
+
+def test_what_must_not_go_on_never_begins_and_ends_in_the_shadow(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(Serving(journal), monkeypatch, stop=lambda: "frozen") == End(Verdict.ERROR, "frozen", True) and stages(journal) == []
+    asked = iter([""] * 4)
+    end = run(Serving(journal), monkeypatch, stop=lambda: next(asked, "frozen"))
+    assert end == End(Verdict.ERROR, "frozen") and max(share for _, share in stages(journal)) == 0.0

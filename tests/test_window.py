@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from app.domain import Observation
+from app.errors import InvalidRequest, ModelFailed
+from app.serving.service import InferenceService
 from app.telemetry.hostfacts import HostSensor
+from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window, bucket_of
 
 
@@ -47,6 +50,27 @@ def test_refusals_and_failures_are_told_apart_and_a_callers_own_fault_is_nobodys
         found.observe(seen(code))
     block = found.since("m", "1", 0.0)
     assert (block.requests, block.refused, block.failures, block.offered) == (1, 2, 2, 5)
+
+
+def test_an_expired_request_is_offered_load_and_no_error_of_the_version() -> None:
+    found, _ = window()
+    before = found.totals("m", "1")
+    for code in (200, 504, 504, 503):
+        found.observe(seen(code))
+    block, totals = found.since("m", "1", 0.0), found.totals("m", "1").minus(before)
+    assert (block.requests, block.expired, block.failures, block.offered) == (1, 2, 1, 4)
+    assert (totals.expired, totals.failures, totals.offered) == (2, 1, 4)
+    assert found.good_and_bad("m", 60.0) == (1, 3), "whom it was promised to feels it"
+
+
+def test_what_the_model_failed_on_is_kept_apart_from_errors_and_callers_faults() -> None:
+    found, _ = window()
+    service = InferenceService(0.0, Metrics(), found)
+    for error in (ModelFailed("index out of range"), InvalidRequest("no such input")):
+        service.refused(seen(400), error)
+        found.observe(seen(400))
+    block = found.since("m", "1", 0.0)
+    assert (block.failed_calls, block.failures, block.offered) == (1, 0, 0)
 
 
 def test_answers_are_held_to_the_objective_when_they_come() -> None:
@@ -169,3 +193,5 @@ def test_totals_grow_whatever_the_blocks_do() -> None:
     after = found.totals("m", "1").minus(before)
     assert (after.requests, after.refused, after.failures, after.offered) == (3, 1, 1, 5)
     assert abs(after.queue_ratio - 0.4) < 1e-9
+    clock.now += 20.0
+    assert found.totals("m", "1").minus(before) == after, "also where asking is what closes a block"

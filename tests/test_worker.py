@@ -6,14 +6,20 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from app.catalog.cards import Cards
+from app.catalog.model_config import ModelConfig
 from app.catalog.repository import Repository
+from app.catalog.samples import SampleSets
 from app.catalog.state_folder import StateFolder
-from app.control.bench import Bench
+from app.control.bench import Bench, Workpiece
 from app.control.worker import Worker
 from app.settings import Settings
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
+from optimizers import Samples
+from optimizers.recipe import Order
 from tests.journal_story import claimed, deployed, job_event, requested
 
 
@@ -37,4 +43,26 @@ def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: 
     assert asyncio.run(worker._claim()) is None
     assert [event.kind for event in journal.read()].count("job.claimed") == 1
     assert SqliteJournal.acquire(journal, "job:j", "anybody", 1.0), "the lease was given back"
+    journal.close()
+
+
+def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> None:
+    """A job that is claimed again, since its worker was killed, finds what it had learned; of one that is finished or gone nothing stays."""
+    settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
+    settings.repository.mkdir()
+    folder = StateFolder(settings.state).prepare()
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    worker: Any = Worker(settings, journal, Bench(Repository(settings.repository), folder, Cards(folder)), Metrics())
+    for event in (deployed(), requested("j"), claimed("j"), requested("done"), claimed("done")):
+        journal.append(event)
+    journal.append(job_event("finished", "done", outcome="failed", attempt=1, report={}))
+    for job in ("j", "done", "gone"):
+        (folder.checkpoints / job / "0").mkdir(parents=True)
+    assert asyncio.run(worker._claim()).id == "j"
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["j"]
+    nothing: Any = None
+    rows = Samples({"x": np.zeros((4, 16), np.float32)})
+    piece = Workpiece(nothing, ModelConfig(), nothing, tmp_path / "model.onnx", SampleSets(rows))
+    request = worker._request(piece, [], tmp_path, folder.checkpoints / "j" / "0")
+    assert Order.from_json(request).keep == str(folder.checkpoints / "j" / "0")
     journal.close()

@@ -11,20 +11,21 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
 from app.catalog import durable
 from app.catalog.model_files import LinkPolicy, links_within, open_regular
 from app.catalog.state_folder import StateFolder
-from app.domain import JSON
+from app.domain import JSON, State
 from app.errors import Conflict, HoneError, InvalidRequest
 from app.settings import Settings
-from app.store import backups
+from app.store import backups, last_state
 from app.store.open import open_journal
 
 JOURNAL: Final = "journal.jsonl"
+LAST_STATE: Final = "last-state.json"
 MODELS: Final = "state/models"
 REPOSITORY: Final = "repository"
 _LEFT_OUT: Final = frozenset({".lock", "__pycache__"})
@@ -72,7 +73,7 @@ def restore(settings: Settings, source: Path, overwrite: bool, say: Say) -> JSON
     with durable.temporary_folder(state.root, 0o700) as folder:
         durable.require_space(folder, source.stat().st_size, "restoring a backup")
         names = _unpack(source, folder)
-        backups.read(folder / JOURNAL)
+        _above(folder / JOURNAL, last_state.load(memory := state.root / LAST_STATE))
         places = {name: _place(settings, state, name) for name in names if name != JOURNAL}
         differing = [str(place) for name, place in places.items() if place.exists() and not _same(folder / name, place)]
         if differing and not overwrite:
@@ -91,6 +92,7 @@ def restore(settings: Settings, source: Path, overwrite: bool, say: Say) -> JSON
             after = journal.restore(folder / JOURNAL)
         finally:
             journal.close()
+        last_state.save(memory, after)
     return {
         "models": sorted(after.models),
         "files": len(places),
@@ -147,6 +149,13 @@ def _write(target: Path, pieces: list[Piece]) -> None:
 
 
 # ---- putting it back
+
+
+def _above(journal: Path, remembered: State | None) -> None:
+    """Let the epoch of what is restored lie above the one that a server remembers beside an emptied store: else it would put that back."""
+    backup = backups.read(journal)
+    if remembered is not None and remembered.epoch > backup.state.epoch:
+        backups.write(journal, replace(backup.state, epoch=remembered.epoch), backup.events)
 
 
 def _unpack(source: Path, folder: Path) -> list[str]:

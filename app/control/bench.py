@@ -49,9 +49,11 @@ class Bench:
     state: StateFolder
     cards: Cards
 
-    def workpiece(self, model: str, golden: str, golden_sha256: str, most_train: int = 0, recent: bool = False) -> Workpiece:
+    def workpiece(
+        self, model: str, golden: str, golden_sha256: str, most_train: int = 0, recent: bool = False, trains: bool = False
+    ) -> Workpiece:
         """With `most_train` it is for building: so many training samples, and what calibrates or trains is noted, so that it never judges.
-        `recent`: captured inputs calibrate beside what the owner named.
+        `recent`: captured inputs calibrate beside what the owner named. `trains`: something learns, from captured inputs where none are named.
 
         Raises Conflict when golden changed or the model is gone, and what reading samples raises.
         """
@@ -71,7 +73,7 @@ class Bench:
             reference = None
         path = self.repository.model_file(version)
         spent = Spent(self.state.spent(model))
-        sets = assemble(config.samples, reader, reference, most_train=most_train, spent=spent, recent=recent)
+        sets = assemble(config.samples, reader, reference, most_train=most_train, spent=spent, recent=recent, trains=trains)
         if most_train:
             spent.add(sets)
         return Workpiece(found, config, card, path, sets, reference)

@@ -98,23 +98,28 @@ class Commands:
             raise Conflict(f"version {version} of {name!r} is the desired one already")
         return self._desire(model, version, actor, reason, settings, watch_share, fault)
 
-    def rollback(self, name: str, actor: str, reason: str, fault: bool = False) -> Event:
-        """Back to what was before the last change, at once: the previous settings if only those changed, else the previous version.
-
-        With `fault` the version that is left is not gone back to by the loop.
-        """
+    def rollback(self, name: str, actor: str, reason: str) -> Event:
+        """Undo the last change, at once: the settings before where those changed last, else the version before."""
         model = self.model(name)
-        before = dict(model.previous_settings)
-        if model.desired in before and before[model.desired] != model.settings_of(model.desired) and model.previous in ("", model.desired):
-            return self.change_settings(name, before[model.desired], actor, reason)
+        before = dict(model.previous_settings).get(model.desired)
+        by_settings = model.changed == "settings" or (not model.changed and before is not None and model.previous in ("", model.desired))
+        if by_settings and before != model.settings_of(model.desired):
+            return self.change_settings(name, before, actor, reason)
+        return self.leave(name, actor, reason)
+
+    def leave(self, name: str, actor: str, reason: str, fault: bool = False) -> Event:
+        """Back to the previous version, whatever changed last. With `fault` the one that is left is not gone back to by the loop."""
+        model = self.model(name)
         if not model.previous or model.previous == model.desired:
             raise Conflict(f"model {name!r} has nothing to go back to: version {model.desired} was never preceded by another")
         return self._desire(model, model.previous, actor, reason, None, fault=fault)
 
-    def change_settings(self, name: str, settings: RuntimeSettings, actor: str, reason: str, stood: RuntimeSettings | None = None) -> Event:
-        """New run-time settings for the desired version: a new generation, not a new version. `stood` are those it ran with, to go back to."""
+    def change_settings(
+        self, name: str, settings: RuntimeSettings | None, actor: str, reason: str, stood: RuntimeSettings | None = None
+    ) -> Event:  # fmt: skip
+        """New run-time settings for the desired version: a new generation, not a new version. None: those of its proof. `stood` are those it ran with, to go back to."""
         model = self.model(name)
-        data: dict[str, Any] = {"version": model.desired, "settings": asdict(settings), "reason": reason}
+        data: dict[str, Any] = {"version": model.desired, "settings": asdict(settings) if settings is not None else None, "reason": reason}
         if stood is not None:
             data["from"] = asdict(stood)
         return self._journal.append(Event("settings.changed", name, model.desired, "", actor, data), expect=model.generation)
@@ -136,18 +141,31 @@ class Commands:
         for version in rungs:
             if not version.isdigit():
                 self.built(model, version)
+            if version in model.left:
+                raise Conflict(
+                    f"version {version} of {name!r} was left for faults or failed its canary; who trusts it all the same promotes it first: "
+                    f"hone promote {name}:{version}"
+                )
         summary = f"under load, {' then '.join(rungs)} may answer" if rungs else "no version may answer in another's place"
         return self._journal.append(Event("ladder.set", name, actor=actor, data={"rungs": list(rungs), "summary": summary}))
 
     def forget_version(self, name: str, version: str, actor: str) -> Event:
-        """Say that a built version's weights may go. Never golden, never the desired or previous one."""
+        """Say that a built version's weights may go. Never golden, never the desired one."""
         model = self.model(name)
         if version == model.golden:
             raise NotAllowed(f"version {version} is the golden one of {name!r}: it stays; remove the model instead: hone remove {name}")
         if version == model.desired:
             raise NotAllowed(f"version {version} of {name!r} is the active one; promote or roll back to another first")
         self.built(model, version)
-        return self._journal.append(Event("version.removed", name, version, actor=actor, data={"version": version}))
+        return self.let_go(name, version, actor, "asked for")
+
+    def let_go(self, name: str, version: str, actor: str, reason: str) -> Event:
+        """Have a built version's weights go. Raises Conflict where the journal has other news of it, so that they must stay: it was promoted a moment before."""
+        event = self._journal.append(Event("version.removed", name, version, actor=actor, data={"version": version, "reason": reason}))
+        model = self._journal.state().models.get(name)
+        if model is None or version == model.desired or any(b.version == version and not b.removed for b in model.built):
+            raise Conflict(f"version {version} of {name!r} was promoted, or the model removed, at the same moment; it stays as it is")
+        return event
 
     def forget_model(self, name: str, actor: str) -> Event:
         self.model(name)

@@ -116,7 +116,7 @@ def _harms(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals, policy: 
         harms.append(f"it agrees with golden on {_share(found.fidelity)}, the floor is {policy.fidelity_floor:.1%}")
     if candidate.class_below_floor:
         harms.append(f"it {candidate.class_below_floor}")
-    if policy.memory_limit_bytes and candidate.memory_bytes > policy.memory_limit_bytes:
+    if policy.memory_limit_bytes and candidate.memory_bytes > max(policy.memory_limit_bytes, incumbent.memory_bytes):
         harms.append(f"it takes {_mib(candidate.memory_bytes)} of memory, the objective is {_mib(policy.memory_limit_bytes)}")
     enough = not _shortages(incumbent, candidate, policy)
     if enough and found.cpu.low > 1 + policy.effect and found.latency.low > 1 + policy.effect:

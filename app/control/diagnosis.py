@@ -61,9 +61,11 @@ class Replay:
     version: tuple[float, float, float] | None = None
     """Live file over the file it is held to, on reference samples, over what the proof says that ratio is."""
     recent: tuple[float, float, float] | None = None
-    """Live file, recent samples over reference samples."""
+    """Live file, inputs that come now over `usual` ones."""
     findings: tuple[str, ...] = ()
     held_to: str = ""
+    usual: str = "frozen"
+    """`earlier`: captured before all this began; `frozen`: the reference's."""
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,7 +108,7 @@ BEFORE_AGREED: Final = 0.98
 def needs_replay(found: Findings) -> bool:
     """Whether only an experiment can tell: where cost rose, or is not known to be what it was, and where time went to the calls themselves."""
     kinds = {one.kind for one in found.suspicions}
-    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE}:
+    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE} or _is_settings(found):
         return False
     if kinds & {Kind.COST, Kind.EVENT}:
         return True
@@ -123,7 +125,12 @@ def needs_probe(found: Findings) -> bool:
     kinds = {one.kind for one in found.suspicions}
     if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY, Kind.CONFIDENCE, Kind.LABELS, Kind.MEMORY}:
         return False
-    return bool(kinds & {Kind.COST, Kind.LATENCY}) and not _is_load(found) and (found.host.throttled_ratio or 0.0) <= THROTTLED
+    return (
+        bool(kinds & {Kind.COST, Kind.LATENCY})
+        and not _is_load(found)
+        and not _is_settings(found)
+        and (found.host.throttled_ratio or 0.0) <= THROTTLED
+    )
 
 
 def diagnose(found: Findings) -> Diagnosis:
@@ -162,6 +169,10 @@ def _by_faults(found: Findings) -> Diagnosis | None:
         return Diagnosis(
             Cause.HOST, 0.8, f"{text}: by a person, a limit or the kernel", _numbers(found), ("version: it did not end by itself",)
         )
+    if all("failed_calls" in one.numbers for one in faults) and not found.began_with_version:
+        return Diagnosis(
+            Cause.UNKNOWN, 0.5, f"{text}: it began without a new version, so that the requests may be what is wrong", _numbers(found)
+        )
     if found.began_with_version:
         return Diagnosis(Cause.VERSION, 0.95, f"{text}: began with this version", _numbers(found), ("load: faults are not slowness",))
     return Diagnosis(Cause.VERSION, 0.6, f"{text}: this version's runner or answers, whatever began it", _numbers(found))
@@ -180,7 +191,7 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
         text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"
         return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic it was proven with",))
     if found.began_with_version:
-        return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first hour on", _numbers(found))
+        return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first minutes on", _numbers(found))
     return Diagnosis(Cause.INPUT, 0.7, f"{fidelity.text}, though it passed on reference samples: the inputs changed", _numbers(found))
 
 
@@ -213,11 +224,13 @@ def _by_memory(found: Findings) -> Diagnosis | None:
 
 
 def _by_many(found: Findings) -> Diagnosis | None:
-    """Nothing that happens to most models at once is one model's doing."""
-    if found.models < 2 or found.others + 1 < max(2, (found.models + 1) // 2) or _is_load(found):
+    """What happens to more than half of all models at once is no one model's doing, unless an experiment says so."""
+    if found.others < 1 or 2 * (found.others + 1) <= found.models or _is_load(found):
         return None
     if found.fresh is not None and _decayed(found.fresh):
         return None
+    if found.replay is not None and "version_slower" in found.replay.findings:
+        return None  # both files met the same host, in CPU time
     text = f"{found.others + 1} of {found.models} models are out of the ordinary at the same time"
     return Diagnosis(Cause.HOST, 0.8, text, _numbers(found), ("version, settings, input: they belong to one model",))
 
@@ -241,7 +254,7 @@ def _by_replay(found: Findings) -> Diagnosis | None:
         text = f"its file takes {_ratio(replay.version)} × the CPU time that version {replay.held_to} and its proof lead to expect"
         return Diagnosis(Cause.VERSION, 0.95, text, _numbers(found), ("host, load: both files took turns on one core in CPU time",))
     if "input_costlier" in replay.findings and replay.recent is not None:
-        text = f"recent inputs take {_ratio(replay.recent)} × the CPU time of the reference: the input changed"
+        text = f"the inputs that come now take {_ratio(replay.recent)} × the CPU time of {replay.usual} ones: the input changed"
         return Diagnosis(Cause.INPUT, 0.9, text, _numbers(found), ("version: the same file, on both inputs",))
     return None
 
@@ -258,7 +271,7 @@ def _by_load(found: Findings) -> Diagnosis | None:
     if not _is_load(found):
         return None
     block = found.block
-    refused = f", {block.refused} refused" if block.refused else ""
+    refused = "".join(f", {count} {how}" for count, how in ((block.refused, "refused"), (block.expired, "expired")) if count)
     crowd = f", {_mean_batch(block):.1f} rows a call ({found.normal.mean_batch:.1f} when all was well)" if _is_crowded(found) else ""
     text = f"queue {block.queue_ratio:.0%} of latency at {block.offered / block.seconds:.3g} requests/s{crowd}{refused}, cost as proven"
     return Diagnosis(Cause.LOAD, 0.9, text, _numbers(found), ("version, process: a row costs what it always cost",))
@@ -266,11 +279,9 @@ def _by_load(found: Findings) -> Diagnosis | None:
 
 def _by_settings(found: Findings) -> Diagnosis | None:
     """Requests wait while cores stand idle, or calls of another size than the settings were measured for."""
-    block, host = found.block, found.host
+    block, used = found.block, found.instances * found.threads
     slow = any(one.kind in (Kind.LATENCY, Kind.EVENT, Kind.REFUSALS) for one in found.suspicions)
-    used = found.instances * found.threads
-    idle = used < found.cores and (host.busy_ratio is None or host.busy_ratio < 0.85)
-    if slow and idle and (block.queue_ratio > 0.3 or block.refused or found.event == "settings"):
+    if slow and _leaves_cores_idle(found) and (block.queue_ratio > 0.3 or block.refused or found.event == "settings"):
         text = f"requests wait ({block.queue_ratio:.0%} of latency) while {used} of {found.cores} cores may be used: the settings do not fit the traffic"
         return Diagnosis(Cause.SETTINGS, 0.8, text, _numbers(found), ("version, process: a row costs what it always cost",))
     before, now = found.normal.mean_batch, _mean_batch(block)
@@ -285,6 +296,11 @@ def _as_ever(found: Findings) -> Diagnosis | None:
     missed = next((one for one in found.suspicions if {"threshold_s", "objective_s"} & set(one.numbers)), None)
     if missed is None or not _as_proven(found):
         return None
+    edge = found.block.edge_ratio
+    if edge > AT_THE_EDGE and "threshold_s" in missed.numbers:
+        text = f"{missed.text}, of which {edge:.0%} goes into reading and writing the request: the model itself is as quick as ever"
+        advice = "send tensors by the binary protocol, or smaller requests"
+        return Diagnosis(Cause.UNKNOWN, 0.6, text, _numbers(found), ("version: another one would be read and written alike",), (advice,))
     text = f"{missed.text}, with cost as proven, a quiet host and {found.block.queue_ratio:.0%} of it in the queue: this version is slower than its objective"
     return Diagnosis(Cause.VERSION, 0.7, text, _numbers(found), ("host, load, process, input: all as ever",))
 
@@ -295,10 +311,20 @@ def _as_ever(found: Findings) -> Diagnosis | None:
 def _is_load(found: Findings) -> bool:
     """Queues grow (or refuse) while a row costs what it always did, and the runner gets its cores."""
     block = found.block
-    queued = block.refused > 0.02 * block.offered or block.queue_ratio > QUEUED or _is_crowded(found)
+    queued = block.refused + block.expired > 0.02 * block.offered or block.queue_ratio > QUEUED or _is_crowded(found)
     ratio = cost_ratio(block, found.normal)
     used = min(found.cores, found.instances * found.threads)
     return queued and (ratio is None or ratio < FLAT) and not _host_reasons(found) and (used >= found.cores or _saturated(found))
+
+
+def _leaves_cores_idle(found: Findings) -> bool:
+    return found.instances * found.threads < found.cores and (found.host.busy_ratio is None or found.host.busy_ratio < 0.85)
+
+
+def _is_settings(found: Findings) -> bool:
+    """It began with other settings, most of the time goes into waiting, and cores stand idle: no experiment tells more than to undo them does."""
+    others = {one.kind for one in found.suspicions} - {Kind.LATENCY, Kind.REFUSALS, Kind.EVENT}
+    return found.event == "settings" and not others and found.block.queue_ratio > QUEUED and _leaves_cores_idle(found)
 
 
 def _is_crowded(found: Findings) -> bool:
@@ -360,7 +386,9 @@ def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
         beside.append(f"other programs use {host.others_ratio:.0%} of all cores")
     if not beside:
         return diagnosis
-    return Diagnosis(diagnosis.cause, diagnosis.confidence, diagnosis.text, diagnosis.evidence, diagnosis.rules_out, tuple(beside))
+    return Diagnosis(
+        diagnosis.cause, diagnosis.confidence, diagnosis.text, diagnosis.evidence, diagnosis.rules_out, (*diagnosis.beside, *beside)
+    )
 
 
 def _numbers(found: Findings) -> JSON:
@@ -371,6 +399,7 @@ def _numbers(found: Findings) -> JSON:
         "p95_s": block.total.quantile(0.95),
         "requests": block.requests,
         "refused": block.refused,
+        "expired": block.expired,
         "queue_ratio": round(block.queue_ratio, 4),
         "waiting_ratio": round(block.waiting_ratio, 4),
         "cost_ratio": round(ratio, 4) if ratio is not None else None,

@@ -18,20 +18,23 @@ from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.commands import Commands
+from app.control.endings import is_server_side, outcome_without_winner, summary_of, told, unneeded
+from app.control.live_tune import Plane, concluded, layouts_of, lived_with
 from app.control.rollout import Rollout
 from app.control.steps import is_recalibration, target_of
+from app.control.tally import JobTally
 from app.control.verification import (
-    SERVER_SIDE,
     TUNE_S,
     VERIFY_S,
     Judged,
     best,
+    held_back,
     judged,
     may_promote_alone,
     proof_of,
     question,
 )  # fmt: skip
-from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings, State, Verdict
+from app.domain import JSON, Event, Job, JobState, ModelState, RuntimeSettings, State, Verdict
 from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -40,6 +43,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.base import Progress
 from optimizers.host import parse_target
+from optimizers.samples import Samples
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
@@ -48,10 +52,7 @@ LEASE_S: Final = 10.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 ACTIVATION_S: Final = 180.0
-KEPT_PROVEN: Final = 4
-"""So many of the newest proven versions keep their weights, and of the newest that wait for a person, beside those in use."""
-WAITING: Final = frozenset({"kept", "inconclusive"})
-"""Outcomes of jobs whose candidate a person may still promote."""
+LEAST_NEWEST: Final = 8
 
 
 class JobKeeper:
@@ -59,14 +60,15 @@ class JobKeeper:
 
     def __init__(
         self, journal: Journal, commands: Commands, repository: Repository, state: StateFolder, cards: Cards, host_class: str, cores: int,
-        settings: Settings, metrics: Metrics, window: Window, rollout: Rollout, replica: str,
+        settings: Settings, metrics: Metrics, window: Window, rollout: Rollout, plane: Plane, replica: str,
     ) -> None:  # fmt: skip
         self._journal, self._commands, self._bench = journal, commands, Bench(repository, state, cards)
         self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
-        self._window, self._rollout, self._replica = window, rollout, replica
+        self._window, self._rollout, self._plane, self._replica = window, rollout, plane, replica
         self._leads_until = 0.0
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
-        self._counted: set[str] | None = None
+        self._tally = JobTally(metrics)
+        self._seen = State()
         self._cpu_s: dict[str, float] = {}
         """CPU seconds of each open job's tasks here."""
 
@@ -92,11 +94,13 @@ class JobKeeper:
     async def _lead(self) -> bool:
         began = monotonic()
         held = await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S)
+        if not held or began > self._leads_until:
+            self._tally.lapsed()
         self._leads_until = began + LEASE_S if held else 0.0
         return held
 
     async def _pass(self, state: State) -> None:
-        self._count_finished(state)
+        self._tally.count(state)
         for job in [job for job in state.jobs.values() if job.state is not JobState.FINISHED]:
             await self._advance(job)
 
@@ -108,8 +112,10 @@ class JobKeeper:
         elif job.state is JobState.BUILDING and (job.cancel_asked or job.worker.startswith("server ")):
             if await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self._replica, LEASE_S):
                 await asyncio.to_thread(self._journal.release, f"job:{job.id}", self._replica)
-                outcome = "cancelled" if job.cancel_asked else "failed"
-                await self._say("job.finished", job, outcome=outcome, report={"reason": "its worker is gone"})
+                if job.cancel_asked:
+                    await self._end(job, outcome="cancelled", report={"reason": "its worker is gone"})
+                else:  # a server that died between the two events
+                    await self._say("job.built", job, attempt=job.attempt, candidates=[], report={})
         elif job.state in (JobState.BUILT, JobState.VERIFYING):
             await self._conclude(job)
 
@@ -138,7 +144,7 @@ class JobKeeper:
         report = {**job.report, **report}
         report["cpu_s"] = round(float(job.report.get("cpu_s") or 0.0) + self._cpu_s.pop(job.id, 0.0), 1)
         report["summary"] = summary_of(report)
-        await self._say("job.finished", job, outcome=outcome, candidate=candidate, report=report)
+        await self._end(job, outcome=outcome, candidate=candidate, report=report)
         await self._remove_unneeded(job.model)
 
     async def _cancel_asked(self, job: Job) -> bool:
@@ -152,9 +158,10 @@ class JobKeeper:
         if want is None:
             return
         for version in unneeded(want, list(state.jobs.values()), self._host_class):
-            await asyncio.to_thread(
-                self._journal.append, Event("version.removed", model, version, data={"version": version, "reason": "not needed"})
-            )
+            try:
+                await asyncio.to_thread(self._commands.let_go, model, version, "hone", "not needed")
+            except Conflict:
+                continue  # somebody promoted it meanwhile
             await asyncio.to_thread(self._cards.remove_weights, model, version)
 
     async def _judge(self, job: Job, stop: asyncio.Event) -> tuple[str, str, JSON]:
@@ -163,18 +170,18 @@ class JobKeeper:
         seen = [await self._verify(job, piece, version, stop, proof_only=True) for version in self._versions_to_prove(job)]
         if seen:
             passed = all(one.verdict is Verdict.PASSED for one in seen)
-            return "proven" if passed else seen[0].verdict.value, seen[0].version, {"verdicts": [_told(one) for one in seen]}
+            return "proven" if passed else seen[0].verdict.value, seen[0].version, {"verdicts": [told(one) for one in seen]}
         if (resumed := await self._already_taken(job)) is not None:
             return resumed
         seen = [await self._verify(job, piece, version, stop, proof_only=False) for version in job.candidates]
         winner = best(seen)
-        report: JSON = {"verdicts": [_told(one) for one in seen]}
+        report: JSON = {"verdicts": [told(one) for one in seen]}
         if winner is not None:
             settings = await self._tuned_candidate(job, piece, winner, stop, report)
             return await self._take(job, piece, winner, settings, report, stop)
         if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):
             return await self._tune_active(job, piece, stop, report)
-        outcome = _outcome_without_winner(seen, job)
+        outcome = outcome_without_winner(seen, job)
         left_open = [one.version for one in seen if one.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)]
         return outcome, left_open[0] if outcome == "inconclusive" and left_open else "", report
 
@@ -206,32 +213,49 @@ class JobKeeper:
         self, job: Job, piece: Workpiece, winner: Judged, settings: RuntimeSettings | None, report: JSON, stop: asyncio.Event
     ) -> tuple[str, str, JSON]:
         """Promote the winner, or leave it for a person to."""
-        want = await self._want(job)
-        mode = want.mode or piece.config.mode
+        await self._want(job)
         waits = may_promote_alone(winner, piece) if job.promote == "auto" else "promotion was asked to be manual"
         waits = waits or await self._made_for_others(job, winner.version)
-        if not waits and mode is not Mode.AUTO:
-            waits = f"the model's mode is {mode.value}: promote it by hand, or set the mode to auto"
+        waits = waits or await self._held_back(job, piece)
         if waits:
             return "kept", winner.version, report | {"waits": waits}
-        end = await self._rollout.run(job.model, winner.version, piece.config, job.id, stop.is_set)
-        report["canary"] = end.text
-        if stop.is_set():
-            raise TaskFailed(Failure.CANCELLED, "cancelled during its canary")
-        if not end.skipped:
-            self._metrics.count("hone_verdicts", "canary", end.verdict.value)
-        if end.verdict is Verdict.FAILED:
-            return "refused", "", report | {"reason": f"canary: {end.text}"}
-        if end.verdict is not Verdict.PASSED:
-            return "kept", winner.version, report | {"waits": f"the canary stayed undecided ({end.text}); it is proven, promote it by hand"}
-        await self._want(job)
-        share = 0.0 if end.skipped else piece.config.rollout.watch_share
-        reason = f"job {job.id}: {winner.summary}"
+
+        def hindered() -> str:
+            return "the job was cancelled" if stop.is_set() else held_back(self._seen, job.model, piece.config)
+
+        promoted = None
         try:
-            event = await asyncio.to_thread(self._commands.promote, job.model, winner.version, "hone", reason, False, settings, share)
-        except NotAllowed as error:
-            return "kept", winner.version, report | {"waits": str(error)}
-        return await self._taken(job, winner.version, event.seq, report)
+            end = await self._rollout.run(job.model, winner.version, piece.config, job.id, hindered)
+            report["canary"] = end.text
+            if stop.is_set():
+                raise TaskFailed(Failure.CANCELLED, "cancelled during its canary")
+            if not end.skipped:
+                self._metrics.count("hone_verdicts", "canary", end.verdict.value)
+            if end.verdict is Verdict.FAILED:
+                return "refused", "", report | {"reason": f"canary: {end.text}"}
+            if waits := await self._held_back(job, piece):
+                return "kept", winner.version, report | {"waits": waits}
+            if end.verdict is not Verdict.PASSED:
+                waits = f"the canary stayed undecided ({end.text}); it is proven, promote it by hand"
+                return "kept", winner.version, report | {"waits": waits}
+            await self._want(job)
+            share = 0.0 if end.skipped else piece.config.rollout.watch_share
+            reason = f"job {job.id}: {winner.summary}"
+            try:
+                promoted = await asyncio.to_thread(
+                    self._commands.promote, job.model, winner.version, "hone", reason, False, settings, share
+                )  # fmt: skip
+            except NotAllowed as error:
+                return "kept", winner.version, report | {"waits": str(error)}
+        finally:
+            if promoted is None:
+                await self._rollout.clear(job.model, winner.version, job.id)
+        return await self._taken(job, winner.version, promoted.seq, report)
+
+    async def _held_back(self, job: Job, piece: Workpiece) -> str:
+        """`held_back`, by what the journal says at this moment."""
+        self._seen = await asyncio.to_thread(self._journal.state)
+        return held_back(self._seen, job.model, piece.config)
 
     async def _made_for_others(self, job: Job, version: str) -> str:
         """Why a version that was built for another class of hosts does not take over here by itself; '' where it was not."""
@@ -268,7 +292,7 @@ class JobKeeper:
     async def _undo(self, job: Job, version: str) -> None:
         want = await self._want(job)
         if want.desired == version and want.previous:
-            await asyncio.to_thread(self._commands.rollback, job.model, "hone", f"version {version} did not load")
+            await asyncio.to_thread(self._commands.leave, job.model, "hone", f"version {version} did not load")
 
     async def _activated(self, model: str, version: str, since: int) -> bool:
         """Wait, bounded, for the data plane to say, later than event `since`, that it serves `version`, or that it does not load."""
@@ -306,8 +330,11 @@ class JobKeeper:
         if tuned is None or tuned == before:
             open_end = report["tune"].get("verdict") == "inconclusive"
             return "inconclusive" if open_end else "nothing_changed", want.desired, report
-        if job.promote != "auto":
-            return "kept", want.desired, report | {"settings": asdict(tuned), "waits": "promotion was asked to be manual"}
+        waits = "promotion was asked to be manual" if job.promote != "auto" else await self._held_back(job, piece)
+        if not waits and (await self._want(job)).desired != want.desired:
+            waits = f"it was measured for version {want.desired}, which was replaced meanwhile"
+        if waits:
+            return "kept", want.desired, report | {"settings": asdict(tuned), "waits": waits}
         reason = f"job {job.id}: {report['tune'].get('summary', 'tuned')}"
         await asyncio.to_thread(self._commands.change_settings, job.model, tuned, "hone", reason, before)
         return "promoted", want.desired, report
@@ -323,25 +350,38 @@ class JobKeeper:
             "spin_duration_us": runtime.spin_us,
             "batch_limit": piece.config.batching.limit,
         }
+        objective = step.get("objective") or piece.config.tune_for
+        live = objective == "latency" and version == (await self._want(job)).desired
         with self._bench.scratch() as folder:
-            paths = await asyncio.to_thread(piece.samples.save, folder)
+            inputs = await self._inputs_of_now(job.model, piece)
+            await asyncio.to_thread(inputs.save, folder / "inputs.npz")
             request = {
                 "path": str(self._bench.model_path(piece, version)),
-                "samples": paths.get("reference") or paths.get("live") or paths.get("calibration", ""),
-                "stacked": piece.samples.calibration.stacked,
+                "samples": str(folder / "inputs.npz"),
+                "stacked": inputs.stacked,
                 "settings": asdict(before),
+                "fixed": [name for name, value in fixed.items() if value is not None],
+                "elsewhere": live,
                 "batchable": piece.golden.rows.independent,
-                "config": {
-                    "objective": piece.config.tune_for,
-                    **{k: v for k, v in step.items() if k in {"objective", "max_seconds", "cores"} and v},
-                },
+                "config": {"objective": objective, **{k: v for k, v in step.items() if k in {"max_seconds", "cores"} and v}},
             }
             report = await self._task("tune", request, TUNE_S * 4 + 60, job, stop)
+        layouts = layouts_of(report, before) if live and report.get("verdict") == "inconclusive" else []
+        if layouts and version == (await self._want(job)).desired:  # never idle: beside the traffic, then, as they would be lived with
+            report = concluded(report, before, await lived_with(self._plane, job.model, before, layouts, inputs, stop.is_set))
         settings = report.get("settings")
         if not report.get("changed", True) or not settings:
             return None, report
         decided = {key: value for key, value in fixed.items() if value is not None}
         return settings_from_json({**asdict(before), **settings, **decided}), report
+
+    async def _inputs_of_now(self, model: str, piece: Workpiece) -> Samples:
+        """What settings are measured with: requests that come now, of their commonest form, where enough come; else frozen or calibrating ones."""
+        newest = max(await self._plane.newest(model), key=len, default=None)
+        if newest is not None and len(newest) >= LEAST_NEWEST:
+            return newest
+        sets = piece.samples
+        return next(samples for samples in (sets.reference, sets.live, sets.calibration) if samples is not None and len(samples))
 
     # ---- helpers
     async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:
@@ -376,7 +416,8 @@ class JobKeeper:
         while not stop.is_set():
             try:
                 held = await self._lead()
-                now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+                self._seen = await asyncio.to_thread(self._journal.state)
+                now = self._seen.jobs.get(job.id)
                 if not held or now is None or now.cancel_asked or now.state is JobState.FINISHED:
                     stop.set()
             except StoreUnavailable:
@@ -392,67 +433,6 @@ class JobKeeper:
     async def _say(self, kind: str, job: Job, **data: Any) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, job.model, "", job.id, data=data))
 
-    def _count_finished(self, state: State) -> None:
-        """Count each finished job once, here where it was finished; those from before this process are not ours."""
-        finished = {job.id: job for job in state.jobs.values() if job.state is JobState.FINISHED}
-        if self._counted is None:
-            self._counted = set(finished)
-        for identity in finished.keys() - self._counted:
-            job = finished[identity]
-            method = "+".join(str(step["method"]) for step in job.tries[0]) if job.tries else ""
-            self._metrics.count("hone_jobs", method, job.outcome)
-            self._metrics.time("hone_job_duration_seconds", method, seconds=max(0.0, job.finished_at - job.requested_at))
-        self._counted |= set(finished)
-
-
-def summary_of(report: JSON) -> str:
-    """The one line of a job's end for the timeline."""
-    said = [str(report[key]) for key in ("reason", "waits") if report.get(key)]
-    said += [f"{verdict['version']} {verdict['summary']}" for verdict in report.get("verdicts") or ()]
-    canary = str(report.get("canary") or "")
-    if canary.startswith("no canary"):  # of a real one the event canary.ended tells
-        said.append(canary)
-    tuned = report.get("tune")
-    if isinstance(tuned, dict):
-        said.append(f"tune {tuned.get('verdict')}: {tuned.get('reason')}")
-    said += [f"{'+'.join(skipped['try'])} skipped: {skipped['reason']}" for skipped in report.get("skipped") or ()]
-    return "; ".join(said)
-
-
-def unneeded(want: ModelState, jobs: list[Job], host_class: str) -> list[str]:
-    """Built versions whose weights may go: refused ones, those of an earlier golden, and proven ones beyond the newest few.
-
-    Never the desired or previous one, nor what an open job built, nor what waits for a person.
-    """
-    kept = {want.desired, want.previous, want.golden}
-    kept |= {version for job in jobs if job.model == want.name and job.state is not JobState.FINISHED for version in job.candidates}
-    waiting = [job.candidate for job in sorted(jobs, key=lambda job: job.finished_at) if job.model == want.name and job.outcome in WAITING]
-    kept |= set([version for version in waiting if version][-KEPT_PROVEN:])
-    present = [built for built in want.built if not built.removed]
-    proven = [b.version for b in present if dict(b.verdicts).get(host_class) is Verdict.PASSED and b.golden_sha256 == want.golden_sha256]
-    kept |= set(proven[-KEPT_PROVEN:])
-    open_models = {job.id for job in jobs if job.state is not JobState.FINISHED}
-    return [built.version for built in present if built.version not in kept and built.job not in open_models]
-
-
-def is_server_side(job: Job) -> bool:
-    """True where nothing has to be built: only tuning or proving, which run where the model is served."""
-    return all(step["method"] in SERVER_SIDE for recipe in job.tries for step in recipe)
-
-
-def _told(one: Judged) -> JSON:
-    """What a person reads; the whole report is in the proof."""
-    return {
-        "version": one.version, "verdict": one.verdict.value, "summary": one.summary, "gain": round(one.gain, 4), "evidence": one.evidence,
-        "lossless": one.lossless, "reasons": list(one.report.get("reasons") or ()), "notes": list(one.report.get("notes") or ()),
-    }  # fmt: skip
-
-
-def _outcome_without_winner(seen: list[Judged], job: Job) -> str:
-    if not seen:
-        skipped = job.report.get("skipped") or [{}]
-        return "not_applicable" if all(one.get("kind") == Failure.NOT_APPLICABLE.value for one in skipped) else "failed"
-    if all(one.nothing_changed for one in seen):
-        return "nothing_changed"
-    verdicts = {one.verdict for one in seen}
-    return "inconclusive" if Verdict.INCONCLUSIVE in verdicts or Verdict.NO_DATA in verdicts else "refused"
+    async def _end(self, job: Job, **data: Any) -> None:
+        self._tally.ended(job.id)
+        await self._say("job.finished", job, **data)

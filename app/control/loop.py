@@ -10,33 +10,22 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from time import monotonic, time
+from time import monotonic
 from typing import Any, Final, Protocol
 
 from app.catalog.model_config import ModelConfig
+from app.control import experiments, remedies
 from app.control.bench import Bench
+from app.control.beside import Beside
 from app.control.commands import Commands
-from app.control.diagnosis import (
-    DECAYED_CPU,
-    DECAYED_WALL,
-    Cause,
-    Diagnosis,
-    Findings,
-    FreshRunner,
-    Replay,
-    diagnose,
-    needs_probe,
-    needs_replay,
-)
+from app.control.diagnosis import Cause
+from app.control.experiments import Experiments
 from app.control.objectives import burn
-from app.control.patient import Condition, Incident, Looks, Patient
-from app.control.planner import Action, Plan, plan, wait_after
-from app.control.replay import replay
-from app.control.rollout import compared
-from app.control.rungs import cheaper_versions
-from app.control.situation import situation_of
-from app.control.standing import LATELY_S, standing
-from app.control.steps import parse_tries
+from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
+from app.control.planner import Action, plan, wait_after
+from app.control.remedies import Remedies
+from app.control.situation import DAY_S, situation_of
+from app.control.standing import LATELY_S, begin_at_zero, prune, standing
 from app.control.suspicion import (
     LEAP_CALLS,
     LEAST_CALLS,
@@ -50,50 +39,29 @@ from app.control.suspicion import (
     suspicions,
     with_news,
 )
-from app.domain import JSON, Event, JobState, Mode, ModelState, ModelView, Split, State, Verdict
+from app.domain import JSON, Event, JobState, ModelState, ModelView, State
 from app.errors import HoneError
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.telemetry.hostfacts import HostFacts, HostSensor
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Block, Window
-from optimizers.stats import least_samples
 
 log = logging.getLogger("hone.control")
 TICK_S: Final = 1.0
 HOST_S: Final = 2.0
-PROBE_S: Final = 2.0
-ORPHAN_S: Final = 60.0
-"""A version on trial for whom no job is open loses its share after this long."""
-SETTLE_BLOCKS: Final = 2
-"""Blocks in a row without suspicion after which an incident is over."""
-NEWEST_BLOCKS: Final = 4
-"""What fell in so many blocks is held against what was before."""
-SURE: Final = least_samples(0.99)
-"""Answers held to golden's before a promoted version is confirmed: so many show 99 %."""
-YOUNG_S: Final = 3600.0
-"""A version this young is suspected first of what begins."""
+OWN_S: Final = 3600.0
+"""Settings that the loop changed itself are not undone by it for so long."""
+AGAIN_FAULT_S: Final = 5.0
+"""Until a remedy for wrong or missing answers that could not be begun is tried again."""
 
 
-class Probed(Protocol):
-    """Ratios live / fresh as (estimate, low, high)."""
-
-    @property
-    def cpu(self) -> tuple[float, float, float]: ...
-    @property
-    def wall(self) -> tuple[float, float, float]: ...
-
-
-class Plane(Protocol):
+class Plane(experiments.Plane, remedies.Plane, Protocol):
     """The data plane, as far as the loop sees and moves it (app.serving.vitals)."""
 
     def models(self) -> list[ModelView]: ...
     def model(self, name: str) -> ModelView | None: ...
-    def config(self, name: str) -> ModelConfig: ...
-    def drift(self, name: str) -> float | None: ...
     def own_cpu(self) -> Callable[[], float]: ...
-    async def renew(self, name: str) -> str: ...
-    async def against_fresh(self, name: str, seconds: float, limits: tuple[float, float]) -> Probed | None: ...
     async def compare_some(self) -> Any: ...
 
 
@@ -104,9 +72,12 @@ class Loop:
         self, plane: Plane, window: Window, journal: Journal, commands: Commands, bench: Bench, metrics: Metrics, settings: Settings, host_class: str,
         cores: int, leads: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self._plane, self._window, self._journal, self._commands, self._bench = plane, window, journal, commands, bench
-        self._metrics, self._settings, self._host_class, self._cores = metrics, settings, host_class, cores
+        self._plane, self._window, self._journal = plane, window, journal
+        self._metrics, self._host_class, self._cores = metrics, host_class, cores
         self._leads = leads
+        self._experiments = Experiments(plane, window, bench, metrics, settings.job_memory_bytes, cores)
+        self._remedies = Remedies(plane, commands, journal, metrics)
+        self._beside = Beside(window, journal, commands, bench, metrics, host_class)
         self._sensor = HostSensor()
         self._host = HostFacts()
         self._host_at = 0.0
@@ -149,8 +120,10 @@ class Loop:
         self._window.forget({(view.name, version) for view in views for version in view.loaded})
         for view in views:
             want = self._state.models.get(view.name)
+            if view.name not in self._patients:
+                begin_at_zero(self._metrics, view.name)
             patient = self._patients.setdefault(view.name, Patient())
-            self._notice_events(view, patient)
+            self._notice_events(view, patient, want)
             condition = self._condition(view, patient, want)
             latest = self._window.closed(view.name, view.active, 1)
             if not latest or latest[0].ended > patient.shown_until or view.name not in self._said:
@@ -161,6 +134,7 @@ class Loop:
             self._said[view.name] |= {"condition": condition.value} | _told(patient.incident)
             if want is not None and self._leads():
                 await self._look(view, patient, want, views)
+        prune(self._metrics, {view.name: view.active for view in self._plane.models()})
         names = {view.name for view in views}
         self._patients = {name: patient for name, patient in self._patients.items() if name in names}
         self._said = {name: said for name, said in self._said.items() if name in names}
@@ -196,7 +170,11 @@ class Loop:
             if value is not None:
                 self._metrics.gauge("hone_host_pressure_ratio", name, value=value)
 
-    def _notice_events(self, view: ModelView, patient: Patient) -> None:
+    def _notice_events(self, view: ModelView, patient: Patient, want: ModelState | None) -> None:
+        if want is not None and patient.golden != (want.golden, want.golden_sha256):
+            if patient.golden[0]:
+                patient.incident = None  # of a model that is not the same any more: what was tried for it says nothing of this one
+            patient.golden = (want.golden, want.golden_sha256)
         identity = (view.active, view.generation)
         if identity == patient.identity:
             return
@@ -205,8 +183,14 @@ class Loop:
         patient.event_at, patient.normal, patient.seen_until = monotonic(), Normal(), 0.0
         patient.judged_until, patient.found, patient.requests, patient.looks, patient.leapt_at = -1.0, [], 0, Looks(), 0.0
         patient.due = patient.event == "swap" and patient.incident is None
-        if patient.incident is not None and not patient.incident.acted_at:
-            patient.incident.acted_at = monotonic()  # somebody else acted
+        incident = patient.incident
+        if incident is None:
+            return
+        version, builds = incident.awaited
+        if patient.event == "swap" and view.active != version and not (builds and not view.active.isdigit()):
+            incident.tried.clear()  # somebody else swapped: what was tried was tried for another version
+        if not incident.acted_at:
+            incident.acted_at = monotonic()  # somebody else acted
 
     def _condition(self, view: ModelView, patient: Patient, want: ModelState | None) -> Condition:
         """What the loop is about with a model; as a gauge, too."""
@@ -221,13 +205,16 @@ class Loop:
     async def _look(self, view: ModelView, patient: Patient, want: ModelState, views: list[ModelView]) -> None:
         config = self._plane.config(view.name)
         if want.split is not None and want.split.stage == "watch":
-            await self._watch(view, patient, want, config)
+            await self._beside.watch(view, patient, want, want.split, config, self._state.frozen)
             return
-        patient.watch_since = 0.0
+        if want.desired != view.active and want.desired not in dict(view.failed):
+            return  # another is about to serve: what is left behind is not judged, and going back would leave the one that comes
+        patient.watched = Watched()
         on_trial = want.split is not None
-        if want.split is not None and await self._ended_orphan(view, want.split):
+        if want.split is not None and await self._beside.ended_orphan(view, patient, want.split, self._state):
             return
-        await self._set_ladder(view, patient, want, config)
+        if not on_trial:  # rungs take memory, and other versions beside a trial are no part of what it compares
+            await self._beside.set_ladder(view, patient, want, config, self._state)
         blocks = self._window.closed(view.name, view.active, SETTLE_BLOCKS)
         blocks = [block for block in blocks if block.began >= view.active_since]
         found = self._suspicions(view, blocks, patient, config)
@@ -239,7 +226,7 @@ class Loop:
         if not found:
             if fresh and not view.rung and not on_trial:
                 patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
-                _notice_shapes(patient, blocks[-1])
+                _notice_shapes(patient, blocks[-1])  # an open block of little traffic has too few rows to tell
             told = fresh and not blocks[-1].disturbed and blocks[-1].requests >= LEAST_CALLS
             await self._calm(view, patient, told)
             return
@@ -258,34 +245,10 @@ class Loop:
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
             self._busy.add_done_callback(_report)
 
-    async def _ended_orphan(self, view: ModelView, split: Split) -> bool:
-        """A version on trial for whom no job is open any more (its holder died, or was refused at the last step) loses its share."""
-        jobs = self._state.jobs.values()
-        open_job = any(job.model == view.name and job.state is not JobState.FINISHED and job.candidates for job in jobs)
-        if open_job or time() - split.since < ORPHAN_S:
-            return False
-        data = {"version": "", "share": 0.0, "stage": "canary", "summary": "the job whose candidate was on trial is over"}
-        await asyncio.to_thread(self._journal.append, Event("traffic.split", view.name, "", data=data))
-        return True
-
-    async def _set_ladder(self, view: ModelView, patient: Patient, want: ModelState, config: ModelConfig) -> None:
-        """Which versions the data plane may step down to: proven here, clearly cheaper than the desired one, and free to serve alone."""
-        by_person = (want.mode or config.mode) is not Mode.AUTO
-        if self._state.frozen or not config.ladder or by_person or patient.ladder_for == (want.last_event, want.desired):
-            return  # outside auto mode the envelope is a person's to set
-        rungs = await asyncio.to_thread(cheaper_versions, self._bench.cards, want, config, self._host_class)
-        patient.ladder_for = (want.last_event, want.desired)
-        if rungs != want.rungs:
-            data = {
-                "rungs": list(rungs),
-                "summary": f"under load, {' then '.join(rungs)} may answer" if rungs else "no version to step down to",
-            }
-            await asyncio.to_thread(self._journal.append, Event("ladder.set", view.name, view.active, data=data))
-
     def _suspicions(self, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
         """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
 
-        So do leaps of the cost and of the latency. The rest is judged when a block closes, and stands until the next one does.
+        So do leaps of the cost and of the latency, and other shapes, which are an event. The rest is judged when a block closes, and stands until the next one does.
         """
         now = self._window.now()
         judged = blocks[-1].ended if blocks else 0.0
@@ -304,6 +267,8 @@ class Loop:
         urgent += self._leap(opened, blocks, patient, config)
         kinds = {one.kind for one in found}
         found += [one for one in urgent if one.kind not in kinds]
+        if not found and not view.rung and not patient.due:
+            _notice_shapes(patient, opened)
         if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
             found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
         return found
@@ -339,7 +304,7 @@ class Loop:
         cause = incident.diagnosis.cause if incident.diagnosis is not None else None
         if cause is not None:
             patient.failures.pop(cause, None)
-        if incident.diagnosis is None or all(one.kind is Kind.EVENT for one in incident.suspicions):
+        if incident.diagnosis is None or (all(one.kind is Kind.EVENT for one in incident.suspicions) and not incident.tried):
             return
         took = monotonic() - incident.began
         how = "after the repair" if incident.acted_at else "by itself"
@@ -371,21 +336,30 @@ class Loop:
             await self._say("suspicion.raised", view, data)
         incident.looking = True
         try:
-            diagnosis = await self._blame(view, patient, want, found, views)
+            diagnosis = await self._experiments.blame(view, patient, want, found, self._patients, len(views), lambda: self._host)
         finally:
             incident.looking = False
         if only_event and diagnosis.cause in (Cause.UNKNOWN, Cause.HOST, Cause.LOAD):
             patient.incident = None  # as it should be
             return
+        state = await asyncio.to_thread(self._journal.state)
+        now = state.models.get(view.name)
+        if patient.incident is not incident:
+            return  # another golden came meanwhile
+        if now is None or now.desired != want.desired or (now.split is not None and want.split is None and not faulty(found)):
+            patient.incident = None  # while it was looked into, somebody asked for another version, or put one on trial
+            return
+        want = now  # its mode, settings and what was left may be others by now, and so may a freeze
         changed = incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
         incident.diagnosis = diagnosis
         self._metrics.count("hone_diagnoses", view.name, diagnosis.cause.value)
         waited = monotonic() - patient.remedied_at.get(diagnosis.cause, 0.0)
         wait_s = max(0.0, wait_after(patient.failures.get(diagnosis.cause, 0)) - waited)
         situation = situation_of(
-            self._state, want, view, self._plane.config(view.name), diagnosis.cause, self._host_class, incident.tried, wait_s
-        )
-        own = monotonic() - patient.remedied_at.get(Cause.SETTINGS, -YOUNG_S) < YOUNG_S  # what the loop changed itself is not undone
+            state, want, view, self._plane.config(view.name), diagnosis.cause, self._host_class, incident.tried, wait_s,
+            patient.switched(monotonic() - DAY_S),
+        )  # fmt: skip
+        own = monotonic() - patient.remedied_at.get(Cause.SETTINGS, -OWN_S) < OWN_S
         situation = replace(situation, faults=faulty(found), settings_before=situation.settings_before and not own)
         decided = plan(diagnosis, situation, self._plane.config(view.name))
         if changed or decided.action is not Action.NOTHING:
@@ -405,100 +379,22 @@ class Loop:
         if decided.action in (Action.NOTHING, Action.STEP_DOWN) or decided.waits:
             patient.looks.in_vain(frozenset(one.kind for one in found), monotonic(), patient.experiments_s, self._cores)
             return
-        incident.tried.add(decided.action)
+        incident.awaited = (decided.version, bool(decided.tries))
+        try:
+            await self._remedies.apply(view, want, decided, diagnosis, faulty(found))
+        except Exception:  # it was not tried: the same comes again, soon where answers are wrong or missing
+            kinds = frozenset(one.kind for one in found)
+            if faulty(found):
+                patient.looks = Looks(kinds, 0, monotonic() + AGAIN_FAULT_S)
+            else:
+                patient.looks.in_vain(kinds, monotonic(), patient.experiments_s, self._cores)
+            raise
+        incident.tried.add(decided.remedy)
         patient.looks = Looks()
-        await self._act(view, want, decided, diagnosis, faulty(incident.suspicions))
+        if decided.action is Action.SWITCH:
+            patient.switched_at.append(monotonic())
         incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()
         incident.unproven = True
-
-    async def _blame(
-        self, view: ModelView, patient: Patient, want: ModelState, found: list[Suspicion], views: list[ModelView]
-    ) -> Diagnosis:  # fmt: skip
-        """Experiments where only they can tell, then the rules."""
-        stretch = 1 if any(one.numbers.get("leapt") for one in found) else SETTLE_BLOCKS + 1  # what was before the leap would hide it
-        block = self._window.since(view.name, view.active, max(view.active_since, self._window.now() - stretch * self._window.block_s))
-        others = sum(1 for name, one in self._patients.items() if name != view.name and one.incident is not None)
-        event = patient.event if monotonic() - patient.event_at < LATELY_S else ""
-        fell = patient.incident.began if patient.incident is not None else monotonic()
-        whole, newest = (
-            self._window.since(view.name, view.active, began, sketches=False)
-            for began in (view.active_since, max(view.active_since, fell - NEWEST_BLOCKS * self._window.block_s))
-        )
-        before = (whole.agreed - newest.agreed, whole.compared - newest.compared)
-
-        def findings(again: Replay | None = None, fresh: FreshRunner | None = None) -> Findings:
-            return Findings(
-                found, block, patient.normal, self._host, self._cores, view.settings.instances, view.settings.intra_op_threads, others,
-                len(views), monotonic() - view.active_since < YOUNG_S and event == "swap", self._plane.drift(view.name), before, again, fresh, event,
-            )  # fmt: skip
-
-        fresh: FreshRunner | None = None
-        if needs_probe(findings()):
-            began = monotonic()
-            probe = await self._plane.against_fresh(view.name, PROBE_S, (DECAYED_CPU, DECAYED_WALL))
-            patient.experiments_s += monotonic() - began
-            self._metrics.count("hone_background_seconds", "probe", by=monotonic() - began)
-            fresh = FreshRunner(probe.cpu, probe.wall) if probe is not None else None
-            diagnosis = diagnose(findings(None, fresh))
-            if diagnosis.cause is Cause.PROCESS:
-                return diagnosis
-        if not needs_replay(findings(None, fresh)):
-            return diagnose(findings(None, fresh))
-        with self._window.background("replay"):
-            began = monotonic()
-            again = await replay(self._bench, want, view.active, view.settings, self._settings.job_memory_bytes)
-            patient.experiments_s += monotonic() - began
-            self._metrics.count("hone_background_seconds", "replay", by=monotonic() - began)
-        return diagnose(findings(again, fresh))
-
-    async def _act(self, view: ModelView, want: ModelState, decided: Plan, diagnosis: Diagnosis, fault: bool) -> None:
-        reason = f"{diagnosis.cause.value}: {diagnosis.text}"
-        match decided.action:
-            case Action.RESTART:
-                await self._plane.renew(view.name)
-                await self._say("runner.restarted", view, {"summary": f"a fresh runner took over: {diagnosis.text}"})
-            case Action.ROLL_BACK:
-                await asyncio.to_thread(self._commands.rollback, view.name, "hone", reason, fault)
-                self._metrics.count("hone_rollbacks", view.name, diagnosis.cause.value)
-            case Action.UNDO_SETTINGS:
-                before = dict(want.previous_settings)[view.active]
-                await asyncio.to_thread(self._commands.change_settings, view.name, before, "hone", reason, view.settings)
-            case Action.SWITCH:
-                await asyncio.to_thread(
-                    self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault
-                )  # fmt: skip
-                if decided.tries:
-                    await self._build(view.name, decided, reason, recent=True)
-            case Action.TUNE | Action.OPTIMIZE | Action.RECALIBRATE:
-                await self._build(view.name, decided, reason, recent=decided.action is Action.RECALIBRATE)
-
-    async def _build(self, name: str, decided: Plan, reason: str, recent: bool) -> None:
-        recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
-        tries = await asyncio.to_thread(parse_tries, recipes, self._plane.config(name).allow, name, recent=recent)
-        await asyncio.to_thread(self._commands.optimize, name, tries, reason, "auto", "hone")
-
-    # ---- after a promotion
-    async def _watch(self, view: ModelView, patient: Patient, want: ModelState, config: ModelConfig) -> None:
-        """The previous version still takes a share: both are compared, at the same time, until one thing is clear."""
-        split = want.split
-        if split is None or view.active != want.desired:
-            return
-        patient.watch_since = patient.watch_since or self._window.cut(view.name)
-        judgement = compared(
-            self._window, view.name, split.version, view.active, (patient.watch_since, patient.watch_since), view, config, SURE
-        )
-        age = time() - split.since
-        if judgement.verdict is Verdict.FAILED:
-            self._metrics.count("hone_verdicts", "watch", "failed")
-            self._metrics.count("hone_rollbacks", view.name, "watch")
-            await asyncio.to_thread(self._commands.rollback, view.name, "hone", f"watch: {judgement.text}", True)
-        elif judgement.verdict is Verdict.PASSED or age > config.rollout.watch_s:
-            passed = judgement.verdict is Verdict.PASSED
-            self._metrics.count("hone_verdicts", "watch", "passed" if passed else "inconclusive")
-            text = judgement.text if passed else f"nothing against it in {age:.0f} s ({judgement.text})"
-            await self._say("version.confirmed", view, {"summary": f"beside {split.version}: {text}"})
-            data = {"version": "", "share": 0.0, "stage": "watch", "summary": "the watch is over"}
-            await asyncio.to_thread(self._journal.append, Event("traffic.split", view.name, "", data=data))
 
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from app.catalog.model_config import CLEARLY_MISSED
+
 LEAST_ANSWERS: Final = 20
 """Fewer answers than this in a window are no data."""
 PAIRS: Final = ((3600.0, 300.0, 14.4), (21600.0, 1800.0, 6.0))
@@ -31,7 +33,8 @@ def burn(share: float, good_and_bad: Callable[[float], tuple[int, int]]) -> Burn
         good, bad = good_and_bad(window)
         total = good + bad
         rates[window] = bad / total / budget if total >= LEAST_ANSWERS else None
-    fires = any(_above(rates[long], factor) and _above(rates[short], factor) for long, short, factor in PAIRS)
+    limits = [(rates[long], rates[short], min(factor, CLEARLY_MISSED / budget)) for long, short, factor in PAIRS]
+    fires = any(_above(long, limit) and _above(short, limit) for long, short, limit in limits)
     return Burn(rates, fires)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from app.control.diagnosis import Cause, Diagnosis
-from app.control.planner import Action
+from app.control.planner import Remedy
 from app.control.suspicion import Kind, Normal, Suspicion
 
+SETTLE_BLOCKS: Final = 2
+"""Blocks in a row without suspicion after which an incident is over."""
 AGAIN_S: Final = 60.0
 AGAIN_MOST_S: Final = 3600.0
 """A cause without a remedy (load, host, unknown) is looked into again after this long, then after twice, … at most after the other."""
@@ -42,7 +44,8 @@ class Looks:
         again = kinds <= self.kinds and now < self.not_before + AGAIN_MOST_S
         self.count = self.count + 1 if again else 1
         wait_s = min(AGAIN_MOST_S, AGAIN_S * 2.0 ** (self.count - 1))
-        self.kinds, self.not_before = kinds, now + max(wait_s, experiments_s / (BACKGROUND * cores))
+        self.kinds = kinds | self.kinds if now < self.not_before else kinds
+        self.not_before = now + max(wait_s, experiments_s / (BACKGROUND * cores))
 
 
 @dataclass
@@ -52,12 +55,24 @@ class Incident:
     began: float
     suspicions: Sequence[Suspicion]
     diagnosis: Diagnosis | None = None
-    tried: set[Action] = field(default_factory=set)
+    tried: set[Remedy] = field(default_factory=set)
     acted_at: float = 0.0
     unproven: bool = False
     """A remedy was applied, and whether it helped is not known yet."""
+    awaited: tuple[str, bool] = ("", False)
+    """The version that a remedy leads to, and whether one that is being built may come as well: any other is somebody else's."""
     looking: bool = False
     suspected_at: float = 0.0
+
+
+@dataclass
+class Watched:
+    """A watch as this process saw it: (previous, new) version, the window's clock when it began and was looked at last, and for how long."""
+
+    pair: tuple[str, str] = ("", "")
+    since: float = 0.0
+    looked_at: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -65,6 +80,8 @@ class Patient:
     """What the loop remembers of one model between ticks."""
 
     identity: tuple[str, int] = ("", 0)
+    golden: tuple[str, str] = ("", "")
+    """What was deployed, by name and hash, when it was looked at last."""
     normal: Normal = field(default_factory=Normal)
     seen_until: float = 0.0
     calm: int = 0
@@ -79,7 +96,9 @@ class Patient:
     """Since when a leap of latency stands; 0 where none does."""
     due: bool = False
     """An event asks for a look."""
-    watch_since: float = 0.0
+    watched: Watched = field(default_factory=Watched)
+    orphan: tuple[str, float] = ("", 0.0)
+    """A version on trial without an open job, and when it was first seen so (the window's clock)."""
     shown_until: float = 0.0
     judged_until: float = -1.0
     judged_deaths: int = 0
@@ -89,6 +108,17 @@ class Patient:
     """Answers of the stretch that was looked at then."""
     remedied_at: dict[Cause, float] = field(default_factory=dict)
     ladder_for: tuple[int, str] = (0, "")
+    switched_at: list[float] = field(default_factory=list)
+    """When the loop took another version here by itself, time.monotonic()."""
+
+    def switched(self, since: float) -> int:
+        self.switched_at = [at for at in self.switched_at if at >= since]
+        return len(self.switched_at)
+
+    def suspected_of(self, kinds: Set[Kind], since: float) -> bool:
+        """Whether any of `kinds` was out of the ordinary here at or after `since`; an incident may stand for much longer than what began it."""
+        one = self.incident
+        return one is not None and one.suspected_at >= since and any(suspicion.kind in kinds for suspicion in one.suspicions)
 
     def leap_stands(self, leapt: bool, now: float, read_at: float) -> bool:
         """Whether a leap was there before the host was read last (at `read_at`): an older reading may know nothing of what explains it."""

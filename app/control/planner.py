@@ -6,7 +6,7 @@ It also says what to build when nobody says what: recipes by what the model is a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -14,7 +14,8 @@ from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, Diagnosis
 from app.domain import JSON, Mode
 
-PLANNED: tuple[tuple[str, ...], ...] = (("int8-static",), ("int8-dynamic",), ("graph",), ("tune",))
+QUANTIZED: Final[tuple[tuple[str, ...], ...]] = (("int8-static",), ("int8-dynamic",))
+PLANNED: Final[tuple[tuple[str, ...], ...]] = (*QUANTIZED, ("graph",), ("tune",))
 """Alternatives; each says for itself where it does not apply, and the best that passes is taken."""
 COMPRESSED: Final = ("structured-pruning", "distill", "int8-static")
 """With training: where the model has its source and data."""
@@ -34,6 +35,10 @@ class Action(StrEnum):
     NOTHING = "nothing"
 
 
+Remedy = tuple[Action, tuple[tuple[str, ...], ...], str]
+"""What is done, for a build from which recipes, and with or towards which version."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to do. `waits` says why a person must agree first; `advice` what a person could do."""
@@ -44,6 +49,10 @@ class Plan:
     tries: tuple[tuple[str, ...], ...] = ()
     waits: str = ""
     advice: tuple[str, ...] = ()
+
+    @property
+    def remedy(self) -> Remedy:
+        return self.action, self.tries, self.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +69,7 @@ class Situation:
     rungs: Sequence[str] = ()
     tried: frozenset[tuple[str, ...]] = frozenset()
     """Recipes that were tried on this golden since anything changed, and came to nothing."""
-    tried_actions: frozenset[Action] = frozenset()
+    tried_actions: frozenset[Remedy] = frozenset()
     """Remedies tried for this very cause since the model was last well."""
     mode: Mode = Mode.AUTO
     frozen: bool = False
@@ -88,10 +97,10 @@ def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
             Action.NOTHING, f"the same cause came back without a gain; looking again in {now.wait_s:.0f} s", advice=_advice(diagnosis)
         )
     for candidate in _remedies(diagnosis, now, config):
-        if candidate.action in now.tried_actions and candidate.action is not Action.NOTHING:
+        if candidate.remedy in now.tried_actions and candidate.action is not Action.NOTHING:
             continue
         return _permitted(candidate, now)
-    return Plan(Action.NOTHING, "nothing is left that was not tried", advice=_advice(diagnosis))
+    return Plan(Action.NOTHING, "nothing is left that is allowed and was not tried", advice=_advice(diagnosis))
 
 
 def wait_after(failures: int) -> float:
@@ -108,14 +117,20 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
         case Cause.PROCESS:
             return [Plan(Action.RESTART, "restart the runner", now.active)]
         case Cause.SETTINGS:
-            return [*_undo_settings(diagnosis, now), Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
+            return [*_undo_settings(diagnosis, now), *_tune(replace(now, tried=frozenset()), config)]
         case Cause.INPUT:
             kinds = diagnosis.evidence.get("suspicions", ())
             if "fidelity" in kinds:
                 return [*_go_golden(now, config), *_recalibrate(now, config)]
-            return _recalibrate(now, config) if "confidence" in kinds else _tune(now)
+            return _recalibrate(now, config) if "confidence" in kinds else _tune(now, config)
         case Cause.VERSION:
-            return [*_leave(now), *([] if now.faults else [*_build(now, config), *_tune(now)])]
+            if now.active.isdigit() and now.active != now.golden and not now.faults:
+                return [
+                    Plan(
+                        Action.NOTHING, f"somebody went back to version {now.active}: it may be slower on purpose", advice=diagnosis.beside
+                    )
+                ]
+            return [*_leave(now), *([] if now.faults else [*_build(now, config), *_tune(now, config)])]
     return [Plan(Action.NOTHING, "no cause, no remedy", advice=_advice(diagnosis))]
 
 
@@ -156,8 +171,8 @@ def _go_golden(now: Situation, config: ModelConfig) -> list[Plan]:
     return [Plan(Action.SWITCH, f"golden {now.golden} answers until a version fits the new inputs{meanwhile}", now.golden, tries)]
 
 
-def _tune(now: Situation) -> list[Plan]:
-    if ("tune",) in now.tried:
+def _tune(now: Situation, config: ModelConfig) -> list[Plan]:
+    if ("tune",) in now.tried or not _allowed(("tune",), config):
         return []
     return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
 
@@ -171,9 +186,12 @@ def _recalibrate(now: Situation, config: ModelConfig) -> list[Plan]:
 
 
 def _build(now: Situation, config: ModelConfig) -> list[Plan]:
-    """Alternatives that were not tried; with training only where nothing else is left."""
-    light = tuple(recipe for recipe in PLANNED if recipe != ("tune",) and _allowed(recipe, config) and recipe not in now.tried)
-    found = [Plan(Action.OPTIMIZE, f"build {_either(light)}", "", light)] if light else []
+    """What was not tried: what gains most first, since callers wait; with training only where nothing else is left."""
+    light = [
+        tuple(recipe for recipe in recipes if _allowed(recipe, config) and recipe not in now.tried)
+        for recipes in (QUANTIZED, (("graph",),))
+    ]
+    found = [Plan(Action.OPTIMIZE, f"build {_either(recipes)}", "", recipes) for recipes in light if recipes]
     if now.trainable and _allowed(COMPRESSED, config) and COMPRESSED not in now.tried:
         found.append(Plan(Action.OPTIMIZE, f"build {'+'.join(COMPRESSED)}", "", (COMPRESSED,)))
     return found

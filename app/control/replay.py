@@ -1,30 +1,39 @@
-"""Asks the blame task about one model: its live file beside golden's or the golden's before it, on frozen and on recent inputs. It judges nothing."""
+"""Asks the blame task about one model: its live file beside golden's or the golden's before it, and on the inputs that come now. It judges nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from app.catalog.reservoir import captured_before
 from app.control.bench import Bench, Workpiece
 from app.control.diagnosis import Replay
 from app.domain import JSON, ModelState, RuntimeSettings
 from app.errors import HoneError
+from optimizers.samples import Samples
 from optimizers.task import TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
 REPLAY_S: Final = 24.0
+LEAST_INPUTS: Final = 8
+MOST_INPUTS: Final = 24
 
 
-async def replay(bench: Bench, want: ModelState, version: str, settings: RuntimeSettings, memory_bytes: int) -> Replay | None:
-    """The findings of a paired replay; None where there is nothing to replay or it failed (the log says why)."""
+async def replay(
+    bench: Bench, want: ModelState, version: str, settings: RuntimeSettings, memory_bytes: int, newest: Sequence[Samples], before: float
+) -> Replay | None:
+    """The findings of a paired replay; None where there is nothing to replay or it failed (the log says why).
+
+    `newest` are inputs that come now. They are held against captured ones from before `before` (unix seconds), else against frozen ones.
+    """
     try:
         piece = await asyncio.to_thread(bench.workpiece, want.name, want.golden, want.golden_sha256)
         with bench.scratch() as folder:
-            request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, folder)
+            request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, newest, before, folder)
             if request is None:
                 return None
             limits = TaskLimits(seconds=REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scratch=str(folder))
@@ -39,8 +48,9 @@ async def replay(bench: Bench, want: ModelState, version: str, settings: Runtime
 
 
 def _question(
-    bench: Bench, piece: Workpiece, want: ModelState, version: str, settings: RuntimeSettings, folder: Path
-) -> tuple[JSON | None, str]:
+    bench: Bench, piece: Workpiece, want: ModelState, version: str, settings: RuntimeSettings, newest: Sequence[Samples], before: float,
+    folder: Path,
+) -> tuple[JSON | None, str]:  # fmt: skip
     paths = piece.samples.save(folder)
     base = next((name for name in ("reference", "labelled", "calibration") if name in paths), "")
     if not base:
@@ -49,7 +59,6 @@ def _question(
     live, (held_to, other) = _path(bench, piece, version), _held_to(bench, piece, want, version)
     if live is None:
         return None, ""
-    recent = piece.samples.live
     request: JSON = {
         "live": str(live),
         "other": str(other) if other is not None else "",
@@ -57,9 +66,24 @@ def _question(
         "settings": {key: value for key, value in asdict(settings).items() if key in ("graph_level", "session_options")},
         "seconds": REPLAY_S,
     }
-    if recent is not None and "live" in paths and len(recent) >= 8:
-        request["recent"] = {"path": paths["live"], "origin": recent.origin, "stacked": recent.stacked}
+    if _enough(newest):
+        usual = captured_before(bench.state.captured(want.name), before, MOST_INPUTS)
+        request["recent"] = _saved(newest, folder, "recent")
+        request["usual"] = _saved(usual, folder, "usual") if _enough(usual) else []
     return request, held_to
+
+
+def _enough(inputs: Sequence[Samples]) -> bool:
+    return sum(map(len, inputs)) >= LEAST_INPUTS
+
+
+def _saved(inputs: Sequence[Samples], folder: Path, name: str) -> list[JSON]:
+    for number, samples in enumerate(inputs):
+        samples.save(folder / f"{name}-{number}.npz")
+    return [
+        {"path": str(folder / f"{name}-{number}.npz"), "origin": samples.origin, "stacked": samples.stacked}
+        for number, samples in enumerate(inputs)
+    ]
 
 
 def _path(bench: Bench, piece: Workpiece, version: str) -> Path | None:
@@ -72,16 +96,26 @@ def _path(bench: Bench, piece: Workpiece, version: str) -> Path | None:
 
 
 def _held_to(bench: Bench, piece: Workpiece, want: ModelState, version: str) -> tuple[str, Path | None]:
-    """What must not be faster: golden, where Hone built the version; for a golden the one that served before it."""
-    before = want.previous if want.previous.isdigit() else ""  # what Hone built from a golden is faster than it on purpose
-    other = want.golden if version != want.golden else before
+    """What must not be faster: golden, where Hone built the version; for a golden the one that served before it.
+
+    An earlier golden, which a person went back to, is held to nothing: nobody says that it must be as fast as what came after it.
+    """
+    before = want.previous if want.previous.isdigit() and version == want.golden else ""  # what Hone built is faster on purpose
+    other = before if version.isdigit() else want.golden
     return (other, _path(bench, piece, other)) if other and other != version else ("", None)
 
 
 def _findings(report: Mapping[str, Any], held_to: str) -> Replay:
     version = [one["ratio"] for one in report.get("version") or ()]
     recent = (report.get("input") or {}).get("ratio")
-    return Replay(_interval(version[-1]) if version else None, _interval(recent), tuple(report.get("findings") or ()), held_to, report)
+    return Replay(
+        _interval(version[-1]) if version else None,
+        _interval(recent),
+        tuple(report.get("findings") or ()),
+        held_to,
+        report["usual"],
+        report,
+    )
 
 
 def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | None:

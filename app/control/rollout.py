@@ -23,7 +23,8 @@ from optimizers.stats import wilson
 LOOK_S: Final = 0.5
 SHADOW_S: Final = 8.0
 SHADOW_ENOUGH: Final = 20
-LOAD_S: Final = 120.0
+LOAD_SLACK_S: Final = 15.0
+"""The data plane says after limits.load_timeout_s that a version does not load; it is waited for so much longer."""
 SAMPLE: Final = 300
 TRAFFIC_S: Final = 30.0
 LEAST_COMPARED: Final = 200
@@ -51,8 +52,14 @@ class Rollout:
     def __init__(self, journal: Journal, window: Window, plane: Plane) -> None:
         self._journal, self._window, self._plane = journal, window, plane
 
-    async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Callable[[], bool]) -> End:
-        """Bring `version` up to the largest share of the canary, or end on the incumbent. The split stays in place when it passed."""
+    async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Callable[[], str]) -> End:
+        """Bring `version` up to the largest share of the canary, or end on the incumbent. The split stays in place when it passed.
+
+        `stop` says why it must not go on; '' while it may.
+        """
+        await self._let_watch_end(model, config.rollout.watch_s, stop)
+        if why := stop():
+            return End(Verdict.ERROR, why, True)
         view = self._plane.model(model)
         rules = config.rollout
         if view is None or not rules.canary:
@@ -72,8 +79,17 @@ class Rollout:
         await asyncio.to_thread(self._journal.append, Event("canary.ended", model, version, job, data=data))
         return end
 
+    async def _let_watch_end(self, model: str, most_s: float, stop: Callable[[], str]) -> None:
+        """The trial would take the place of the watch over the version that was promoted last, so it comes after it."""
+        until = monotonic() + most_s
+        while monotonic() < until and not stop():
+            want = (await asyncio.to_thread(self._journal.state)).models.get(model)
+            if want is None or want.split is None or want.split.stage != "watch":
+                return
+            await asyncio.sleep(LOOK_S)
+
     async def _through_stages(
-        self, model: str, incumbent: str, version: str, config: ModelConfig, job: str, stop: Callable[[], bool]
+        self, model: str, incumbent: str, version: str, config: ModelConfig, job: str, stop: Callable[[], str]
     ) -> End:  # fmt: skip
         until, tried = monotonic() + config.rollout.max_age_s, self._window.now()
         await self._split(model, version, 0.0, "shadow", job, "asked what others answered, compared with golden, dropped")
@@ -89,16 +105,19 @@ class Rollout:
                 return End(judgement.verdict, f"at {share:.0%}: {judgement.text}")
         return End(Verdict.PASSED, judgement.text)
 
-    async def _shadow(self, model: str, version: str, config: ModelConfig, stop: Callable[[], bool]) -> End | None:
+    async def _shadow(self, model: str, version: str, config: ModelConfig, stop: Callable[[], str]) -> End | None:
         """Wait until it is loaded, then for some comparisons; an end where it does not load or clearly disagrees."""
-        loading_until = monotonic() + LOAD_S
+        loading_until = monotonic() + config.limits.load_timeout_s + LOAD_SLACK_S
         while (view := self._plane.model(model)) is None or version not in view.loaded:
             failed = dict(view.failed).get(version) if view is not None else None
-            if failed or stop() or monotonic() > loading_until:
-                return End(Verdict.FAILED if failed else Verdict.ERROR, failed or "it was not loaded in time")
+            why = stop()
+            if failed or why or monotonic() > loading_until:
+                return End(Verdict.FAILED if failed else Verdict.ERROR, failed or why or "it was not loaded in time")
             await asyncio.sleep(LOOK_S)
         began, until = self._window.cut(model), monotonic() + SHADOW_S
-        while monotonic() < until and not stop():
+        while monotonic() < until:
+            if why := stop():
+                return End(Verdict.ERROR, why)
             block = self._window.since(model, version, began)
             if block.deaths:
                 return End(Verdict.FAILED, "its runner ended on mirrored requests")
@@ -108,18 +127,24 @@ class Rollout:
         return _disagrees(self._window.since(model, version, began), config)
 
     async def _stage(
-        self, model: str, incumbent: str, version: str, config: ModelConfig, began: tuple[float, float], until: float, stop: Callable[[], bool]
+        self, model: str, incumbent: str, version: str, config: ModelConfig, began: tuple[float, float], until: float, stop: Callable[[], str]
     ) -> Judgement:  # fmt: skip
         """`began`: the stage, and the trial, over which the answers that were held to golden's add up."""
         while True:
             await asyncio.sleep(LOOK_S)
             view = self._plane.model(model)
-            if stop() or view is None or view.active != incumbent:
-                return Judgement(Verdict.ERROR, "the model or the job changed meanwhile", {})
+            if (why := stop()) or view is None or view.active != incumbent:
+                return Judgement(Verdict.ERROR, why or "another version serves meanwhile", {})
             judgement = compared(self._window, model, incumbent, version, began, view, config, LEAST_COMPARED)
             undecided = judgement.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)
             if not undecided or monotonic() > until:
                 return judgement
+
+    async def clear(self, model: str, version: str, job: str) -> None:
+        """Take back what `version` has on trial, if anything."""
+        want = (await asyncio.to_thread(self._journal.state)).models.get(model)
+        if want is not None and want.split is not None and want.split.stage != "watch" and want.split.version == version:
+            await self._split(model, "", 0.0, "canary", job, "it was not promoted")
 
     async def _split(self, model: str, version: str, share: float, stage: str, job: str, text: str) -> None:
         data = {"version": version, "share": share, "stage": stage, "summary": text}
@@ -140,9 +165,15 @@ def compared(
         least_compared=least,
         memory_limit_bytes=int(limit * (1 << 20)) if limit is not None else 0,
     )
-    arms, worst = _arms(first, other), worst_class(held.likeness, config)
+    arms, worst, memory = _arms(first, other), worst_class(held.likeness, config), dict(view.memory)
     below = worst.text if worst is not None else ""
-    return judge(arms[0], replace(arms[1], agreements=held.agreed, compared=held.compared, class_below_floor=below), policy)
+    return judge(
+        replace(arms[0], memory_bytes=memory.get(incumbent, 0)),
+        replace(
+            arms[1], agreements=held.agreed, compared=held.compared, class_below_floor=below, memory_bytes=memory.get(candidate, 0)
+        ),
+        policy,
+    )  # fmt: skip
 
 
 def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Final
 
 from app.catalog.cards import Cards
 from app.catalog.model_config import ModelConfig
-from app.domain import ModelState, Verdict
+from app.domain import Job, JobState, ModelState, Verdict
 from app.errors import HoneError
 
 CHEAPER: Final = 0.85
@@ -14,8 +15,15 @@ CHEAPER: Final = 0.85
 MOST: Final = 2
 
 
-def cheaper_versions(cards: Cards, want: ModelState, config: ModelConfig, host_class: str) -> tuple[str, ...]:
-    """Versions that passed here and may be taken without asking, from dear to cheap, each clearly cheaper than the one before."""
+def cheaper_versions(
+    cards: Cards, want: ModelState, config: ModelConfig, host_class: str, jobs: Collection[Job] = ()
+) -> tuple[str, ...]:  # fmt: skip
+    """Versions that passed here and may be taken without asking, from dear to cheap, each clearly cheaper than the one before.
+
+    What is on trial, built by a job of `jobs` that is not over, or was left for faults stays out: under load it would get all requests.
+    """
+    barred = {want.desired, *want.left} | ({want.split.version} if want.split is not None else set())
+    barred |= {version for job in jobs if job.model == want.name and job.state is not JobState.FINISHED for version in job.candidates}
     costs = {
         built.version: cost for built in want.built if (cost := _cost(cards, want, built.version, host_class, "candidate")) is not None
     }
@@ -26,7 +34,7 @@ def cheaper_versions(cards: Cards, want: ModelState, config: ModelConfig, host_c
         return ()
     rungs: list[str] = []
     for version, cost in sorted(costs.items(), key=lambda pair: -pair[1]):
-        if version != want.desired and _passed(want, version, host_class) and cost < CHEAPER * top:
+        if version not in barred and _passed(want, version, host_class) and cost < CHEAPER * top:
             rungs.append(version)
             top = cost
     return tuple(rungs[-MOST:])

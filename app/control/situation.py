@@ -8,7 +8,7 @@ from typing import Final
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause
-from app.control.planner import Action, Situation
+from app.control.planner import Action, Remedy, Situation
 from app.domain import Job, JobState, ModelState, ModelView, State, Verdict
 
 DAY_S: Final = 86_400.0
@@ -17,9 +17,10 @@ VAIN: Final = frozenset({"refused", "nothing_changed", "not_applicable", "promot
 
 
 def situation_of(
-    state: State, want: ModelState, view: ModelView, config: ModelConfig, cause: Cause, host_class: str, tried: Collection[Action], wait_s: float
+    state: State, want: ModelState, view: ModelView, config: ModelConfig, cause: Cause, host_class: str, tried: Collection[Remedy], wait_s: float,
+    switched: int = 0,
 ) -> Situation:  # fmt: skip
-    """`tried` are this incident's remedies so far."""
+    """`tried` are this incident's remedies so far, `switched` how often the loop itself took another version within a day."""
     jobs = [job for job in state.jobs.values() if job.model == view.name]
     own = [job for job in jobs if job.actor == "hone" and job.requested_at > time() - DAY_S]
     latest = max(own, key=lambda job: job.requested_at, default=None)
@@ -34,12 +35,12 @@ def situation_of(
         settings_before=view.active in dict(want.previous_settings),
         rungs=want.rungs,
         tried=frozenset() if cause is Cause.INPUT else _recipes_in_vain(jobs, want.golden_sha256),
-        tried_actions=frozenset(tried) - ({Action.OPTIMIZE, Action.TUNE} if loud else set()),
+        tried_actions=frozenset(remedy for remedy in tried if not (loud and remedy[0] in (Action.OPTIMIZE, Action.TUNE))),
         mode=want.mode or config.mode,
         frozen=state.frozen,
         jobs_open=sum(job.state is not JobState.FINISHED for job in jobs),
         builds_left=0 if golden_left else budget.builds - sum(len(job.candidates) for job in own),
-        swaps_left=budget.swaps - sum(job.outcome == "promoted" for job in own),
+        swaps_left=budget.swaps - switched - sum(job.outcome == "promoted" for job in own),
         cpu_s_left=budget.job_cpu_s - spent,
         trainable=config.source is not None and config.samples.train is not None,
         wait_s=wait_s,
@@ -54,6 +55,7 @@ def _proven(want: ModelState, active: str, host_class: str) -> list[str]:
         if not built.removed
         and built.golden_sha256 == want.golden_sha256
         and built.version not in (active, *want.left)
+        and built.parent not in want.left
         and dict(built.verdicts).get(host_class) is Verdict.PASSED
     ]
 

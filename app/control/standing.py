@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from app.catalog.model_config import ModelConfig
+from app.control.diagnosis import Cause
 from app.control.objectives import burn
 from app.control.quality import LEAST_OF_CLASS, LEAST_PAIRS
-from app.control.suspicion import LEAST_CALLS, Normal, cost_ratio, shape_shift
-from app.domain import JSON, ModelView
+from app.control.suspicion import LEAST_CALLS, Kind, Normal, cost_ratio, shape_shift
+from app.domain import JSON, ModelView, Verdict
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Block, Window
 
 LATELY_S: Final = 300.0
 CLASSES_SHOWN: Final = 20
+OF_MODELS: Final = (
+    "hone_model_state", "hone_swap_timestamp_seconds", "hone_ladder_rung", "hone_shape_shift_ratio", "hone_drift_score",
+    "hone_slo_attainment_ratio", "hone_burn_rate",
+)  # fmt: skip
+OF_VERSIONS: Final = ("hone_fidelity_ratio", "hone_class_fidelity_ratio", "hone_confidence_shift")
+"""Gauges that are set one by one, whose first label is the model, and of the latter the second the version."""
 
 
 def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelConfig, normal: Normal, drift: float | None) -> JSON:
@@ -26,24 +34,46 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
         "availability": round(lately.requests / lately.offered, 5) if lately.offered else None,
         "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objective": promise.text if promise is not None else "",
     }  # fmt: skip
-    if lately.compared:
-        metrics.gauge("hone_fidelity_ratio", name, view.active, value=lately.agreed / lately.compared)
+    metrics.gauge("hone_fidelity_ratio", name, view.active, value=lately.agreed / lately.compared if lately.compared else None)
     _sureness(metrics, view, lately, facts)
     shapes = shape_shift(lately, normal)
     if shapes is not None:
         facts["shape_shift"] = round(shapes, 3)
-        metrics.gauge("hone_shape_shift_ratio", name, value=shapes)
-    if drift is not None:
-        metrics.gauge("hone_drift_score", name, value=drift)
+    metrics.gauge("hone_shape_shift_ratio", name, value=shapes)
+    metrics.gauge("hone_drift_score", name, value=drift)
+    attained: float | None = None
+    rates: dict[float, float | None] = {}
     if promise is not None and lately.requests:
-        facts["attained"] = round(lately.within / lately.requests, 5)
-        metrics.gauge("hone_slo_attainment_ratio", name, value=lately.within / lately.requests)
+        attained = lately.within / lately.requests
         rates = burn(promise.share, lambda seconds: window.good_and_bad(name, seconds)).rates
-        facts["burn"] = {f"{seconds:.0f}": rate for seconds, rate in rates.items()}
-        for seconds, rate in rates.items():
-            if rate is not None:
-                metrics.gauge("hone_burn_rate", name, f"{seconds:.0f}", value=rate)
+        facts["attained"], facts["burn"] = round(attained, 5), {f"{seconds:.0f}": rate for seconds, rate in rates.items()}
+    metrics.gauge("hone_slo_attainment_ratio", name, value=attained)
+    for window_s in {labels[1] for labels in metrics.gauges["hone_burn_rate"] if labels[0] == name} | {f"{s:.0f}" for s in rates}:
+        metrics.gauge("hone_burn_rate", name, window_s, value=next((rate for s, rate in rates.items() if f"{s:.0f}" == window_s), None))
     return facts
+
+
+def begin_at_zero(metrics: Metrics, model: str) -> None:
+    """Show what may come to be counted for a model before it is: a counter that is born at 1 hides this first from Prometheus's increase()."""
+    kinds = (
+        ("hone_suspicions", [kind.value for kind in Kind]), ("hone_diagnoses", [cause.value for cause in Cause]),
+        ("hone_rollbacks", ["watch", *(cause.value for cause in Cause)]), ("hone_ladder_steps", ["down", "up"]),
+    )  # fmt: skip
+    for name, values in kinds:
+        for value in values:
+            metrics.count(name, model, value, by=0.0)
+    for stage in ("offline", "canary", "watch"):
+        for verdict in Verdict:
+            metrics.count("hone_verdicts", stage, verdict.value, by=0.0)
+
+
+def prune(metrics: Metrics, active: Mapping[str, str]) -> None:
+    """Take back what is shown of models and versions that do not answer any more. `active`: the version that does, by model."""
+    for family in (*OF_MODELS, *OF_VERSIONS):
+        shown = metrics.gauges[family]
+        gone = [one for one in shown if one[0] not in active or (family in OF_VERSIONS and one[1] != active[one[0]])]
+        for labels in gone:
+            del shown[labels]
 
 
 def _sureness(metrics: Metrics, view: ModelView, lately: Block, facts: JSON) -> None:
@@ -58,8 +88,8 @@ def _sureness(metrics: Metrics, view: ModelView, lately: Block, facts: JSON) -> 
     likeness = lately.likeness
     if likeness.entropy.count >= LEAST_PAIRS:
         facts["entropy_shift"], facts["margin_shift"] = round(likeness.entropy.effect, 3), round(likeness.margin.effect, 3)
-        for figure in ("entropy", "margin"):
-            metrics.gauge("hone_confidence_shift", view.name, view.active, figure, value=facts[f"{figure}_shift"])
+    for figure in ("entropy", "margin"):
+        metrics.gauge("hone_confidence_shift", view.name, view.active, figure, value=facts.get(f"{figure}_shift"))
 
 
 def _trend(window: Window, view: ModelView, older: Block) -> float | None:

@@ -113,6 +113,8 @@ def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
     """`normal` with one more block taken in; the same where it is complete, or the block tells nothing."""
     if normal.known or block.disturbed or block.requests < LEAST_CALLS or block.failures or block.refused:
         return normal
+    if block.expired > REFUSED_LIMIT * block.offered:
+        return normal
     count = normal.blocks
     costs = dict(normal.costs)
     for bucket, cost in block.costs.items():
@@ -198,7 +200,7 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise
         *_refusals(seen.blocks[-1:]),
         *_unavailable(seen, config.objective.availability),
         *_too_few(seen.blocks[-2:], config.objective.throughput_rps),
-        *_slow(seen.blocks[-2:], normal, promise, burning),
+        *_slow(seen, normal, promise, burning),
         *_cost(quiet, normal),
         *_dear(quiet, config.objective.cpu_s_per_request),
         *_memory(seen, normal, config),
@@ -224,17 +226,24 @@ def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
     if last.failures >= LEAST_ERRORS and last.failures > limit * answered:
         text = f"{last.failures} of {answered} requests failed by the server's or the model's fault (limit {limit:.1%})"
         found.append(Suspicion(Kind.ERRORS, text, {"failures": last.failures, "answered": answered, "limit": limit}))
+    lately, failed = seen.lately, last.failed_calls
+    mostly = failed > last.requests and lately.failed_calls > lately.requests
+    if mostly and failed + last.requests >= LEAST_CALLS:
+        text = f"the model failed on {failed} of {failed + last.requests} requests that it should have answered"
+        found.append(Suspicion(Kind.ERRORS, text, {"failed_calls": failed, "answered": last.requests}))
     if last.non_finite:
         found.append(Suspicion(Kind.NON_FINITE, f"{last.non_finite} answers held NaN or infinity", {"non_finite": last.non_finite}))
     return found
 
 
 def _refusals(blocks: Sequence[Block]) -> list[Suspicion | None]:
-    if not blocks or blocks[-1].refused <= REFUSED_LIMIT * blocks[-1].offered:
+    if not blocks or blocks[-1].refused + blocks[-1].expired <= REFUSED_LIMIT * blocks[-1].offered:
         return []
     last = blocks[-1]
-    text = f"{last.refused} of {last.offered} requests were refused: its queue is full"
-    return [Suspicion(Kind.REFUSALS, text, {"refused": last.refused, "offered": last.offered})]
+    refused = [f"{last.refused} of {last.offered} requests were refused: its queue is full"] if last.refused else []
+    expired = [f"{last.expired} of {last.offered} requests expired: their own deadlines are shorter than the wait"] if last.expired else []
+    text = "; ".join([*refused, *expired])
+    return [Suspicion(Kind.REFUSALS, text, {"refused": last.refused, "expired": last.expired, "offered": last.offered})]
 
 
 def _unavailable(seen: Seen, least: float | None) -> list[Suspicion | None]:
@@ -245,7 +254,7 @@ def _unavailable(seen: Seen, least: float | None) -> list[Suspicion | None]:
     _, high = wilson(lately.requests, lately.offered)
     if high >= least:
         return []
-    kind = Kind.ERRORS if lately.failures >= lately.refused else Kind.REFUSALS
+    kind = Kind.ERRORS if lately.failures >= lately.refused + lately.expired else Kind.REFUSALS
     text = f"{lately.requests} of {lately.offered} requests were answered (objective {least:.2%})"
     return [Suspicion(kind, text, {"answered": lately.requests, "offered": lately.offered, "objective": least})]
 
@@ -259,20 +268,22 @@ def _too_few(blocks: Sequence[Block], least: float | None) -> list[Suspicion | N
     return [Suspicion(Kind.REFUSALS, text, {"answered_per_s": round(answered, 3), "objective": least})]
 
 
-def _slow(blocks: Sequence[Block], normal: Normal, promise: Promise | None, burning: Burn | None) -> list[Suspicion | None]:
-    if len(blocks) < 2 or any(block.requests < LEAST_CALLS for block in blocks):
+def _slow(seen: Seen, normal: Normal, promise: Promise | None, burning: Burn | None) -> list[Suspicion | None]:
+    """Burn rates stand on windows of their own, so that they also tell of a model with few requests; all else needs answers enough in both blocks."""
+    blocks = [block for block in seen.blocks[-2:] if block.requests]
+    enough = len(blocks) == 2 and all(block.requests >= LEAST_CALLS for block in blocks)
+    if not blocks or not (enough or (burning is not None and seen.lately.requests >= LEAST_CALLS)):
         return []
     p95 = blocks[-1].total.quantile(0.95) or 0.0
     if promise is not None:
         misses = [1 - block.within / block.requests for block in blocks]
-        missed = 1 - sum(block.within for block in blocks) / sum(block.requests for block in blocks)
-        burns = burning is not None and burning.fires and missed > 1 - promise.share  # what is over needs no look
-        if burns or all(missed > 2 * (1 - promise.share) for missed in misses):
+        burns = burning is not None and burning.fires and min(misses) > 1 - promise.share  # what is over needs no look
+        if burns or (enough and all(missed > promise.most_missed for missed in misses)):
             at = blocks[-1].total.quantile(promise.share) or 0.0
             text = f"p{promise.share * 100:g} {_ms(at)} > {_ms(promise.threshold_s)}"
             return [Suspicion(Kind.LATENCY, text, {"missed": round(misses[-1], 4), "quantile_s": at, "threshold_s": promise.threshold_s})]
         return []
-    if normal.known and all((block.total.quantile(0.95) or 0.0) > SLOW_LIMIT * normal.p95_s for block in blocks):
+    if enough and normal.known and all((block.total.quantile(0.95) or 0.0) > SLOW_LIMIT * normal.p95_s for block in blocks):
         text = f"p95 {_ms(p95)}, {p95 / normal.p95_s:.1f} × its normal {_ms(normal.p95_s)}"
         return [Suspicion(Kind.LATENCY, text, {"p95_s": p95, "normal_s": normal.p95_s})]
     return []
@@ -291,7 +302,7 @@ def leap_of_latency(block: Block, normal: Normal, promise: Promise | None, host:
         return None
     late, limit_s = _late(block, normal, promise)
     alone = stretch / usual / _server_stretch(block, host)
-    if late <= (LEAP_MISSED if promise is None else max(LEAP_MISSED, 2 * (1 - promise.share))) or alone <= LEAP_ALONE:
+    if late <= (LEAP_MISSED if promise is None else max(LEAP_MISSED, promise.most_missed)) or alone <= LEAP_ALONE:
         return None
     text = f"{late:.0%} of {block.requests} answers took more than {_ms(limit_s)}: calls wait {alone:.1f} × as long as they did and as the server does"
     return Suspicion(Kind.LATENCY, text, {"missed": round(late, 4), "alone": round(alone, 2), "leapt": True})

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.catalog.cards import BuiltCard, Card, Proof
+from app.catalog.model_config import ModelConfig
 from app.control.bench import Bench, Workpiece, settings_json
-from app.domain import JSON, ModelState, RuntimeSettings, Verdict
+from app.domain import JSON, Mode, ModelState, RuntimeSettings, State, Verdict
 from app.store.codec import settings_from_json
 
 VERIFY_S: Final = 180.0
@@ -121,3 +122,12 @@ def may_promote_alone(winner: Judged, piece: Workpiece) -> str:
 def _parent(bench: Bench, piece: Workpiece, version: str) -> str:
     card = bench.card(piece, version)
     return card.draft.parent if isinstance(card, BuiltCard) else piece.golden.version
+
+
+def held_back(state: State, model: str, config: ModelConfig) -> str:
+    """Why nothing may get traffic or change by itself now, whatever was proven; '' where it may."""
+    if state.frozen:
+        return "all change is frozen: lift it with hone unfreeze, then promote it by hand"
+    want = state.models.get(model)
+    mode = (want.mode if want is not None else None) or config.mode
+    return "" if mode is Mode.AUTO else f"the model's mode is {mode.value}: promote it by hand, or set the mode to auto"

@@ -7,8 +7,10 @@ that was published already is found by its card.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,7 +27,7 @@ from app.catalog.sample_sources import MOST_SAMPLES
 from app.catalog.samples import TRAIN_SAMPLES
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
-from app.control.keeper import is_server_side
+from app.control.endings import is_server_side
 from app.control.steps import is_recalibration
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
@@ -42,7 +44,6 @@ from optimizers.host import memory_budget
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.worker")
-_SETS: Final = {"unlabelled": "live"}
 LEASE_S: Final = 10.0
 RENEW_S: Final = 5.0
 BOARD_S: Final = 15.0
@@ -89,6 +90,7 @@ class Worker:
     async def _claim(self) -> Job | None:
         """The oldest job that needs building and that nobody builds; claimed by lease, then by the log's order."""
         state = self._seen = await asyncio.to_thread(catch_up, self._journal, self._seen)
+        await asyncio.to_thread(self._sweep_checkpoints, state)
         if state.frozen:
             return None
         for seen in sorted(state.jobs.values(), key=lambda job: job.requested_at):
@@ -109,6 +111,14 @@ class Worker:
                 await self._say("job.finished", now, outcome="failed", report={"reason": reason})
             await asyncio.to_thread(self._journal.release, f"job:{job.id}", self.name)
         return None
+
+    def _sweep_checkpoints(self, state: State) -> None:
+        """Those of jobs that are built, finished or gone."""
+        kept = self._bench.state.checkpoints
+        for folder in kept.iterdir() if kept.is_dir() else ():
+            job = state.jobs.get(folder.name)
+            if job is None or not _wants_a_worker(job):
+                shutil.rmtree(folder, ignore_errors=True)
 
     # ---- building
     async def _work(self, job: Job) -> None:
@@ -145,8 +155,11 @@ class Worker:
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
         await asyncio.to_thread(self._post, f"job:{job.id}", asdict(Progress("samples", "reading", 0.0)), 60.0)
-        most = TRAIN_SAMPLES if _trains(job) else MOST_SAMPLES
-        piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256, most, is_recalibration(job))
+        trains = _trains(job)
+        most = TRAIN_SAMPLES if trains else MOST_SAMPLES
+        piece = await asyncio.to_thread(
+            self._bench.workpiece, job.model, job.golden, job.golden_sha256, most, is_recalibration(job), trains
+        )
         await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
         candidates: list[str] = []
         skipped: list[JSON] = []
@@ -178,7 +191,8 @@ class Worker:
             await self._announce(job, known[0].version, known[0].sha256, known[0].bytes, known[0].draft)
             return known[0].version, {"published": "by an earlier attempt"}
         with self._bench.scratch() as folder:
-            request = await asyncio.to_thread(self._request, job, piece, steps, folder)
+            keep = self._bench.state.checkpoints / job.id / str(index)
+            request = await asyncio.to_thread(self._request, piece, steps, folder, keep)
             result = await self._task("optimize", request, job, stop)
             built = Path(str(result["path"])).parent
             inspected = result["inspection"]
@@ -209,7 +223,7 @@ class Worker:
         }  # fmt: skip
         await asyncio.to_thread(self._journal.append, Event("version.published", job.model, version, job.id, data=data))
 
-    def _request(self, job: Job, piece: Workpiece, steps: list[JSON], folder: Path) -> JSON:
+    def _request(self, piece: Workpiece, steps: list[JSON], folder: Path, keep: Path) -> JSON:
         paths = piece.samples.save(folder)
         source = piece.config.source
         described: JSON | None = None
@@ -218,16 +232,15 @@ class Worker:
             weights = piece.golden_path.parent / source.weights
             described = {"factory": f"{file}:{function}", "weights": str(weights)} if file and weights.is_file() else None
         samples: dict[str, str] = {name: paths[name] for name in ("calibration", "train") if name in paths}
-        if "live" in paths:
-            samples["unlabelled"] = paths["live"]
         return {
             "path": str(piece.golden_path),
             "recipe": steps,
             "scratch": str(folder),
+            "keep": str(keep),
             "task": piece.config.task,
             "samples": samples,
             "stacked": piece.samples.calibration.stacked,
-            "origins": {name: getattr(piece.samples, _SETS.get(name, name)).origin for name in samples},
+            "origins": {name: getattr(piece.samples, name).origin for name in samples},
             "source": described,
         }
 
@@ -324,11 +337,20 @@ def run_worker(settings: Settings) -> int:
     return 0
 
 
+def _tokens(settings: Settings) -> list[str]:
+    """Who may read metrics where they need a token: the same as on the server, as far as it is known here."""
+    own = ""
+    with contextlib.suppress(OSError):
+        own = settings.admin_token or (settings.state / "admin-token").read_text(encoding="utf-8").strip()
+    return [token for token in (own, settings.viewer_token) if token]
+
+
 async def _run(worker: Worker, settings: Settings, metrics: Metrics) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, worker.stop)
-    if settings.worker_port:
-        serve_metrics(settings.host, settings.worker_port, metrics)
+    if settings.worker_port and settings.metrics != "off":
+        tokens = (lambda: _tokens(settings)) if settings.metrics == "admin" else None
+        serve_metrics(settings.host, settings.worker_port, metrics, tokens)
     log.info("worker %s waits for jobs", worker.name)
     await worker.run()

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hmac
+import socket
 import threading
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from app.telemetry.metrics import Metrics
 from app.telemetry.prometheus import Exporter
 
 
-def serve_metrics(host: str, port: int, metrics: Metrics) -> ThreadingHTTPServer:
-    """Answer GET /metrics on `port` until `shutdown`. Raises OSError when the port is taken."""
+def serve_metrics(host: str, port: int, metrics: Metrics, tokens: Callable[[], Sequence[str]] | None = None) -> ThreadingHTTPServer:
+    """Answer GET /metrics on `port` until `shutdown`, with `tokens` only to who bears one of them. Raises OSError when the port is taken."""
     exporter = Exporter(metrics, set)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path.partition("?")[0] != "/metrics":
                 self.send_error(404)
+                return
+            if tokens is not None and not _bears(self.headers.get("Authorization", ""), tokens()):
+                self.send_error(401)
                 return
             body, content_type = exporter.render(self.headers.get("Accept", ""))
             self.send_response(200)
@@ -28,6 +34,16 @@ def serve_metrics(host: str, port: int, metrics: Metrics) -> ThreadingHTTPServer
         def log_message(self, format: str, *args: object) -> None:
             """Scrapes are not news."""
 
-    server = ThreadingHTTPServer((host, port), Handler)
+    family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+    class Server(ThreadingHTTPServer):
+        address_family = family
+
+    server = Server((str(address[0]), port), Handler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
+
+
+def _bears(header: str, tokens: Sequence[str]) -> bool:
+    scheme, _, given = header.partition(" ")
+    return scheme.lower() == "bearer" and any(hmac.compare_digest(given.strip().encode(), token.encode()) for token in tokens if token)

@@ -122,8 +122,12 @@ class Metrics:
     def time(self, name: str, *labels: str, seconds: float) -> None:
         self.histograms[name][labels].observe(seconds)
 
-    def gauge(self, name: str, *labels: str, value: float) -> None:
-        self.gauges[name][labels] = value
+    def gauge(self, name: str, *labels: str, value: float | None) -> None:
+        """What is not known any more (None) is not shown: a gauge that stays as it was looks like news."""
+        if value is None:
+            self.gauges[name].pop(labels, None)
+        else:
+            self.gauges[name][labels] = value
 
     def replace_gauge(self, name: str, values: Iterable[tuple[tuple[str, ...], float]]) -> None:
         """Set a whole gauge family; label sets that are not given disappear."""

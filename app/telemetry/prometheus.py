@@ -28,7 +28,7 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_verdicts": ("Judgements of candidates.", ["stage", "verdict"]),
     "hone_ladder_steps": ("Steps of the brown-out ladder, by direction.", ["model", "direction"]),
     "hone_rollbacks": ("Times that the loop went back to a version before.", ["model", "reason"]),
-    "hone_events": ("Events this process wrote to the journal.", ["kind"]),
+    "hone_events": ("Events that the data plane of this process (loading, runners, the repository) wrote to the journal.", ["kind"]),
 }
 GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_queue_depth": ("Requests waiting for a runner.", VERSION),

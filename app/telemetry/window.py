@@ -23,7 +23,8 @@ KEPT_BLOCKS: Final = 150
 KEPT_MINUTES: Final = 360
 """Six hours of counts by the minute: the longest window of a burn rate."""
 LEAST_CPU_S: Final = 1e-6
-SERVER_FAULTS: Final = frozenset({500, 502, 503, 504})
+SERVER_FAULTS: Final = frozenset({500, 502, 503})
+EXPIRED: Final = 504
 Bucket: TypeAlias = tuple[int, int]
 """(rows of the call, bytes of a row), each as a power of two: calls that cost alike."""
 
@@ -57,6 +58,10 @@ class Block:
     requests: int = 0
     failures: int = 0
     refused: int = 0
+    expired: int = 0
+    """Requests whose own deadline passed, or would: they say that too much came for it, not that the version erred."""
+    failed_calls: int = 0
+    """Requests that the model itself failed on. A caller who sends what it cannot take has them as well, so they are no failures by themselves."""
     within: int = 0
     rows: int = 0
     calls: int = 0
@@ -86,7 +91,7 @@ class Block:
 
     @property
     def offered(self) -> int:
-        return self.requests + self.failures + self.refused
+        return self.requests + self.failures + self.refused + self.expired
 
     @property
     def waiting_ratio(self) -> float:
@@ -119,8 +124,8 @@ class Block:
 
 
 _SUMS: Final = (
-    "requests", "failures", "refused", "within", "rows", "calls", "called_rows", "compute_s", "cpu_s", "wait_s", "queue_s", "edge_s",
-    "total_s", "non_finite", "deaths", "compared", "agreed", "labelled", "right",
+    "requests", "failures", "refused", "expired", "failed_calls", "within", "rows", "calls", "called_rows", "compute_s", "cpu_s", "wait_s", "queue_s",
+    "edge_s", "total_s", "non_finite", "deaths", "compared", "agreed", "labelled", "right",
 )  # fmt: skip
 
 
@@ -134,22 +139,23 @@ class Totals:
     within: int = 0
     queue_s: float = 0.0
     total_s: float = 0.0
+    expired: int = 0
 
     def plus(self, block: Block) -> Totals:
         return Totals(
             self.requests + block.requests, self.refused + block.refused, self.failures + block.failures, self.within + block.within,
-            self.queue_s + block.queue_s, self.total_s + block.total_s,
+            self.queue_s + block.queue_s, self.total_s + block.total_s, self.expired + block.expired,
         )  # fmt: skip
 
     def minus(self, earlier: Totals) -> Totals:
         return Totals(
             self.requests - earlier.requests, self.refused - earlier.refused, self.failures - earlier.failures, self.within - earlier.within,
-            self.queue_s - earlier.queue_s, self.total_s - earlier.total_s,
+            self.queue_s - earlier.queue_s, self.total_s - earlier.total_s, self.expired - earlier.expired,
         )  # fmt: skip
 
     @property
     def offered(self) -> int:
-        return self.requests + self.refused + self.failures
+        return self.requests + self.refused + self.failures + self.expired
 
     @property
     def queue_ratio(self) -> float:
@@ -192,7 +198,7 @@ class Track:
         """All blocks that began at or after `began`, merged, the open one with them."""
         merged = Block(began, now)
         for block in (*self.blocks, self.at(now)):
-            if block.began >= began and block.offered + block.calls + block.compared + block.deaths + block.labelled:
+            if block.began >= began and block.offered + block.failed_calls + block.calls + block.compared + block.deaths + block.labelled:
                 merged.merge(block, sketches)
         merged.began, merged.ended = began, now
         return merged
@@ -235,6 +241,9 @@ class Window:
         elif seen.code == 429:
             block.refused += 1
             good = False
+        elif seen.code == EXPIRED:
+            block.expired += 1
+            good = False
         else:
             return  # the caller's own fault says nothing of the model
         minutes, minute = self.minutes[seen.model], int(now // 60)
@@ -264,6 +273,10 @@ class Window:
     def failed(self, model: str, version: str) -> None:
         """A version failed a request that another answered in its place: no caller saw it, the judge must."""
         self._block(model, version, self._clock()).failures += 1
+
+    def model_failed(self, model: str, version: str) -> None:
+        """The model itself failed on a request, and its caller was told so."""
+        self._block(model, version, self._clock()).failed_calls += 1
 
     def answered_non_finite(self, model: str, version: str) -> None:
         self._block(model, version, self._clock()).non_finite += 1
@@ -341,7 +354,10 @@ class Window:
     def totals(self, model: str, version: str) -> Totals:
         """What `version` did so far; for differences."""
         track = self.tracks.get((model, version))
-        return track.before.plus(track.at(self._clock())) if track is not None else Totals()
+        if track is None:
+            return Totals()
+        opened = track.at(self._clock())  # may close a block, which is of what was before from then on
+        return track.before.plus(opened)
 
     def good_and_bad(self, model: str, seconds: float) -> tuple[int, int]:
         """Answers of the last `seconds`, by whether they were what the objective promises."""

@@ -1,0 +1,104 @@
+"""Whose fault it is: the experiments that only a look can order (a fresh runner beside the live one, a paired replay), then the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic, time
+from typing import Final, Protocol
+
+from app.control.bench import Bench
+from app.control.diagnosis import (
+    DECAYED_CPU,
+    DECAYED_WALL,
+    Cause,
+    Diagnosis,
+    Findings,
+    FreshRunner,
+    Replay,
+    diagnose,
+    needs_probe,
+    needs_replay,
+)
+from app.control.patient import SETTLE_BLOCKS, Patient
+from app.control.replay import replay
+from app.control.standing import LATELY_S
+from app.control.suspicion import Kind, Suspicion
+from app.domain import ModelState, ModelView
+from app.telemetry.hostfacts import HostFacts
+from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
+from optimizers.samples import Samples
+
+PROBE_S: Final = 2.0
+NEWEST_BLOCKS: Final = 4
+"""What fell in so many blocks is held against what was before."""
+
+
+class Probed(Protocol):
+    """Ratios live / fresh as (estimate, low, high)."""
+
+    @property
+    def cpu(self) -> tuple[float, float, float]: ...
+    @property
+    def wall(self) -> tuple[float, float, float]: ...
+
+
+class Plane(Protocol):
+    """What is asked of the data plane."""
+
+    def drift(self, name: str) -> float | None: ...
+    async def against_fresh(self, name: str, seconds: float, limits: tuple[float, float]) -> Probed | None: ...
+    async def newest(self, name: str) -> Sequence[Samples]: ...
+
+
+class Experiments:
+    """One per server."""
+
+    def __init__(self, plane: Plane, window: Window, bench: Bench, metrics: Metrics, memory_bytes: int, cores: int) -> None:
+        self._plane, self._window, self._bench, self._metrics = plane, window, bench, metrics
+        self._memory_bytes, self._cores = memory_bytes, cores
+
+    async def blame(
+        self, view: ModelView, patient: Patient, want: ModelState, found: Sequence[Suspicion], others: Mapping[str, Patient], models: int,
+        host: Callable[[], HostFacts],
+    ) -> Diagnosis:  # fmt: skip
+        """Experiments where only they can tell, then the rules. `others` are all patients, `host` its newest reading; what was spent is noted in `patient`."""
+        stretch = 1 if any(one.numbers.get("leapt") for one in found) else SETTLE_BLOCKS + 1  # what was before the leap would hide it
+        block = self._window.since(view.name, view.active, max(view.active_since, self._window.now() - stretch * self._window.block_s))
+        kinds = {one.kind for one in found} - {Kind.EVENT}
+        recent = monotonic() - SETTLE_BLOCKS * self._window.block_s
+        beside = sum(1 for name, one in others.items() if name != view.name and one.suspected_of(kinds, recent))
+        event = patient.event if monotonic() - patient.event_at < LATELY_S else ""
+        fell = patient.incident.began if patient.incident is not None else monotonic()
+        whole, newest = (
+            self._window.since(view.name, view.active, began, sketches=False)
+            for began in (view.active_since, max(view.active_since, fell - NEWEST_BLOCKS * self._window.block_s))
+        )
+        before = (whole.agreed - newest.agreed, whole.compared - newest.compared)
+
+        def findings(again: Replay | None = None, fresh: FreshRunner | None = None) -> Findings:
+            return Findings(
+                found, block, patient.normal, host(), self._cores, view.settings.instances, view.settings.intra_op_threads, beside,
+                models, event == "swap", self._plane.drift(view.name), before, again, fresh, event,
+            )  # fmt: skip
+
+        fresh: FreshRunner | None = None
+        if needs_probe(findings()):
+            began = monotonic()
+            probe = await self._plane.against_fresh(view.name, PROBE_S, (DECAYED_CPU, DECAYED_WALL))
+            patient.experiments_s += monotonic() - began
+            self._metrics.count("hone_background_seconds", "probe", by=monotonic() - began)
+            fresh = FreshRunner(probe.cpu, probe.wall) if probe is not None else None
+            diagnosis = diagnose(findings(None, fresh))
+            if diagnosis.cause is Cause.PROCESS:
+                return diagnosis
+        if not needs_replay(findings(None, fresh)):
+            return diagnose(findings(None, fresh))
+        with self._window.background("replay"):
+            began = monotonic()
+            inputs = await self._plane.newest(view.name)
+            all_was_well = time() - (began - fell) - NEWEST_BLOCKS * self._window.block_s
+            again = await replay(self._bench, want, view.active, view.settings, self._memory_bytes, inputs, all_was_well)
+            patient.experiments_s += monotonic() - began
+            self._metrics.count("hone_background_seconds", "replay", by=monotonic() - began)
+        return diagnose(findings(again, fresh))

@@ -1,0 +1,102 @@
+"""A timeline that is followed: through the store's absence, a broken connection and a restart; and the worker's own metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import httpx
+import pytest
+from starlette.requests import Request
+
+from app import actions
+from app.api import admin
+from app.api.admin import Admin
+from app.api.auth import Guard
+from app.client import ClientError
+from app.store.base import StoreUnavailable
+from app.telemetry.exposition import serve_metrics
+from app.telemetry.metrics import Metrics
+from tests.running_server import free_port
+
+
+class Story:
+    """Operations whose journal is away at its first two readings; it ends when all was read."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[Any]:
+        self.asked.append(after)
+        if len(self.asked) <= 2:
+            raise StoreUnavailable("away")
+        return [{"seq": seq} for seq in range(after + 1, 6)]
+
+    async def news(self, after: int, timeout_s: float) -> int | None:
+        return after if len(self.asked) <= 2 else None
+
+
+def followed(story: Any, after: int, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
+    async def all_of_it() -> str:
+        scope = {"type": "http", "headers": [(b"authorization", b"Bearer t"), *headers]}
+        answer: Any = await Admin(story, Guard("t", "", "")).timeline(Request(scope), after=after, follow=True)
+        return b"".join([part async for part in answer.body_iterator]).decode()
+
+    return asyncio.run(all_of_it())
+
+
+def test_a_followed_timeline_outlives_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "AWAY_S", 0.0)
+    text = followed(Story(), 3)
+    assert text.count(": the journal is away") == 2 and "id: 4" in text and "id: 5" in text
+
+
+def test_a_broken_stream_is_taken_up_after_the_last_event_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "AWAY_S", 0.0)
+    story = Story()
+    text = followed(story, 1, [(b"last-event-id", b"4")])
+    assert story.asked[-1] == 4 and "id: 5" in text and "id: 4" not in text
+    assert "id: 2" in followed(Story(), 1, [(b"last-event-id", b"no number")])
+
+
+class Breaking:
+    """A server whose connection breaks in the midst, that is away once, and then refuses the token."""
+
+    def __init__(self) -> None:
+        self.afters: list[int] = []
+
+    def follow(self, model: str, after: int) -> Iterator[Any]:
+        self.afters.append(after)
+        if len(self.afters) == 3:
+            raise ClientError("the token is not this server's", 401)
+        yield {"seq": after + 1}
+        raise ClientError("the connection broke", (0, 503)[len(self.afters) - 1])
+
+
+def test_following_goes_on_after_a_broken_connection_but_not_against_a_refusal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(actions, "POLL_S", 0.0)
+    breaking: Any = Breaking()
+    seen: list[int] = []
+    with pytest.raises(ClientError, match="token"):
+        seen.extend(event["seq"] for event in actions._following(breaking, "", 7))
+    assert breaking.afters == [7, 8, 9]
+    assert capsys.readouterr().err.count("trying again") == 2
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_workers_metrics_ask_for_a_token_where_they_shall_and_know_ipv6(host: str) -> None:
+    tokens: Callable[[], list[str]] = lambda: ["s3cret"]
+    port = free_port()
+    try:
+        server = serve_metrics(host, port, Metrics(), tokens)
+    except OSError as error:
+        pytest.skip(f"no {host} here: {error}")
+    url = f"http://[{host}]:{port}/metrics" if ":" in host else f"http://{host}:{port}/metrics"
+    try:
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert "hone_jobs" in httpx.get(url, headers={"Authorization": "Bearer s3cret"}).text
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,228 @@
+"""Ticks of the loop on a real journal, with a clock that is moved by hand and a data plane that only says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.catalog.cards import Cards
+from app.catalog.model_config import ModelConfig
+from app.catalog.state_folder import StateFolder
+from app.control.commands import Commands
+from app.control.loop import Loop
+from app.control.patient import Looks
+from app.control.suspicion import Kind
+from app.domain import Event, ModelState, ModelView, Observation, RuntimeSettings
+from app.settings import Settings
+from app.store.base import Journal, StoreUnavailable
+from app.store.open import open_journal
+from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
+from tests.journal_story import OTHER_SHA, deployed, desired, published
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Plane:
+    """What the loop sees: one model, as the test sets it."""
+
+    def __init__(self) -> None:
+        self.view = ModelView("m", "1", 1, RuntimeSettings(), True, 0, 0, ("1",), 0.0)
+        self.kept = ModelConfig()
+
+    def models(self) -> list[ModelView]:
+        return [self.view]
+
+    def model(self, name: str) -> ModelView | None:
+        return self.view
+
+    def config(self, name: str) -> ModelConfig:
+        return self.kept
+
+    def drift(self, name: str) -> float | None:
+        return None
+
+    def own_cpu(self) -> Callable[[], float]:
+        return lambda: 0.0
+
+    async def compare_some(self) -> None: ...
+
+
+class Store(Commands):
+    """Commands that the store refuses while it is `gone`."""
+
+    gone = False
+
+    def leave(self, name: str, actor: str, reason: str, fault: bool = False) -> Event:
+        if self.gone:
+            raise StoreUnavailable("gone")
+        return super().leave(name, actor, reason, fault)
+
+
+class Ward:
+    """A loop with one model."""
+
+    def __init__(self, journal: Journal, cards: Cards) -> None:
+        self.now, self.journal, self.plane = 10_000.0, journal, Plane()
+        self.window = Window(clock=lambda: self.now)
+        self.commands = Store(journal, "here")
+        bench: Any = type("Bench", (), {"cards": cards})()
+        self.loop = Loop(
+            self.plane, self.window, journal, self.commands, bench, Metrics(), Settings(), "here", 2, lambda: True  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    @property
+    def state(self) -> ModelState:
+        return self.journal.state().models["m"]
+
+    @property
+    def patient(self) -> Any:
+        return self.loop._patients["m"]
+
+    def serves(self, version: str) -> None:
+        self.plane.view = replace(self.plane.view, active=version, generation=self.plane.view.generation + 1, active_since=self.now)
+
+    def answers(self, version: str, count: int = 40, nan: int = 0) -> None:
+        for number in range(count):
+            self.window.observe(Observation("m", version, 200, 0.01, 0.0, 0.001, 0.005, 0.0, 1, 1, 0.001, 0.0))
+            if number < nan:
+                self.window.answered_non_finite("m", version)
+
+    async def tick(self) -> None:
+        await self.loop.tick()
+        if self.loop._busy is not None:
+            with suppress(StoreUnavailable):
+                await self.loop._busy
+
+    def told(self, kind: str) -> list[Event]:
+        return [event for event in self.journal.read(0, 500) if event.kind == kind]
+
+
+@pytest.fixture
+def ward(tmp_path: Path) -> Iterator[Ward]:
+    journal = open_journal(str(tmp_path / "journal.db"))
+    journal.append(deployed())
+    yield Ward(journal, Cards(StateFolder(tmp_path / "state")))
+    journal.close()
+
+
+async def fall(ward: Ward, golden: str, sha256: str) -> None:
+    """A golden is deployed that answers NaN."""
+    ward.journal.append(deployed("m", golden, sha256))
+    ward.serves(golden)
+    ward.answers(golden, nan=5)
+    await ward.tick()
+
+
+async def test_a_rollback_that_the_store_refused_is_tried_again(ward: Ward) -> None:
+    await ward.tick()
+    ward.commands.gone = True
+    await fall(ward, "2", OTHER_SHA)
+    assert ward.state.desired == "2" and not ward.patient.incident.tried
+    assert not ward.patient.looks.due(frozenset({Kind.NON_FINITE}), 0.0), "not in every tick"
+    ward.commands.gone, ward.patient.looks = False, Looks()
+    await ward.tick()
+    assert ward.state.desired == "1" and len(ward.patient.incident.tried) == 1
+
+
+async def test_a_second_bad_golden_is_rolled_back_though_the_first_is_not_forgotten_yet(ward: Ward) -> None:
+    await ward.tick()
+    await fall(ward, "2", OTHER_SHA)
+    ward.serves("1")
+    await ward.tick()
+    assert ward.state.desired == "1" and ward.patient.incident is not None and ward.patient.incident.tried
+    await fall(ward, "3", "f" * 64)
+    assert ward.state.desired == "1"
+
+
+async def test_a_freeze_that_comes_while_it_looks_holds(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    await ward.tick()
+    look = ward.loop._experiments.blame
+
+    async def slowly(*given: Any) -> Any:
+        await asyncio.to_thread(ward.commands.freeze, True, "ann")
+        return await look(*given)
+
+    monkeypatch.setattr(ward.loop._experiments, "blame", slowly)
+    await fall(ward, "2", OTHER_SHA)
+    assert ward.state.desired == "2" and "frozen" in ward.told("plan.made")[0].data["waits"]
+
+
+async def test_no_rungs_are_set_while_a_version_is_on_trial(ward: Ward) -> None:
+    ward.journal.append(published("1.1"))
+    ward.journal.append(Event("ladder.set", "m", data={"rungs": ["1.1"]}))  # nothing was proven here: it would be taken back
+    ward.journal.append(published("1.2"))
+    ward.journal.append(Event("traffic.split", "m", "1.2", data={"version": "1.2", "share": 0.05, "stage": "canary"}))
+    await ward.tick()
+    assert ward.state.rungs == ("1.1",)
+    ward.journal.append(Event("traffic.split", "m", "", data={"version": "", "share": 0.0, "stage": "canary"}))
+    await ward.tick()
+    assert not ward.state.rungs
+
+
+def story(ward: Ward) -> None:
+    ward.journal.append(published("1.1"))
+    ward.journal.append(desired("1.1", watch_share=0.05))
+    ward.serves("1.1")
+
+
+async def test_a_watch_is_as_long_as_it_was_seen_and_not_by_the_wall_clock(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    story(ward)
+    await ward.tick()
+    long_s = ward.plane.kept.rollout.watch_s
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    ward.now += long_s - 10
+    await ward.tick()
+    ward.plane.view = replace(ward.plane.view, rung="1.2")
+    ward.now += 100
+    await ward.tick()
+    assert ward.state.split is not None, "who answers meanwhile is neither of the two"
+    ward.plane.view = replace(ward.plane.view, rung="")
+    ward.commands.freeze(True, "ann")
+    ward.now += 100
+    await ward.tick()
+    assert ward.state.split is not None, "all change is frozen"
+    ward.commands.freeze(False, "ann")
+    await ward.tick()
+    assert ward.state.split is None and ward.told("version.confirmed")
+
+
+async def test_a_long_stay_of_the_server_elsewhere_confirms_nothing(ward: Ward) -> None:
+    story(ward)
+    ward.journal.append(Event("traffic.split", "m", "1", data={"version": "1", "share": 0.05, "stage": "watch"}, at=5.0))
+    await ward.tick()
+    assert ward.state.split is not None and not ward.told("version.confirmed")
+
+
+async def test_a_version_on_trial_without_a_job_loses_its_share_a_minute_after_it_was_seen_so(ward: Ward) -> None:
+    ward.journal.append(published("1.1"))
+    ward.journal.append(Event("traffic.split", "m", "1.1", data={"version": "1.1", "share": 0.05, "stage": "canary"}, at=5.0))
+    await ward.tick()
+    assert ward.state.split is not None, "it may be of another clock"
+    ward.now += 61
+    await ward.tick()
+    assert ward.state.split is None
+
+
+async def test_a_rollback_is_verified_once_the_version_before_answers_well(ward: Ward) -> None:
+    await ward.tick()
+    await fall(ward, "2", OTHER_SHA)
+    ward.serves("1")
+    await ward.tick()
+    ward.patient.incident.acted_at -= 100.0
+    for _ in range(8):
+        ward.answers("1")
+        ward.now += 5.0
+        await ward.tick()
+    assert [event.data["cause"] for event in ward.told("recovery.verified")] == ["version"]

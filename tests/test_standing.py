@@ -1,0 +1,57 @@
+"""What is exported of a model: only what is known now, of what answers now, and counters from 0 on."""
+
+from __future__ import annotations
+
+from app.catalog.model_config import ModelConfig
+from app.control.standing import begin_at_zero, prune, standing
+from app.control.suspicion import Normal
+from app.domain import ModelView, Observation, RuntimeSettings
+from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
+
+PROMISE = ModelConfig.model_validate({"task": "classification", "objective": {"p95_ms": 50}})
+
+
+def view(version: str = "1.1") -> ModelView:
+    return ModelView("m", version, 1, RuntimeSettings(), True, 0, 0, (version,), 0.0)
+
+
+def served(window: Window, version: str) -> None:
+    for _ in range(100):
+        window.observe(Observation("m", version, 200, 0.01, 0.0, 0.0, 0.01, 0.0, 1, 1, 0.01, 0.0))
+    window.compared("m", version, True)
+
+
+def test_what_is_not_known_any_more_is_not_shown() -> None:
+    metrics, window = Metrics(), Window()
+    window.objective("m", 0.05)
+    served(window, "1.1")
+    standing(window, metrics, view(), PROMISE, Normal(), 0.1)
+    shown = ("hone_fidelity_ratio", "hone_drift_score", "hone_slo_attainment_ratio", "hone_burn_rate")
+    assert all(metrics.gauges[name] for name in shown), {name: metrics.gauges[name] for name in shown}
+    standing(Window(), metrics, view(), ModelConfig(), Normal(), None)
+    assert not any(metrics.gauges[name] for name in shown), {name: metrics.gauges[name] for name in shown}
+
+
+def test_what_does_not_answer_any_more_is_not_shown() -> None:
+    metrics = Metrics()
+    for model in ("m", "gone"):
+        metrics.gauge("hone_model_state", model, "steady", value=1.0)
+        metrics.gauge("hone_swap_timestamp_seconds", model, value=5.0)
+        for version in ("1", "1.1"):
+            metrics.gauge("hone_fidelity_ratio", model, version, value=1.0)
+            metrics.gauge("hone_confidence_shift", model, version, "margin", value=0.1)
+    prune(metrics, {"m": "1.1"})
+    assert dict(metrics.gauges["hone_model_state"]) == {("m", "steady"): 1.0}
+    assert list(metrics.gauges["hone_swap_timestamp_seconds"]) == [("m",)]
+    assert list(metrics.gauges["hone_fidelity_ratio"]) == [("m", "1.1")]
+    assert list(metrics.gauges["hone_confidence_shift"]) == [("m", "1.1", "margin")]
+
+
+def test_counters_begin_at_zero_and_keep_what_they_counted() -> None:
+    metrics = Metrics()
+    metrics.count("hone_diagnoses", "m", "load")
+    begin_at_zero(metrics, "m")
+    assert metrics.counters["hone_diagnoses"][("m", "load")] == 1 and metrics.counters["hone_diagnoses"][("m", "version")] == 0
+    assert metrics.counters["hone_rollbacks"][("m", "watch")] == 0 and metrics.counters["hone_verdicts"][("canary", "failed")] == 0
+    assert metrics.counters["hone_suspicions"][("m", "errors")] == 0 and metrics.counters["hone_ladder_steps"][("m", "down")] == 0
