@@ -20,6 +20,7 @@ from optimizers.session import Feeds, Settings
 LEVELS: Final = (10, 20, 50, 100)
 CHANNELS: Final = 8
 TRIED: Final = 12
+CORRECTIONS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,19 @@ def with_convolutions(source: Path, target: Path, count: int) -> Path:
 
 
 def _slower(path: Path, feeds: list[Feeds], folder: Path, say: Callable[[str], None]) -> tuple[dict[int, Path], dict[int, float]]:
-    """A file for each level: the price of one convolution is measured, then each file is."""
+    """A file for each level: the price of one convolution is measured, then each file is, and once more with as many as were missing."""
     files, measured = {0: path}, {0: 1.0}
     each = (_ratio(path, with_convolutions(path, folder / "tried.onnx", TRIED), feeds) - 1) / TRIED
     for level in LEVELS:
         count = max(1, round(level / 100 / each))
-        files[level] = with_convolutions(path, folder / f"slower-{level}.onnx", count)
-        measured[level] = round(_ratio(path, files[level], feeds), 3)
+        found: dict[int, float] = {}
+        for _ in range(CORRECTIONS + 1):
+            found[count] = _ratio(path, with_convolutions(path, folder / f"slower-{level}-{count}.onnx", count), feeds)
+            count = max(1, count + round((1 + level / 100 - found[count]) / each))
+            if count in found:
+                break
+        count = min(found, key=lambda tried: abs(found[tried] - 1 - level / 100))
+        files[level], measured[level] = folder / f"slower-{level}-{count}.onnx", round(found[count], 3)
         say(f"planted {level:+d} %: {count} convolutions more, measured {measured[level] - 1:+.1%}")
     return files, measured
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.repair [--runs N] [--candidates N] [--docs]`: how long until all is well again, and what bad candidates get to answer.
+"""`python -m benchmarks.repair [--runs N] [--candidates N] [--kept FILE] [--docs]`: how long until all is well again, and what bad candidates get to answer.
 
 Times: faults put into a running demo (as benchmarks.diagnosis does), from the injection to the remedy and to verified recovery.
 Candidates: this process builds for the server's jobs, badly (benchmarks.bad_candidates), as a broken builder that shares the store would. Real
@@ -8,6 +8,7 @@ digits are sent all the while; from the moment that a candidate is tried on live
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -34,8 +35,8 @@ from benchmarks.servers import HOST, Hone, HoneWorker
 
 DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop.md"
 REPAIRED: Final[Mapping[str, str]] = {
-    "process": "restart the runner", "wrong": "back to the version before", "settings": "settings as before, or measured anew",
-    "version": "build int8, prove it, swap it in",
+    "process": "restart the runner", "wrong": "back to the version before", "settings": "settings as before",
+    "larger": "settings measured anew", "version": "build int8, prove it, swap it in",
 }  # fmt: skip
 RATE: Final = 200.0
 MARKED: Final = 0.3
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--causes", nargs="*", metavar="CAUSE", default=list(REPAIRED), help=f"default: {', '.join(REPAIRED)}")
     parser.add_argument("--candidates", type=int, default=100, help="bad candidates (100); 0: none")
     parser.add_argument("--kinds", default="", metavar="TEXT", help="only bad candidates whose kind holds this; default: all kinds in turn")
+    parser.add_argument(
+        "--kept", type=Path, metavar="FILE", help="keep each run here as a line of JSON; what is in it already is not run again"
+    )
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run after the injection (240)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/loop.md")
     arguments = parser.parse_args(argv)
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _publish("repair", _times(arguments), arguments.docs)
     if arguments.candidates:
         with tempfile.TemporaryDirectory(prefix="hone-candidates-") as name:
-            tried = _candidates(Path(name), arguments.candidates, kinds)
+            tried = _candidates(Path(name), arguments.candidates, kinds, _Kept(arguments.kept))
         kept = f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
         _publish(
             "candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{kept}"), arguments.docs
@@ -83,18 +87,43 @@ def _where(command: str) -> str:
 # ---- times
 
 
+class _Kept:
+    """Results as they come, a line of JSON each: an experiment of hours may be cut and gone on with."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._lines = [json.loads(line) for line in path.read_text().splitlines()] if path is not None and path.exists() else []
+
+    def of(self, what: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines if line["what"] == what]
+
+    def add(self, what: str, result: Mapping[str, Any]) -> None:
+        self._lines.append({"what": what, **result})
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(self._lines[-1]) + "\n")
+
+
 def _times(arguments: argparse.Namespace) -> str:
+    kept = _Kept(arguments.kept)
+    for number in range(arguments.runs):  # in turns, so that what is there at any moment is of all causes
+        for cause in arguments.causes:
+            if len(kept.of(cause)) > number:
+                continue
+            with tempfile.TemporaryDirectory(prefix="hone-repair-") as folder:
+                kept.add(cause, broken(cause, Path(folder), arguments.limit))
+            print(f"{cause}, run {number + 1} of {arguments.runs}: {kept.of(cause)[-1]}", flush=True)
     rows: list[list[object]] = []
     for cause in arguments.causes:
-        runs = []
-        for number in range(arguments.runs):
-            with tempfile.TemporaryDirectory(prefix="hone-repair-") as folder:
-                runs.append(broken(cause, Path(folder), arguments.limit))
-            print(f"{cause}, run {number + 1} of {arguments.runs}: {runs[-1]}", flush=True)
+        runs = kept.of(cause)
         plans = ", ".join(dict.fromkeys(plan for run in runs for plan in run["plans"]))
         failed = f"{sum(run['failed'] for run in runs)} of {sum(run['sent'] for run in runs)}"
-        rows.append([cause, REPAIRED.get(cause, ""), plans, *(_spread(runs, name) for name in ("acted_s", "recovered_s")), failed])
-    head = ["injected", "what mends it", "plans", "taken into use after, s (p50, p95)", "verified after, s (p50, p95)", "failed requests"]
+        rows.append(
+            [cause, len(runs), REPAIRED.get(cause, ""), plans, *(_spread(runs, name) for name in ("acted_s", "recovered_s")), failed]
+        )
+    head = [
+        "injected", "runs", "what mends it", "plans", "taken into use after, s (p50, p95)", "verified after, s (p50, p95)", "failed requests",
+    ]  # fmt: skip
     command = f"python -m benchmarks.repair --runs {arguments.runs} --candidates 0"
     return f"{_where(command)}\n\n{report.table(head, rows)}"
 
@@ -111,7 +140,7 @@ def _spread(runs: Sequence[Mapping[str, Any]], name: str) -> str:
 # ---- bad candidates
 
 
-def _candidates(folder: Path, count: int, kinds: Sequence[Kind]) -> list[dict[str, Any]]:
+def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: _Kept) -> list[dict[str, Any]]:
     repository, state = folder / "repository", folder / "state"
     model = models.demo(repository)
     config = repository / MODEL / "model.yaml"
@@ -125,13 +154,12 @@ def _candidates(folder: Path, count: int, kinds: Sequence[Kind]) -> list[dict[st
             good = _good(hone)
         journal = open_journal(Settings.from_env({}, repository=repository, state=state).journal)
         builder = _Builder(journal, Cards(StateFolder(state)), good, folder)
-        tried = []
         with Traffic(HOST, hone.port, images, RATE, callers=16) as traffic:
-            for number in range(count):
-                tried.append(_try(hone, builder, traffic, kinds[number % len(kinds)], number))
-                print(f"candidate {number + 1} of {count}: {tried[-1]}", flush=True)
+            for number in range(len(kept.of("candidate")), count):
+                kept.add("candidate", _try(hone, builder, traffic, kinds[number % len(kinds)], number))
+                print(f"candidate {number + 1} of {count}: {kept.of('candidate')[-1]}", flush=True)
         journal.close()
-    return tried
+    return kept.of("candidate")
 
 
 def _good(hone: Hone) -> str:

@@ -119,7 +119,10 @@ def _costs(found: dict[str, Any]) -> str:
         ["resident memory of the HTTP process, idle and after load (MB)", f"{start['idle_rss_mb']}, {start['busy_rss_mb']}"],
         ["a runner's process ready, median and worst (ms)", f"{runner['ready_ms']}, {runner['worst_ms']}"],
         [f"{many['models']} models loaded: p50 of one of them ÷ alone", many["ratio"]],
-        [f"{many['models']} models loaded: private memory each beside weights (MB)", many["private_beside_weights_mb"]],
+        [
+            f"{many['models']} models loaded: private memory each beside weights, warm and at rest (MB)",
+            ", ".join(map(str, many["private_beside_weights_mb"])),
+        ],
         [f"{many['models']} models loaded: HTTP process (MB)", many["http_rss_mb"]],
         *(
             [

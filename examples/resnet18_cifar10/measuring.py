@@ -18,6 +18,7 @@ from benchmarks.machine import Quiet
 from examples.resnet18_cifar10.eager import EagerArm
 from examples.resnet18_cifar10.records import GOLDEN, Records
 from examples.resnet18_cifar10.rows import Row
+from examples.resnet18_cifar10.table import inverted
 from optimizers.artifact import Source, sha256_of
 from optimizers.census import census
 from optimizers.measure import Arm, compare
@@ -89,8 +90,9 @@ class Bench:
         self.say(f"{name}: {right} of {len(self.test)} right")
         counted = census(onnx.load(path), path.parent, {self.entry: self.test[:1].inputs().shape})
         faster = self._faster(path)
-        for key, (estimate, low, high) in faster.items():
-            self.say(f"{name}: {key} {1 / estimate:.2f} times faster [{1 / high:.2f}, {1 / low:.2f}]")
+        for key, ratio in faster.items():
+            estimate, low, high = inverted(ratio)
+            self.say(f"{name}: {key} {estimate:.2f} times faster [{low:.2f}, {high:.2f}]")
         packed = _packed_bytes(path) if name.startswith("codebook") else None
         return Measured(
             right, len(self.test), path.stat().st_size, packed, counted.parameters, counted.multiply_adds, faster, quiet.report().get("others")
