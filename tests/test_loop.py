@@ -6,55 +6,17 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
-from app.faulty_models import free_size, not_a_number, slower_twin
+from app.faulty_models import free_size, not_a_number
 from app.injection import CAUSES, Traffic
-from tests.running_server import DEMO, Running, server
+from tests.loop_scene import GOLDEN, deploy, running, told, traffic
+from tests.running_server import DEMO, Running
 
-GOLDEN = DEMO / "repository" / "digits" / "1" / "model.onnx"
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[Running]:
-    with server(tmp_path, demo=True, block_s="1.5", feedback_token="labels") as running:
-        yield running.ready("digits")
-
-
-@pytest.fixture
-def traffic(running: Running) -> Iterator[Traffic]:
-    with np.load(DEMO / "repository" / "digits" / "samples" / "judging.npz") as samples:
-        images = samples["image"]
-    with Traffic("127.0.0.1", running.port, images, rate=30.0, callers=4) as traffic:
-        running.until(lambda: traffic.sent > 60, 30)
-        yield traffic
-
-
-def events(running: Running) -> list[dict[str, Any]]:
-    found = running.admin("GET", "/admin/timeline?model=digits&limit=500")["events"]
-    assert isinstance(found, list)
-    return found
-
-
-def told(running: Running, kind: str, seconds: float = 60.0, **like: str) -> dict[str, Any]:
-    """The data of the first event of `kind` that has `like` in it, waited for: on a loud machine the host is blamed for its part, too."""
-
-    def first() -> Any:
-        return next((event for event in events(running) if event["kind"] == kind and like.items() <= event["data"].items()), None)
-
-    return dict(running.until(first, seconds)["data"])
-
-
-def deploy(running: Running, build: Any) -> None:
-    folder = running.folder / "models" / "digits" / "2"
-    folder.mkdir()
-    build(GOLDEN, folder / "model.part")
-    os.replace(folder / "model.part", folder / "model.onnx")
+__all__ = ["running", "traffic"]  # fixtures
 
 
 def test_a_new_model_that_answers_nan_is_taken_back_at_once_and_the_story_says_why(running: Running, traffic: Traffic) -> None:
@@ -90,34 +52,6 @@ def test_a_frozen_loop_only_says_what_it_would_do(running: Running, traffic: Tra
     plan = told(running, "plan.made", waits="all change is frozen")
     assert plan["action"] == "nothing" and "would roll back" in plan["summary"]
     assert running.admin("GET", "/admin/models/digits")["active"] == "2"
-
-
-def test_a_slower_model_is_blamed_by_replay_and_a_better_one_asked_for(running: Running, traffic: Traffic) -> None:
-    config = running.folder / "models" / "digits" / "model.yaml"
-    promised = config.read_text().replace("objective: {p99_ms: 50}", "objective: {p95_ms: 1}")
-    assert promised != config.read_text()
-    deploy(running, lambda source, target: slower_twin(source, target, 3))
-    running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "2", 30)
-    config.write_text(promised)
-    found = running.until(
-        lambda: [e for e in events(running) if e["kind"] == "diagnosis.made" and e["data"]["cause"] == "version"], 150
-    )  # fmt: skip
-    assert found[0]["data"]["evidence"]["replay"]["version"][1] > 1.5
-    job = running.until(lambda: running.admin("GET", "/admin/jobs")["jobs"], 20)[0]
-    assert job["actor"] == "hone" and job["tries"][0][0]["method"] == "int8-static"
-
-
-def test_larger_images_are_blamed_though_most_of_what_was_captured_is_small(running: Running, traffic: Traffic) -> None:
-    deploy(running, free_size)
-    running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "2", 30)
-    traffic.raise_to(rate=80.0, rows=1, callers=8)
-    time.sleep(12.0)
-    running.until(lambda: running.admin("GET", "/admin/models/digits")["loop"]["condition"] == "steady", 30)
-    traffic.change = lambda images: images.repeat(2, -1).repeat(2, -2)
-    found = told(running, "diagnosis.made", cause="input")
-    assert found["evidence"]["replay"]["recent"][1] > 1.5 and "earlier ones" in found["summary"]
-    assert told(running, "plan.made", action="tune")
-    assert traffic.failed == 0
 
 
 def test_labels_are_taken_once_by_request_id_and_only_with_their_token(running: Running) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -15,9 +16,10 @@ from app.catalog.cards import Cards
 from app.catalog.model_config import ModelConfig
 from app.catalog.state_folder import StateFolder
 from app.control.commands import Commands
+from app.control.diagnosis import Cause, Diagnosis
 from app.control.loop import Loop
-from app.control.patient import Looks
-from app.control.suspicion import Kind
+from app.control.patient import Looks, Patient
+from app.control.suspicion import Kind, Suspicion
 from app.domain import Event, ModelState, ModelView, Observation, RuntimeSettings
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -226,3 +228,77 @@ async def test_a_rollback_is_verified_once_the_version_before_answers_well(ward:
         ward.now += 5.0
         await ward.tick()
     assert [event.data["cause"] for event in ward.told("recovery.verified")] == ["version"]
+
+
+LARGE: Final = 1 << 16
+
+
+class Looked:
+    """Stands in for the experiments, which need a model: what they would find, and how often they were asked."""
+
+    def __init__(self, ward: Ward, monkeypatch: pytest.MonkeyPatch, *findings: str) -> None:
+        self.asked: list[str] = []
+
+        async def blame(view: ModelView, patient: Patient, want: ModelState, found: Sequence[Suspicion], *rest: Any) -> Diagnosis:
+            self.asked.append(", ".join(one.text for one in found))
+            return Diagnosis(Cause.HOST, 0.8, "busy", {"replay": {"findings": list(findings)}})
+
+        monkeypatch.setattr(ward.loop._experiments, "blame", blame)
+
+
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves the clock by which the loop waits."""
+    moved = [0.0]
+    monkeypatch.setattr("app.control.loop.monotonic", lambda: time.monotonic() + moved[0])
+    return lambda seconds: moved.__setitem__(0, moved[0] + seconds)
+
+
+async def test_an_event_is_looked_into_again_where_the_host_was_too_busy_to_tell(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait, looked = later(monkeypatch), Looked(ward, monkeypatch, "inconclusive")
+    await ward.tick()
+    ward.journal.append(deployed("m", "2", OTHER_SHA))
+    ward.serves("2")
+    ward.answers("2")
+    for _ in range(3):
+        await ward.tick()
+    assert len(looked.asked) == 1 and ward.patient.incident is None
+    wait(61)
+    ward.answers("2")
+    for _ in range(3):
+        await ward.tick()
+    assert len(looked.asked) == 2
+    wait(400)
+    await ward.tick()
+    wait(400)
+    await ward.tick()
+    assert len(looked.asked) == 3, "by then what happened so long ago explains nothing"
+
+
+async def test_other_shapes_are_an_event_while_it_is_slow_already_but_not_at_each_to_and_fro(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, looked = later(monkeypatch), Looked(ward, monkeypatch)
+    await ward.tick()
+
+    async def come(size: int, slow: float = 1.0) -> None:
+        for _ in range(3):
+            ward.now += ward.window.block_s
+            for _ in range(150):
+                ward.window.observe(Observation("m", "1", 200, 0.01 * slow, 0.0, 0.001, 0.005, 0.0, 1, 1, 0.001, 0.0))
+                ward.window.called("m", "1", 1, size, 0.001, 0.001, 0.0)
+            await ward.tick()
+
+    for _ in range(4):
+        await come(1024)
+    assert ward.patient.normal.known and not looked.asked
+    await come(1024, slow=30.0)
+    assert looked.asked and "shapes" not in looked.asked[-1]
+    await come(LARGE, slow=30.0)
+    assert "shapes" in looked.asked[-1]
+    asked = len(looked.asked)
+    await come(1024)
+    await come(LARGE)
+    assert len(looked.asked) == asked
+    wait(61)
+    await come(1024)
+    assert "shapes" in looked.asked[-1]

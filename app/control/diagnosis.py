@@ -53,6 +53,12 @@ class Diagnosis:
     rules_out: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
 
+    @property
+    def inconclusive(self) -> bool:
+        """It was replayed, on a host too busy to tell."""
+        replayed = self.evidence.get("replay")
+        return isinstance(replayed, dict) and "inconclusive" in replayed["findings"]
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:

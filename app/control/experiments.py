@@ -19,9 +19,8 @@ from app.control.diagnosis import (
     needs_probe,
     needs_replay,
 )
-from app.control.patient import SETTLE_BLOCKS, Patient
+from app.control.patient import EVENT_S, SETTLE_BLOCKS, Patient
 from app.control.replay import replay
-from app.control.standing import LATELY_S
 from app.control.suspicion import Kind, Suspicion
 from app.domain import ModelState, ModelView
 from app.telemetry.hostfacts import HostFacts
@@ -68,7 +67,7 @@ class Experiments:
         kinds = {one.kind for one in found} - {Kind.EVENT}
         recent = monotonic() - SETTLE_BLOCKS * self._window.block_s
         beside = sum(1 for name, one in others.items() if name != view.name and one.suspected_of(kinds, recent))
-        event = patient.event if monotonic() - patient.event_at < LATELY_S else ""
+        event = patient.event if monotonic() - patient.event_at < EVENT_S else ""
         fell = patient.incident.began if patient.incident is not None else monotonic()
         whole, newest = (
             self._window.since(view.name, view.active, began, sketches=False)

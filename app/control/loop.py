@@ -21,7 +21,7 @@ from app.control.commands import Commands
 from app.control.diagnosis import Cause
 from app.control.experiments import Experiments
 from app.control.objectives import burn
-from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
+from app.control.patient import EVENT_S, SETTLE_BLOCKS, SHAPES, Condition, Incident, Looks, Patient, Watched
 from app.control.planner import Action, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
@@ -180,8 +180,10 @@ class Loop:
             return
         before, patient.identity = patient.identity, identity
         patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
-        patient.event_at, patient.normal, patient.seen_until = monotonic(), Normal(), 0.0
-        patient.judged_until, patient.found, patient.requests, patient.looks, patient.leapt_at = -1.0, [], 0, Looks(), 0.0
+        patient.event_at, patient.seen_until = monotonic(), 0.0
+        patient.normal = Normal(shapes=patient.normal.shapes)  # what comes is the callers' doing, whichever version answers
+        patient.judged_until, patient.found, patient.requests = -1.0, [], 0
+        patient.looks, patient.leapt_at, patient.again_at = Looks(), 0.0, 0.0
         patient.due = patient.event == "swap" and patient.incident is None
         incident = patient.incident
         if incident is None:
@@ -267,7 +269,11 @@ class Loop:
         urgent += self._leap(opened, blocks, patient, config)
         kinds = {one.kind for one in found}
         found += [one for one in urgent if one.kind not in kinds]
-        if not found and not view.rung and not patient.due:
+        if patient.again_at and monotonic() >= patient.again_at:
+            patient.due, patient.again_at = True, 0.0
+        slow = {one.kind for one in found} <= {Kind.LATENCY, Kind.COST, Kind.REFUSALS}
+        swapped = patient.event == "swap" and monotonic() - patient.event_at < EVENT_S
+        if not view.rung and not patient.due and (not found or (slow and not swapped)):
             _notice_shapes(patient, opened)
         if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
             found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
@@ -339,6 +345,8 @@ class Loop:
             diagnosis = await self._experiments.blame(view, patient, want, found, self._patients, len(views), lambda: self._host)
         finally:
             incident.looking = False
+        if any(one.kind is Kind.EVENT for one in found):
+            patient.looked_at_event(diagnosis.inconclusive, self._cores, monotonic())
         if only_event and diagnosis.cause in (Cause.UNKNOWN, Cause.HOST, Cause.LOAD):
             patient.incident = None  # as it should be
             return
@@ -401,10 +409,10 @@ class Loop:
 
 
 def _notice_shapes(patient: Patient, block: Block) -> None:
-    """Rows of other sizes than before are an event, and the new normal."""
-    changed = other_shapes(patient.normal, block)
+    """Rows of other sizes than before are an event, and the new normal; also while it is slow already, which they may explain."""
+    changed = other_shapes(patient.normal, block) if monotonic() >= patient.shapes_after else None
     if changed is not None:
-        patient.normal, patient.event, patient.event_at, patient.due = changed, "change of the inputs' shapes", monotonic(), True
+        patient.normal, patient.event, patient.event_at, patient.due = changed, SHAPES, monotonic(), True
 
 
 def _told(incident: Incident | None) -> JSON:

@@ -16,6 +16,9 @@ SETTLE_BLOCKS: Final = 2
 AGAIN_S: Final = 60.0
 AGAIN_MOST_S: Final = 3600.0
 """A cause without a remedy (load, host, unknown) is looked into again after this long, then after twice, … at most after the other."""
+EVENT_S: Final = 300.0
+"""So long an event may explain what is seen."""
+SHAPES: Final = "change of the inputs' shapes"
 BACKGROUND: Final = 0.1
 """Share of the cores' time that experiments may take."""
 
@@ -96,6 +99,10 @@ class Patient:
     """Since when a leap of latency stands; 0 where none does."""
     due: bool = False
     """An event asks for a look."""
+    again_at: float = 0.0
+    """When it asks once more, since the host was too busy to tell; 0 where it does not."""
+    shapes_after: float = 0.0
+    """Until then shapes that change again are no event: traffic that goes to and fro would have one experiment after the other."""
     watched: Watched = field(default_factory=Watched)
     orphan: tuple[str, float] = ("", 0.0)
     """A version on trial without an open job, and when it was first seen so (the window's clock)."""
@@ -124,6 +131,13 @@ class Patient:
         """Whether a leap was there before the host was read last (at `read_at`): an older reading may know nothing of what explains it."""
         self.leapt_at = (self.leapt_at or now) if leapt else 0.0
         return leapt and read_at > self.leapt_at
+
+    def looked_at_event(self, inconclusive: bool, cores: int, now: float) -> None:
+        """An event was looked into."""
+        later = now + max(AGAIN_S, self.experiments_s / (BACKGROUND * cores))
+        self.again_at = later if inconclusive and later < self.event_at + EVENT_S else 0.0
+        if self.event == SHAPES:
+            self.shapes_after = later
 
     @property
     def condition(self) -> Condition:
