@@ -38,6 +38,11 @@ def replaced(text: str, part: str, tables: Callable[[], str]) -> str:
     return before + begin + "\n" + tables() + "\n" + end + rest.partition(end)[2]
 
 
+def between(text: str, part: str) -> str:
+    """What stands between the marks of `part`; '' where a mark is missing."""
+    return text.partition(f"<!-- {part}: begin -->")[2].partition(f"<!-- {part}: end -->")[0]
+
+
 def sound(results: dict[str, Any]) -> bool:
     """No request failed where none may, and no answer was of another version."""
     rows = [row for model in results.get("serving", {}).get("models", {}).values() for row in model["closed"]]

@@ -141,6 +141,16 @@ def test_the_table_has_figures_and_reasons(tmp_path: Path) -> None:
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "EARLIER" not in text and "88.41%" in text
 
+    later = Records(
+        tmp_path / "other.json", {"golden": found.rows["golden"]} | {"cp": {"recipe": "cp", "file": False, "outcome": "failed"}}
+    )
+    table.write(document, later)
+    table.write(document, later)
+    text = document.read_text()
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][2:]
+    assert names == ["golden", "int8-static", "low-rank", "cp"], "what was not measured again stays, in the rows' order"
+    assert text.count("Rows golden, cp: Nothing was measured yet.") == 1 and text.count("Others: Nothing was measured yet.") == 1
+
 
 def test_two_runs_on_one_state_folder_lose_nothing(tmp_path: Path) -> None:
     one, other = (Records.open(tmp_path / "rows.json") for _ in range(2))

@@ -14,7 +14,6 @@ from typing import Final
 
 from app.client import ClientError
 from app.errors import HoneError
-from benchmarks.report import replaced
 from examples.digits_transformer import digits
 from examples.resnet18_cifar10 import records, table
 from examples.resnet18_cifar10.rows import Row
@@ -33,6 +32,7 @@ ROWS: Final = {
         Row("int4-linear", "int4-linear"),
         Row("int4-linear-int8", "int4-linear(compute=int8)"),
         Row("low-rank", "low-rank(energy=0.9)"),
+        Row("low-rank-trained", "tucker(linear=true,rank=sensitivity,ratio=0.5,epochs=100,minutes={minutes},augment=false)", trains=True),
         Row("qat", "qat(epochs=100,minutes={minutes},augment=false)", trains=True),
         Row("head-pruning", "head-pruning(ratio=0.5,epochs=100,minutes={minutes},augment=false)", trains=True),
         Row(
@@ -64,10 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HoneError, ClientError, NotApplicable) as error:
         print(error, file=sys.stderr)
         return 1
-    text = table.markdown(found, ROWS)
-    _say("\n" + text)
+    _say("\n" + table.markdown(found, ROWS))
     if arguments.docs:
-        DOCUMENT.write_text(replaced(DOCUMENT.read_text(), PART, lambda: text))
+        table.write(DOCUMENT, found, PART, ROWS)
     return 0
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 PRUNE: Final = "structured-pruning(ratio={ratio},{train},minutes={third}),distill({train},minutes={rest})"
+FEATURES: Final = PRUNE.format(ratio=0.3, train="{train}", third="{third}", rest="{rest},features=0.1,attention=1")
+"""Golden's features, by adapters, and its attention maps beside its soft answers."""
 SEARCH: Final = "architecture-search(strategy={name},trials=8,trial_rows=256,search_minutes={half},{train},minutes={half})"
 TRAIN: Final = {
     "cpu": "epochs=100,mirror=true",
@@ -46,6 +48,9 @@ ROWS: Final = {
     for row in (
         Row("graph", "graph"),
         Row("int8-static", "int8-static"),
+        Row("int8-rescued", "int8-static(equalize=true,bias_correction=true)"),
+        Row("int8-dynamic", "int8-dynamic"),
+        Row("int4-linear", "int4-linear"),
         Row("w8a16", "mixed-precision(form=w8a16)"),
         Row("conv8-linear16", "mixed-precision(form=conv8-linear16)"),
         Row("by-sensitivity", "mixed-precision(form=sensitivity,share=0.2)"),
@@ -60,6 +65,7 @@ ROWS: Final = {
         Row("pruned-30-qat", "structured-pruning(ratio=0.3,{train},minutes={rest}),qat({train},minutes={third})", trains=True),
         _pruned(0.3),
         _pruned(0.5, ",int8-static", "-int8"),
+        Row("pruned-30-features", FEATURES, trains=True),
         Row("pruned-70-int8", f"structured-pruning(ratio=0.7,{SMALL},minutes={{minutes}}),int8-static", trains=True),
         _split("tucker"),
         Row("tucker-int8", "tucker({train},minutes={minutes}),int8-static", trains=True),
@@ -68,6 +74,7 @@ ROWS: Final = {
         _split("depthwise"),
         Row("sensitivity-pruning", "sensitivity-pruning(ratio=0.5,{train},minutes={minutes})", trains=True),
         Row("l1-sparsity", "l1-sparsity({train},minutes={minutes})", trains=True),
+        Row("l1-weights", "l1-sparsity(on=weights,ratio=0.7,{train},minutes={minutes})", trains=True),
         _searched("evolution"),
         _searched("reinforcement"),
         _searched("darts"),

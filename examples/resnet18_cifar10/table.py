@@ -7,19 +7,45 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.report import replaced
+from benchmarks.report import between, replaced
 from benchmarks.report import table as markdown_table
 from examples.resnet18_cifar10.records import GOLDEN, Records
 from examples.resnet18_cifar10.rows import ROWS
 
 PART: Final = "cifar10"
 PART_VNNI: Final = "cifar10-vnni"
+ROWS_OF: Final = "Rows"
+OTHERS: Final = "Others"
 HEAD: Final = ("row", "recipe", "job", "accuracy", "bytes (packed)", "multiply-adds", "× fp32, batch 1", "batch 8", "× eager, batch 1", "batch 8")  # fmt: skip
 
 
-def write(document: Path, found: Records) -> None:
-    """Raises ValueError where a mark is missing."""
-    document.write_text(replaced(document.read_text(), part_of(found), lambda: markdown(found)))
+def write(document: Path, found: Records, part: str = "", rows: Iterable[str] = ROWS) -> None:
+    """`part`: '' for the one of the host's class. Lines of rows that are not in `found` stay as they are. Raises ValueError where a mark is missing."""
+    text, part = document.read_text(), part or part_of(found)
+    document.write_text(replaced(text, part, lambda: _beside(between(text, part), found, list(rows))))
+
+
+def _beside(old: str, found: Records, rows: list[str]) -> str:
+    """The table of `found` with the lines and the origins of what only the `old` one has."""
+    about, _, lines = markdown(found, rows).partition("\n\n")
+    new = {_row(line): line for line in lines.splitlines()[2:]}
+    kept = {_row(line): line for line in old.splitlines() if line.startswith("| ") and _row(line) in rows and _row(line) not in new}
+    if not kept:
+        return f"{about}\n\n{lines}"
+    origins = [line for line in old.splitlines() if line and not line.startswith("|") and _still(line, kept)]
+    of_all = [f"{OTHERS}: {line}" if not line.startswith((ROWS_OF, OTHERS)) else line for line in origins]
+    both = {**kept, **new}
+    ordered = [both[name] for name in (GOLDEN, *rows) if name in both]
+    return "\n\n".join([f"{ROWS_OF} {', '.join(new)}: {about}", *of_all, "\n".join([*lines.splitlines()[:2], *ordered])])
+
+
+def _row(line: str) -> str:
+    return line.split("|")[1].strip()
+
+
+def _still(origin: str, kept: Iterable[str]) -> bool:
+    """Whether a paragraph tells where a row that stays is from."""
+    return not origin.startswith(ROWS_OF) or not set(origin[len(ROWS_OF) :].split(":")[0].strip().split(", ")).isdisjoint(kept)
 
 
 def part_of(found: Records) -> str:
