@@ -16,7 +16,7 @@ from optimizers.samples import Samples
 
 FORMS: Final = ("w8a16", "conv8-linear16", "sensitivity")
 PRECISIONS: Final = ("int4", "int8", "float16", "float32")
-COUNTS: Final = ("bytes", "operations")
+COUNTS: Final = ("bytes", "operations", "time")
 ALLOTMENTS: Final = ("greedy", "exact")
 
 
@@ -25,7 +25,8 @@ class MixedPrecisionConfig(Config):
     """`form` w8a16: 8-bit weights, 16-bit activations. conv8-linear16: int8 convolutions, float16 weights of linear layers.
 
     sensitivity: each layer gets one of `precisions` so that Σ (error of the outputs when it alone is so)² is least while all layers together
-    cost at most `share` of what they cost in float32, counted in `count`: bytes of weights, or bit operations; allotted greedily or exactly.
+    cost at most `share` of what they cost in float32, counted in `count`: bytes of weights, bit operations, or time, each layer's in float32
+    and in int8 measured here at batch 1 (other precisions are computed in float32); allotted greedily or exactly.
     """
 
     method: ClassVar[str] = "mixed-precision"

@@ -21,6 +21,7 @@ from optimizers.base import Budget, NotApplicable
 from optimizers.calibration import Range
 from optimizers.census import layer_costs, quantization_of
 from optimizers.int8 import Form, Int8StaticConfig, form_for
+from optimizers.layer_times import seconds_of
 from optimizers.layers import LINEAR, Layer, weighted_layers
 from optimizers.mixed import MixedPrecisionConfig
 from optimizers.onnx_graph import initializers, load, save, upgrade_opset
@@ -48,6 +49,8 @@ class _Work:
     trial: Trial
     config: MixedPrecisionConfig
     multiply_adds: dict[str, int]
+    seconds: dict[str, tuple[float, float]]
+    """(float32, int8) of each layer, where time is what counts."""
 
     @property
     def model(self) -> ModelProto:
@@ -77,7 +80,7 @@ def build(artifact: Artifact, config: MixedPrecisionConfig, samples: Samples, bu
     path = save(model, folder / "model.onnx")
     facts = {
         "method": config.method, "form": config.form, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range,
-        "precisions": precisions, "activation_bits": 16 if form.wide_activations else 8, "measured": measured, "output_error": error,
+        "precisions": precisions, "layer_seconds": work.seconds, "activation_bits": 16 if form.wide_activations else 8, "measured": measured, "output_error": error,
         "calibration": config.calibration, "calibration_samples": len(taken), "calibration_origin": samples.origin,
         "calibration_hashes": taken.hashes(), "prepared": ready.facts, "bytes_before": artifact.path.stat().st_size,
         "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
@@ -102,7 +105,19 @@ def _work(model: ModelProto, config: MixedPrecisionConfig, form: Form, samples: 
     ranges = activation_ranges(job)
     row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()}
     costs = {node.name: cost for node, cost in layer_costs(model, row) if cost is not None}
-    return _Work(job, tuple(layers), ranges, Trial.of(job.model, samples, folder, budget.threads), config, costs)
+    seconds = _seconds(job, layers, config, form, row if samples.stacked else None)
+    return _Work(job, tuple(layers), ranges, Trial.of(job.model, samples, folder, budget.threads), config, costs, seconds)
+
+
+def _seconds(
+    job: Job, layers: Sequence[Layer], config: MixedPrecisionConfig, form: Form, row: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, tuple[float, float]]:
+    if config.form != "sensitivity" or config.count != "time":
+        return {}
+    if not form.here:
+        raise NotApplicable(f"count=time measures on this host, which is no {form.target}: take count=operations")
+    job.budget.tick(config.method, "timing layers", 0.3)
+    return seconds_of(job.model, layers, row, form.signed_activations, job.budget.folder(f"{config.method}-times"), job.budget.threads)
 
 
 def _kept_from_int8(layers: Sequence[Layer], config: MixedPrecisionConfig) -> list[str]:
@@ -161,6 +176,8 @@ def _cost(work: _Work, layer: Layer, precision: str) -> int:
     if work.config.count == "bytes":
         scales = 4 * layer.shape[layer.output_axis] if precision.startswith("int") else 0
         return -(-WEIGHT_BITS[precision] * layer.size // 8) + scales
+    if work.config.count == "time":
+        return round(1e9 * work.seconds[layer.name][precision == "int8"])
     return work.multiply_adds.get(layer.name, layer.size) * OPERATION_BITS[precision]
 
 

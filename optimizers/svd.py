@@ -16,14 +16,13 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import census, quantization_of
 from optimizers.factors import Layer, halves, input_of, layers_of, split, whole
+from optimizers.layer_times import in_turns
 from optimizers.low_rank import LowRankConfig
 from optimizers.onnx_graph import drop_unused_initializers, load, name_nodes, save
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
 from optimizers.session import Settings, open_session
 
-TIMED_S: Final = 0.15
-ROUNDS: Final = 5
 GAIN: Final = 0.95
 """A split layer must take less than this share of the whole one's time."""
 LEVELS: Final = (0.75, 0.5, 0.25)
@@ -142,20 +141,17 @@ class _Work:
         return fits or min(layer.shape)
 
     def _time(self, layer: Layer, rank: int) -> float:
-        """Time of the two layers over that of the one here, the median of rounds in turns, by CPU time of this process."""
+        """Time of the two layers over that of the one here."""
         rows = self._config.rows
         if layer.kernel and not layer.image:
             raise NotApplicable(f"the images that {layer.name} takes have no known size: name samples, or use split=fewer with rank=energy")
         feeds = {"x": input_of(layer, rows)}
-        sessions = [
-            open_session(save(made, self._folder / _MODEL_OF_ONE), Settings(intra_op_threads=self._budget.threads))
+        settings = Settings(intra_op_threads=self._budget.threads)
+        one, two = (
+            (open_session(save(made, self._folder / _MODEL_OF_ONE), settings), feeds)
             for made in (whole(layer, rows), halves(layer, rank, rows))
-        ]
-        ratios = []
-        for _ in range(ROUNDS):
-            one, two = (timed(session, feeds, TIMED_S / ROUNDS) for session in sessions)
-            ratios.append(two / one)
-        return float(np.median(ratios))
+        )
+        return in_turns(one, two)[1]
 
     def _outputs(self, model: ModelProto, rows: Samples) -> list[Any]:
         session = open_session(save(model, self._folder / "judged.onnx"), Settings(intra_op_threads=self._budget.threads))
@@ -164,16 +160,6 @@ class _Work:
 
     def _tell(self, step: str, share: float) -> None:
         self._budget.tick(self._config.method, step, share)
-
-
-def timed(session: Any, feeds: dict[str, Any], seconds: float) -> float:
-    """CPU seconds of one call."""
-    session.run(None, feeds)
-    started, calls = time.process_time(), 0
-    while time.process_time() - started < seconds:
-        session.run(None, feeds)
-        calls += 1
-    return (time.process_time() - started) / max(calls, 1)
 
 
 def _change(plain: list[Any], other: list[Any]) -> float:

@@ -12,13 +12,13 @@ import numpy as np
 from torch import nn
 
 from optimizers.base import NotApplicable
+from optimizers.layer_times import timed
 from optimizers.lessons import Lesson, Terms
 from optimizers.search import ArchitectureSearchConfig
 from optimizers.search_space import Space
 from optimizers.sensitivity import multiply_adds
 from optimizers.session import Settings, open_session
 from optimizers.strategies import Choice, Merit
-from optimizers.svd import timed
 from optimizers.torch_source import export
 from optimizers.training import Plan, Watch, choose_form, train
 from optimizers.workshop import Workshop

@@ -10,11 +10,14 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from optimizers import NotApplicable, Samples
+from optimizers import Artifact, Budget, NotApplicable, Samples, optimize
+from optimizers.host import host_class
+from optimizers.layer_times import seconds_of
+from optimizers.layers import weighted_layers
 from optimizers.mixed import MixedPrecisionConfig
 from optimizers.onnx_graph import set_constant
-from tests.families import FAMILIES, built, error_of, keeps_the_contract
-from tests.onnx_models import I64, mlp, node, normal, resnet, value, weights
+from tests.families import FAMILIES, built, error_of, keeps_the_contract, samples_of
+from tests.onnx_models import I64, mlp, node, normal, resnet, value, weights, write
 
 RECURRENT = ("w", "r")
 """Weights of the recurrent layer, which stays float."""
@@ -115,6 +118,40 @@ def test_a_budget_of_operations_asks_for_int8(tmp_path: Path) -> None:
     assert "QuantizeLinear" not in {n.op_type for n in onnx.load(all_float.path).graph.node}, "no activation is quantized for nothing"
 
 
+def test_a_budget_of_time_goes_by_what_each_layer_takes_here(tmp_path: Path) -> None:
+    source, config = resnet(32), MixedPrecisionConfig(precisions=("int8", "float32"), share=0.9, count="time", samples=32)
+    try:
+        facts = built(source, config, tmp_path).facts[-1]
+    except NotApplicable as error:  # a host where int8 gains nothing
+        assert "of float32 time is too small" in str(error)
+        return
+    seconds, precisions = facts["layer_seconds"], facts["precisions"]
+    assert set(seconds) == set(precisions) and all(min(both) > 0 for both in seconds.values())
+    taken = sum(seconds[layer][precision == "int8"] for layer, precision in precisions.items())
+    assert taken <= 0.9 * sum(plain for plain, _ in seconds.values())
+    assert all(seconds[layer][1] < seconds[layer][0] for layer, precision in precisions.items() if precision == "int8"), (
+        "slower is never worth it"
+    )
+
+
+def test_layers_are_timed_one_by_one_and_those_alike_once(tmp_path: Path) -> None:
+    source = resnet(32, size=16)
+    layers = weighted_layers(source)
+    seconds = seconds_of(source, layers, {"image": (1, 3, 16, 16)}, False, tmp_path, 1)
+    assert set(seconds) == {layer.name for layer in layers} and all(min(both) > 0 for both in seconds.values())
+    assert seconds["fc"][0] < min(plain for name, (plain, _) in seconds.items() if name != "fc"), "a small layer takes little"
+    free = resnet(32)
+    for axis in free.graph.input[0].type.tensor_type.shape.dim[2:]:
+        axis.Clear()
+        axis.dim_param = "any"
+    with pytest.raises(NotApplicable, match="count=operations does not"):
+        seconds_of(free, layers, None, False, tmp_path, 1)
+    path = write(resnet(32), tmp_path / "model.onnx")
+    budget = Budget(scratch=str(tmp_path / "scratch"), target="avx2" if "vnni" in host_class().key else "avx512_vnni")
+    with pytest.raises(NotApplicable, match="measures on this host"):
+        optimize(Artifact(path), MixedPrecisionConfig(count="time", samples=32), samples_of(resnet(32)), budget)
+
+
 def test_where_it_does_not_apply(tmp_path: Path) -> None:
     with pytest.raises(NotApplicable, match="for models with convolutions and linear layers"):
         built(mlp(), MixedPrecisionConfig(form="conv8-linear16"), tmp_path)
@@ -140,7 +177,7 @@ def test_where_it_does_not_apply(tmp_path: Path) -> None:
         {"precisions": ("int2",)},
         {"share": 0.0},
         {"allot": "best"},
-        {"count": "time"},
+        {"count": "energy"},
     ],
 )
 def test_wrong_configs_are_refused(wrong: dict[str, Any]) -> None:

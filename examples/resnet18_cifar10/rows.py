@@ -54,6 +54,7 @@ ROWS: Final = {
         Row("w8a16", "mixed-precision(form=w8a16)"),
         Row("conv8-linear16", "mixed-precision(form=conv8-linear16)"),
         Row("by-sensitivity", "mixed-precision(form=sensitivity,share=0.2)"),
+        Row("by-sensitivity-time", "mixed-precision(form=sensitivity,count=time,share=0.5)"),
         Row("codebook-kmeans", "codebook(bits=4)"),
         Row("codebook-entropy", "codebook(levels=entropy,bits=4)"),
         Row("int8-aware", "int8-aware"),
