@@ -257,6 +257,8 @@ class Job:
     report: JSON = field(default_factory=dict)
     finished_at: float = 0.0
     candidate: str = ""
+    rank: float = 1.0
+    """What it is expected to repair for what it costs (app.control.expected); 1 where a person asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

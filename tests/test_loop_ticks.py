@@ -249,7 +249,8 @@ class Looked:
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Moves the clock by which the loop waits."""
     moved = [0.0]
-    monkeypatch.setattr("app.control.loop.monotonic", lambda: time.monotonic() + moved[0])
+    for module in ("loop", "glance"):
+        monkeypatch.setattr(f"app.control.{module}.monotonic", lambda: time.monotonic() + moved[0])
     return lambda seconds: moved.__setitem__(0, moved[0] + seconds)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from app.catalog.cards import Cards
 from app.catalog.model_config import ModelConfig
@@ -43,6 +45,23 @@ def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: 
     assert asyncio.run(worker._claim()) is None
     assert [event.kind for event in journal.read()].count("job.claimed") == 1
     assert SqliteJournal.acquire(journal, "job:j", "anybody", 1.0), "the lease was given back"
+    journal.close()
+
+
+def test_what_repairs_most_for_its_cost_is_built_first(tmp_path: Path) -> None:
+    settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
+    settings.repository.mkdir()
+    folder = StateFolder(settings.state).prepare()
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    worker: Any = Worker(settings, journal, Bench(Repository(settings.repository), folder, Cards(folder)), Metrics())
+    journal.append(deployed())
+    for job, rank in (("idle", 0.0), ("asked", 1.0), ("urgent", 7.0)):
+        journal.append(replace(requested(job), data={**requested(job).data, "rank": rank}))
+    for job in ("urgent", "asked", "idle"):
+        assert asyncio.run(worker._claim()).id == job
+        journal.append(job_event("built", job, attempt=1, candidates=[], report={}))
+    with pytest.raises(ValueError, match=r"data\.rank=-1"):
+        journal.append(replace(requested("wrong"), data={**requested("wrong").data, "rank": -1}))
     journal.close()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from app.control.expected import ASKED
 from app.domain import JSON, BuiltVersion, Event, Job, JobState, Mode, ModelState, RuntimeSettings, Verdict
 from app.errors import Conflict, InvalidRequest, NotAllowed, NotFound
 from app.store.base import Journal
@@ -42,8 +43,9 @@ class Commands:
             )
         return found
 
-    def optimize(self, name: str, tries: Sequence[Sequence[JSON]], reason: str, promote: str, actor: str) -> Job:
-        """Request a job. `tries` are alternatives, each a list of steps {"method": …}. Raises Conflict where the same job is open."""
+    def optimize(self, name: str, tries: Sequence[Sequence[JSON]], reason: str, promote: str, actor: str, rank: float = ASKED) -> Job:
+        """Request a job. `tries` are alternatives, each a list of steps {"method": …}; of several jobs that wait the one with the highest `rank` is
+        begun first (app.control.expected). Raises Conflict where the same job is open."""
         if promote not in {"auto", "manual"}:
             raise InvalidRequest(f"promote={promote!r}: must be auto or manual")
         model = self.model(name)
@@ -61,6 +63,7 @@ class Commands:
             "promote": promote,
             "golden": model.golden,
             "golden_sha256": model.golden_sha256,
+            "rank": round(rank, 4),
         }
         self._journal.append(Event("job.requested", name, model.golden, identity, actor, data))
         return self._journal.state().jobs[identity]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import asdict
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Final
 
 from app.catalog.cards import BuiltCard, Cards
@@ -19,12 +19,13 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.commands import Commands
 from app.control.endings import is_server_side, outcome_without_winner, summary_of, told, unneeded
-from app.control.live_tune import Plane, concluded, layouts_of, lived_with
+from app.control.expected import in_order
+from app.control.live_tune import Plane
 from app.control.rollout import Rollout
 from app.control.steps import is_recalibration, target_of
 from app.control.tally import JobTally
+from app.control.tuning import Tuning
 from app.control.verification import (
-    TUNE_S,
     VERIFY_S,
     Judged,
     best,
@@ -38,12 +39,10 @@ from app.domain import JSON, Event, Job, JobState, ModelState, RuntimeSettings, 
 from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
-from app.store.codec import settings_from_json
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.base import Progress
 from optimizers.host import parse_target
-from optimizers.samples import Samples
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
@@ -52,7 +51,6 @@ LEASE_S: Final = 10.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 ACTIVATION_S: Final = 180.0
-LEAST_NEWEST: Final = 8
 
 
 class JobKeeper:
@@ -71,20 +69,37 @@ class JobKeeper:
         self._seen = State()
         self._cpu_s: dict[str, float] = {}
         """CPU seconds of each open job's tasks here."""
+        self._concluding: dict[str, asyncio.Task[None]] = {}
+        """By model: one job of each, so that a canary of one model holds up no repair of another."""
+        self._measuring = asyncio.Lock()
+        self._tuning = Tuning(self._bench, plane, self._measuring)
 
     async def run(self) -> None:
-        while True:
-            try:
-                if await self._lead():
-                    await self._pass(await asyncio.to_thread(self._journal.state))
-            except StoreUnavailable:
-                await asyncio.sleep(2.0)
-            except HoneError as error:
-                log.warning("%s", error)
-            except Exception:
-                log.exception("a pass of the job keeper failed")
-                await asyncio.sleep(2.0)
-            await asyncio.sleep(LOOK_S)
+        try:
+            while True:
+                await self._bounded(self._look())
+                await asyncio.sleep(LOOK_S)
+        finally:
+            tasks = list(self._concluding.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _look(self) -> None:
+        if await self._lead():
+            await self._pass(await asyncio.to_thread(self._journal.state))
+
+    async def _bounded(self, work: Coroutine[Any, Any, None]) -> None:
+        """It may fail, and is begun again later."""
+        try:
+            await work
+        except StoreUnavailable:
+            await asyncio.sleep(2.0)
+        except HoneError as error:
+            log.warning("%s", error)
+        except Exception:
+            log.exception("a pass of the job keeper failed")
+            await asyncio.sleep(2.0)
 
     @property
     def leads(self) -> bool:
@@ -101,7 +116,7 @@ class JobKeeper:
 
     async def _pass(self, state: State) -> None:
         self._tally.count(state)
-        for job in [job for job in state.jobs.values() if job.state is not JobState.FINISHED]:
+        for job in in_order([job for job in state.jobs.values() if job.state is not JobState.FINISHED], time()):
             await self._advance(job)
 
     async def _advance(self, job: Job) -> None:
@@ -117,10 +132,15 @@ class JobKeeper:
                 else:  # a server that died between the two events
                     await self._say("job.built", job, attempt=job.attempt, candidates=[], report={})
         elif job.state in (JobState.BUILT, JobState.VERIFYING):
-            await self._conclude(job)
+            open_task = self._concluding.get(job.model)
+            if open_task is None or open_task.done():
+                self._concluding[job.model] = asyncio.create_task(self._bounded(self._conclude(job)), name=f"conclude-{job.id}")
 
     # ---- the end of a job
     async def _conclude(self, job: Job) -> None:
+        now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+        if now is None or now.state is JobState.FINISHED:
+            return  # it ended since it was looked at
         if job.state is JobState.BUILT:
             await self._say("job.verifying", job)
         stop = asyncio.Event()
@@ -342,51 +362,17 @@ class JobKeeper:
     async def _tune(
         self, job: Job, piece: Workpiece, version: str, before: RuntimeSettings, step: Mapping[str, Any], stop: asyncio.Event
     ) -> tuple[RuntimeSettings | None, JSON]:  # fmt: skip
-        """Measured settings, and the report; None where nothing better was found."""
-        runtime = piece.config.runtime
-        fixed = {
-            "intra_op_threads": runtime.threads,
-            "instances": runtime.instances,
-            "spin_duration_us": runtime.spin_us,
-            "batch_limit": piece.config.batching.limit,
-        }
-        objective = step.get("objective") or piece.config.tune_for
-        live = objective == "latency" and version == (await self._want(job)).desired
-        with self._bench.scratch() as folder:
-            inputs = await self._inputs_of_now(job.model, piece)
-            await asyncio.to_thread(inputs.save, folder / "inputs.npz")
-            request = {
-                "path": str(self._bench.model_path(piece, version)),
-                "samples": str(folder / "inputs.npz"),
-                "stacked": inputs.stacked,
-                "settings": asdict(before),
-                "fixed": [name for name, value in fixed.items() if value is not None],
-                "elsewhere": live,
-                "batchable": piece.golden.rows.independent,
-                "config": {"objective": objective, **{k: v for k, v in step.items() if k in {"max_seconds", "cores"} and v}},
-            }
-            report = await self._task("tune", request, TUNE_S * 4 + 60, job, stop)
-        layouts = layouts_of(report, before) if live and report.get("verdict") == "inconclusive" else []
-        if layouts and version == (await self._want(job)).desired:  # never idle: beside the traffic, then, as they would be lived with
-            report = concluded(report, before, await lived_with(self._plane, job.model, before, layouts, inputs, stop.is_set))
-        settings = report.get("settings")
-        if not report.get("changed", True) or not settings:
-            return None, report
-        decided = {key: value for key, value in fixed.items() if value is not None}
-        return settings_from_json({**asdict(before), **settings, **decided}), report
+        async def ask(request: JSON, seconds: float) -> dict[str, Any]:
+            return await self._task("tune", request, seconds, job, stop)
 
-    async def _inputs_of_now(self, model: str, piece: Workpiece) -> Samples:
-        """What settings are measured with: requests that come now, of their commonest form, where enough come; else frozen or calibrating ones."""
-        newest = max(await self._plane.newest(model), key=len, default=None)
-        if newest is not None and len(newest) >= LEAST_NEWEST:
-            return newest
-        sets = piece.samples
-        return next(samples for samples in (sets.reference, sets.live, sets.calibration) if samples is not None and len(samples))
+        async def serves() -> str:
+            return (await self._want(job)).desired
+
+        return await self._tuning.tune(piece, version, before, step, ask, serves, stop.is_set)
 
     # ---- helpers
     async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
-        began = monotonic()
 
         def progress(seen: Progress) -> None:
             loop.run_in_executor(None, self._post, job, seen)
@@ -394,16 +380,15 @@ class JobKeeper:
         def spend(cpu_s: float) -> None:
             self._cpu_s[job.id] = self._cpu_s.get(job.id, 0.0) + cpu_s
 
-        try:
-            with self._bench.scratch() as scratch:
-                limits = TaskLimits(
-                    seconds=seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10,
-                    scratch=str(scratch),
-                )  # fmt: skip
-                with self._window.background(kind):
-                    return await run_task(kind, request, limits, progress, stop, spend)
-        finally:
-            self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
+        async with self._measuring:  # two at once would measure each other
+            began = monotonic()
+            try:
+                with self._bench.scratch() as scratch:
+                    limits = TaskLimits(seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scratch=str(scratch))
+                    with self._window.background(kind):
+                        return await run_task(kind, request, limits, progress, stop, spend)
+            finally:
+                self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
 
     def _post(self, job: Job, seen: Progress) -> None:
         try:

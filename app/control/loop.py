@@ -13,30 +13,25 @@ from dataclasses import replace
 from time import monotonic
 from typing import Any, Final, Protocol
 
-from app.catalog.model_config import ModelConfig
 from app.control import experiments, remedies
 from app.control.bench import Bench
 from app.control.beside import Beside
 from app.control.commands import Commands
 from app.control.diagnosis import Cause
+from app.control.expected import expected, harm_of, rank_of
 from app.control.experiments import Experiments
-from app.control.objectives import burn
-from app.control.patient import EVENT_S, SETTLE_BLOCKS, SHAPES, Condition, Incident, Looks, Patient, Watched
+from app.control.glance import glance, notice_shapes
+from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
 from app.control.planner import Action, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
 from app.control.suspicion import (
-    LEAP_CALLS,
     LEAST_CALLS,
     Kind,
     Normal,
-    Seen,
     Suspicion,
-    leap_of_latency,
     learned,
-    other_shapes,
-    suspicions,
     with_news,
 )
 from app.domain import JSON, Event, JobState, ModelState, ModelView, State
@@ -45,7 +40,7 @@ from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.telemetry.hostfacts import HostFacts, HostSensor
 from app.telemetry.metrics import Metrics
-from app.telemetry.window import Block, Window
+from app.telemetry.window import Window
 
 log = logging.getLogger("hone.control")
 TICK_S: Final = 1.0
@@ -219,7 +214,7 @@ class Loop:
             await self._beside.set_ladder(view, patient, want, config, self._state)
         blocks = self._window.closed(view.name, view.active, SETTLE_BLOCKS)
         blocks = [block for block in blocks if block.began >= view.active_since]
-        found = self._suspicions(view, blocks, patient, config)
+        found = glance(self._window, view, blocks, patient, config, self._host, self._host_at)
         fresh = bool(blocks) and blocks[-1].ended > patient.seen_until
         if blocks:
             patient.seen_until = max(patient.seen_until, blocks[-1].ended)
@@ -228,7 +223,7 @@ class Loop:
         if not found:
             if fresh and not view.rung and not on_trial:
                 patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
-                _notice_shapes(patient, blocks[-1])  # an open block of little traffic has too few rows to tell
+                notice_shapes(patient, blocks[-1])  # an open block of little traffic has too few rows to tell
             told = fresh and not blocks[-1].disturbed and blocks[-1].requests >= LEAST_CALLS
             await self._calm(view, patient, told)
             return
@@ -246,46 +241,6 @@ class Loop:
         if self._busy is None or self._busy.done():
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
             self._busy.add_done_callback(_report)
-
-    def _suspicions(self, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
-        """What looks wrong now. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
-
-        So do leaps of the cost and of the latency, and other shapes, which are an event. The rest is judged when a block closes, and stands until the next one does.
-        """
-        now = self._window.now()
-        judged = blocks[-1].ended if blocks else 0.0
-        if judged != patient.judged_until or view.recent_deaths != patient.judged_deaths:
-            patient.judged_until, patient.judged_deaths = judged, view.recent_deaths
-            lately = self._window.since(view.name, view.active, max(view.active_since, now - LATELY_S), sketches=False)
-            patient.requests = lately.requests
-            promise = config.objective.promise
-            burning = burn(promise.share, lambda seconds: self._window.good_and_bad(view.name, seconds)) if promise is not None else None
-            seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
-            patient.found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
-        found = list(patient.found)
-        opened = self._window.since(view.name, view.active, max(view.active_since, now - self._window.block_s))
-        urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), patient.normal, config, None, None)
-        urgent = [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE, Kind.COST)]
-        urgent += self._leap(opened, blocks, patient, config)
-        kinds = {one.kind for one in found}
-        found += [one for one in urgent if one.kind not in kinds]
-        if patient.again_at and monotonic() >= patient.again_at:
-            patient.due, patient.again_at = True, 0.0
-        slow = {one.kind for one in found} <= {Kind.LATENCY, Kind.COST, Kind.REFUSALS}
-        swapped = patient.event == "swap" and monotonic() - patient.event_at < EVENT_S
-        if not view.rung and not patient.due and (not found or (slow and not swapped)):
-            _notice_shapes(patient, opened)
-        if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
-            found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
-        return found
-
-    def _leap(self, opened: Block, blocks: list[Block], patient: Patient, config: ModelConfig) -> list[Suspicion]:
-        """A leap of latency that two readings of the host in a row leave unexplained, seen in the newest block that has answers enough."""
-        latest = [block for block in blocks[-1:] if block.ended > self._window.now() - self._window.block_s]
-        block = opened if opened.requests >= LEAP_CALLS or not latest else latest[0]
-        leap = leap_of_latency(block, patient.normal, config.objective.promise, self._host)
-        stands = patient.leap_stands(leap is not None, monotonic(), self._host_at)
-        return [leap] if leap is not None and stands else []
 
     def _acting(self, view: ModelView, incident: Incident) -> bool:
         """A remedy is under way, or so fresh that the blocks since do not show it yet."""
@@ -370,6 +325,7 @@ class Loop:
         own = monotonic() - patient.remedied_at.get(Cause.SETTINGS, -OWN_S) < OWN_S
         situation = replace(situation, faults=faulty(found), settings_before=situation.settings_before and not own)
         decided = plan(diagnosis, situation, self._plane.config(view.name))
+        outlook = expected(decided.tries, state.jobs.values(), view.name, self._host_class) if decided.tries else None
         if changed or decided.action is not Action.NOTHING:
             told: JSON = {
                 "cause": diagnosis.cause.value, "confidence": diagnosis.confidence, "summary": f"blamed on {diagnosis.cause.value}: {diagnosis.text}",
@@ -377,19 +333,21 @@ class Loop:
             }  # fmt: skip
             await self._say("diagnosis.made", view, told)
             advice = f" (you could: {'; '.join(decided.advice)})" if decided.advice else ""
+            hoped = f"; {outlook.text}" if outlook is not None else ""
             told = {
-                "action": decided.action.value,
-                "summary": f"plan: {decided.text}{advice}",
-                "version": decided.version,
-                "waits": decided.waits,
-            }
+                "action": decided.action.value, "summary": f"plan: {decided.text}{hoped}{advice}", "version": decided.version,
+                "waits": decided.waits, "expected": outlook.to_json() if outlook is not None else None,
+            }  # fmt: skip
             await self._say("plan.made", view, told)
         if decided.action in (Action.NOTHING, Action.STEP_DOWN) or decided.waits:
             patient.looks.in_vain(frozenset(one.kind for one in found), monotonic(), patient.experiments_s, self._cores)
             return
         incident.awaited = (decided.version, bool(decided.tries))
         try:
-            await self._remedies.apply(view, want, decided, diagnosis, faulty(found))
+            harm = harm_of(found, float(self._said[view.name].get("requests_per_s") or 0.0))
+            await self._remedies.apply(
+                view, want, decided, diagnosis, faulty(found), rank_of(harm, outlook) if outlook is not None else 0.0
+            )
         except Exception:  # it was not tried: the same comes again, soon where answers are wrong or missing
             kinds = frozenset(one.kind for one in found)
             if faulty(found):
@@ -406,13 +364,6 @@ class Loop:
 
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))
-
-
-def _notice_shapes(patient: Patient, block: Block) -> None:
-    """Rows of other sizes than before are an event, and the new normal; also while it is slow already, which they may explain."""
-    changed = other_shapes(patient.normal, block) if monotonic() >= patient.shapes_after else None
-    if changed is not None:
-        patient.normal, patient.event, patient.event_at, patient.due = changed, SHAPES, monotonic(), True
 
 
 def _told(incident: Incident | None) -> JSON:

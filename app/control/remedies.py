@@ -28,8 +28,8 @@ class Remedies:
     def __init__(self, plane: Plane, commands: Commands, journal: Journal, metrics: Metrics) -> None:
         self._plane, self._commands, self._journal, self._metrics = plane, commands, journal, metrics
 
-    async def apply(self, view: ModelView, want: ModelState, decided: Plan, diagnosis: Diagnosis, fault: bool) -> None:
-        """Begin it; jobs go on by themselves. `fault`: wrong or missing answers, so that what is left is not gone back to. Raises what commands raise."""
+    async def apply(self, view: ModelView, want: ModelState, decided: Plan, diagnosis: Diagnosis, fault: bool, rank: float) -> None:
+        """Begin it; jobs go on by themselves, in the order of their `rank`. `fault`: wrong or missing answers, so that what is left is not gone back to. Raises what commands raise."""
         reason = f"{diagnosis.cause.value}: {diagnosis.text}"
         match decided.action:
             case Action.RESTART:
@@ -47,11 +47,11 @@ class Remedies:
                     self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault
                 )  # fmt: skip
                 if decided.tries:
-                    await self._build(view.name, decided, reason, recent=True)
+                    await self._build(view.name, decided, reason, rank, recent=True)
             case Action.TUNE | Action.OPTIMIZE | Action.RECALIBRATE:
-                await self._build(view.name, decided, reason, recent=decided.action is Action.RECALIBRATE)
+                await self._build(view.name, decided, reason, rank, recent=decided.action is Action.RECALIBRATE)
 
-    async def _build(self, name: str, decided: Plan, reason: str, recent: bool) -> None:
+    async def _build(self, name: str, decided: Plan, reason: str, rank: float, recent: bool) -> None:
         recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
         tries = await asyncio.to_thread(parse_tries, recipes, self._plane.config(name).allow, name, recent=recent)
-        await asyncio.to_thread(self._commands.optimize, name, tries, reason, "auto", "hone")
+        await asyncio.to_thread(self._commands.optimize, name, tries, reason, "auto", "hone", rank)

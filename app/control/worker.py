@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from time import time
 from typing import Any, Final
 
 from app.catalog.card_facts import signature_of
@@ -28,6 +29,7 @@ from app.catalog.samples import TRAIN_SAMPLES
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.endings import is_server_side
+from app.control.expected import in_order
 from app.control.steps import is_recalibration
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
@@ -88,12 +90,12 @@ class Worker:
 
     # ---- claiming
     async def _claim(self) -> Job | None:
-        """The oldest job that needs building and that nobody builds; claimed by lease, then by the log's order."""
+        """The first job that needs building and that nobody builds; claimed by lease, then by the log's order."""
         state = self._seen = await asyncio.to_thread(catch_up, self._journal, self._seen)
         await asyncio.to_thread(self._sweep_checkpoints, state)
         if state.frozen:
             return None
-        for seen in sorted(state.jobs.values(), key=lambda job: job.requested_at):
+        for seen in in_order(state.jobs.values(), time()):
             if not _wants_a_worker(seen) or not await asyncio.to_thread(self._journal.acquire, f"job:{seen.id}", self.name, LEASE_S):
                 continue
             job = (await asyncio.to_thread(self._journal.state)).jobs.get(seen.id)

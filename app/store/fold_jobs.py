@@ -38,6 +38,7 @@ def requested(state: State, event: Event) -> State:
         actor=event.actor,
         state=JobState.REQUESTED,
         requested_at=event.at,
+        rank=float(data.get("rank", 1.0)),
     )
     model = state.models.get(event.model)
     if model is None:

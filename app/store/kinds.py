@@ -5,6 +5,7 @@ Unknown kinds are welcome (a neighbouring release may write them); a known kind 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -119,6 +120,13 @@ def _share(name: str) -> Check:
     return check
 
 
+def _rank(event: Event) -> str:
+    value = event.data.get("rank", 0.0)
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return ""
+    return f"data.rank={value!r}: must be a number of at least 0"
+
+
 def _steps(name: str, depth: int) -> Check:
     def check(event: Event) -> str:
         return "" if _nested(event.data.get(name), depth) else f"data.{name}: must be {'lists of ' * depth}steps, each an object"
@@ -166,7 +174,7 @@ _CHECKS: Final[dict[str, tuple[Check, ...]]] = {
     "traffic.split": (_model, _text("version", "stage"), _share("share")),
     "ladder.set": (_model, _texts("rungs")),
     "mode.changed": (_model, _one_of("mode", set(Mode), optional=True)),
-    "job.requested": (_model, _job, _text("golden", "golden_sha256"), _steps("tries", 2)),
+    "job.requested": (_model, _job, _text("golden", "golden_sha256"), _steps("tries", 2), _rank),
     "job.claimed": (_job, _text("worker"), _count("attempt", 1)),
     "job.built": (_job, _texts("candidates"), _ATTEMPT),
     "job.verifying": (_job, _ATTEMPT),
