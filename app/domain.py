@@ -125,6 +125,8 @@ class Observation:
     rows: int
     cpu_s: float
     wait_s: float
+    limited: bool = False
+    """Refused since its caller has too much waiting already: no fault of the model, and no load of others."""
 
 
 @dataclass(frozen=True, slots=True)

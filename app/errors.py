@@ -38,6 +38,10 @@ class QueueFull(HoneError):
         self.retry_after_s = retry_after_s
 
 
+class CallerLimited(QueueFull):
+    """One caller has most of what waits: it waits outside, so that others are served as ever. It says nothing of the model or of the load."""
+
+
 class DeadlineExceeded(HoneError):
     """The request's deadline passed while it was queued or running."""
 

@@ -31,7 +31,7 @@ class Stand:
         config = ModelConfig.model_validate({"objective": self.objective})
         self.slot = Slot("m", config, None)  # type: ignore[arg-type]
         for version in ("1", "1.1", "1.2"):
-            engine = SimpleNamespace(alive=True, backlog_s=0.0, queued=0)
+            engine = SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda threshold_s: None)
             self.slot.versions[version] = SimpleNamespace(version=version, engine=engine, admitted=SimpleNamespace(model="m"))  # type: ignore[assignment]
         self.slot.active = self.slot.versions["1"]
         self.service.slots["m"] = self.slot
@@ -97,7 +97,9 @@ def test_an_upper_version_that_was_never_full_is_tried_after_the_hold_off() -> N
         stand.second(150, CAN)
     stand.want, stand.slot.active = replace(stand.want, desired="2", golden="2", rungs=("1.1",)), stand.slot.versions["1"]
     stand.slot.versions["2"] = stand.slot.active = SimpleNamespace(  # type: ignore[assignment]
-        version="2", engine=SimpleNamespace(alive=True, backlog_s=0.0, queued=0), admitted=SimpleNamespace(model="m")
+        version="2",
+        engine=SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda threshold_s: None),
+        admitted=SimpleNamespace(model="m"),
     )
     for _ in range(round(HOLD_S) + 2):
         stand.second(150, {**CAN, "2": 300})
@@ -154,3 +156,12 @@ def test_what_is_refused_while_stepped_down_counts_for_the_version_that_answers(
     assert stand.service.label("m", None) == ("m", "1")
     stand.slot.rung = stand.slot.versions["1.1"]
     assert stand.service.label("m", None) == ("m", "1.1")
+
+
+def test_what_one_callers_flood_is_refused_is_no_overload() -> None:
+    stand = Stand()
+    for _ in range(6):
+        for _ in range(100):
+            stand.window.observe(Observation("m", "1", 429, 0.001, 0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0, limited=True))
+        stand.second(50, {"1": 100})
+    assert stand.answers == "1" and not stand.events

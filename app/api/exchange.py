@@ -123,7 +123,8 @@ class Exchange:
             await self._send({"type": "http.response.start", "status": status, "headers": head})
             await self._send({"type": "http.response.body", "body": body})
         total = perf_counter() - self.started
-        return Observation(model, version, status, total, 0.0, 0.0, 0.0, 0.0, 0, self.rows, 0.0, 0.0)
+        limited = isinstance(error, errors.CallerLimited)
+        return Observation(model, version, status, total, 0.0, 0.0, 0.0, 0.0, 0, self.rows, 0.0, 0.0, limited)
 
 
 async def until_done_or_gone(exchange: Exchange, work: Awaitable[Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from time import monotonic
 from typing import Final
 
 from app.domain import BYTES, OWN, InferenceRequest, InferenceResult, RuntimeSettings
-from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady, QueueFull
+from app.errors import CallerLimited, HoneError, InvalidRequest, ModelFailed, NotReady, QueueFull
 from app.serving import deadlines
 from app.serving.batcher import Queue, Work, key_of
 from app.serving.exchange import Batch, Exchange, Reply
@@ -25,6 +26,8 @@ from app.serving.rates import ENOUGH, Rates
 from app.serving.runners import Instance, Runner, RunnerSpec
 from app.serving.watch import Usual
 
+FLOOD: Final = 8
+"""So many requests may wait for any caller, whatever share of the queue they are."""
 QUANTUM_S: Final = 0.01
 """While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
 LONG_CALL_S: Final = 0.001
@@ -67,6 +70,8 @@ class Dispatcher:
         self._observer = observer
         self._runner: Runner | None = None
         self._free: list[Instance] = []
+        self.patience_s = math.inf
+        """How long an answer may take, where something is promised."""
         self._lone: Instance | None = None
         self._lone_calls = 0
         self._lone_since = 0.0
@@ -88,7 +93,7 @@ class Dispatcher:
         """Queue a request. Raises QueueFull, DeadlineExceeded, CannotMeetDeadline or InvalidRequest (a size that does not add up)."""
         now = monotonic()
         self.refuse_if_full()
-        if 2 * self.queue.length >= self.settings.queue_limit:
+        if self.queue.callers.get(request.caller, 0) >= FLOOD:
             self._refuse_flood(request.caller)
         key, rows, alone = key_of(request.inputs, self.batchable and request.caller is not OWN)  # a probe measures itself alone
         self._sizes.check(request.inputs, key, rows)
@@ -127,17 +132,25 @@ class Dispatcher:
             raise self._full()
 
     def _refuse_flood(self, caller: str) -> None:
-        """From a queue that is half full on, who has most of it already waits outside: others are to be served as ever."""
-        held, length = self.queue.callers.get(caller, 0), self.queue.length
-        if len(self.queue.callers) > 1 and 2 * held > length:
-            raise QueueFull(
-                f"this caller has {held} of the {length} requests that wait for {self._spec.name}; retry later: others share its queue",
-                retry_after_s=min(60.0, max(0.05, self.rates.drain_s(held, self.settings.batch_limit, self.settings.instances))),
-            )
+        """Who has most of what waits already waits outside, and others are served as ever: from a queue that is half full on, and where three in
+        four are its own as soon as the rest would wait for half as long as is promised, which is before the ladder costs them quality."""
+        held, length, callers = self.queue.callers[caller], self.queue.length, len(self.queue.callers)
+        if callers < 2 or 2 * held <= length:
+            return
+        full = 2 * length >= self.settings.queue_limit
+        if not full and (4 * held <= 3 * length or self._drain_s(self.queue.rows) <= self.patience_s / 2):
+            return
+        raise CallerLimited(
+            f"this caller has {held} of the {length} requests that wait for {self._spec.name}; retry later: others share its queue",
+            retry_after_s=min(60.0, max(0.05, self._drain_s(held))),
+        )
+
+    def _drain_s(self, rows: int) -> float:
+        return self.rates.drain_s(rows, self.settings.batch_limit, self.settings.instances)
 
     def _full(self) -> QueueFull:
         limit = self.settings.queue_limit
-        wait_s = self.rates.drain_s(self.queue.rows, self.settings.batch_limit, self.settings.instances)
+        wait_s = self._drain_s(self.queue.rows)
         return QueueFull(
             f"the queue of {self._spec.name} is full: {self.queue.length} of {limit} requests wait; retry later or raise queue_limit",
             retry_after_s=min(60.0, max(0.05, wait_s)),

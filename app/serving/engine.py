@@ -141,6 +141,10 @@ class Engine:
         dispatcher, settings = self._dispatcher, self._dispatcher.settings
         return dispatcher.rates.drain_s(dispatcher.queue.rows, settings.batch_limit, settings.instances)
 
+    def promise(self, threshold_s: float) -> None:
+        """How long an answer may take; infinite where nothing is promised."""
+        self._dispatcher.patience_s = threshold_s
+
     @property
     def settings(self) -> RuntimeSettings:
         return self._dispatcher.settings

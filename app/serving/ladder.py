@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,6 +91,8 @@ class Ladder:
         """A step down before answers are late: what waits already takes longer than is promised, and goes on to."""
         want, promise, footing = self._want(slot.name), slot.config.objective.promise, self._footings.setdefault(slot.name, Footing())
         current = slot.rung or slot.active
+        if current is not None:  # one caller's flood is limited before anybody steps down for it
+            current.engine.promise(promise.threshold_s if promise is not None else math.inf)
         if want is None or promise is None or current is None or not slot.config.ladder or not want.rungs:
             return
         now, waits_s = self._clock(), current.engine.backlog_s

@@ -9,6 +9,7 @@ from typing import Final
 from app.catalog.processing import Processor
 from app.domain import InferenceRequest, InferenceResult, Observation, Signature
 from app.errors import (
+    CallerLimited,
     Cancelled,
     CannotMeetDeadline,
     DeadlineExceeded,
@@ -30,6 +31,7 @@ from app.telemetry.window import Window
 Observer = Callable[[Observation], None]
 _REASONS: Final[dict[type[HoneError], str]] = {
     QueueFull: "queue_full",
+    CallerLimited: "caller_limited",
     DeadlineExceeded: "deadline",
     CannotMeetDeadline: "deadline_unreachable",
     NotReady: "not_ready",

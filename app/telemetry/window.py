@@ -224,6 +224,8 @@ class Window:
     # ---- recording
     def observe(self, seen: Observation) -> None:
         """One finished request."""
+        if seen.limited:
+            return
         now = self._clock()
         block = self._block(seen.model, seen.version, now)
         if seen.code == 200:

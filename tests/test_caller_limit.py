@@ -1,0 +1,55 @@
+"""One caller's flood beside another caller, on a real runner."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.errors import CallerLimited
+from app.serving.engine import Engine
+from tests import models
+from tests.engines import Start, anyio_backend, forkserver, request, start
+
+__all__ = ["anyio_backend", "forkserver", "start"]
+ROW = np.zeros((1, 4), np.float32)
+
+
+async def engine_of(start: Start, tmp_path: Path, **given: int) -> Engine:
+    """One that knows how long its calls take."""
+    engine = await start(models.slow(tmp_path / "m.onnx"), batch_limit=1, **given)
+    for _ in range(6):
+        await engine.infer(request(x=ROW))
+    return engine
+
+
+async def flooded(engine: Engine, *callers: str) -> list[object]:
+    """What came of one request of each of `callers`, all at once, in their order."""
+    asked = [engine.infer(replace(request(x=ROW), caller=caller)) for caller in callers]
+    return list(await asyncio.gather(*asked, return_exceptions=True))
+
+
+def limited(ends: list[object]) -> list[bool]:
+    assert all(not isinstance(end, Exception) or isinstance(end, CallerLimited) for end in ends)
+    return [isinstance(end, CallerLimited) for end in ends]
+
+
+@pytest.mark.anyio
+async def test_who_floods_waits_outside_before_others_wait_too_long(start: Start, tmp_path: Path) -> None:
+    engine = await engine_of(start, tmp_path)
+    call_s = engine._dispatcher.rates.wall_s(1)
+    engine.promise(40 * call_s)  # half of it is 20 calls
+    ends = limited(await flooded(engine, "polite", *["flood"] * 60, "polite"))
+    assert not ends[0] and not ends[-1] and not any(ends[1:17]) and all(ends[-10:-1])
+    assert not any(limited(await flooded(engine, *["alone"] * 60))), "nobody else waits"
+    assert not any(limited(await flooded(engine, *["one", "other"] * 30))), "two who are alike are no flood"
+
+
+@pytest.mark.anyio
+async def test_without_a_promise_only_a_half_full_queue_is_shared(start: Start, tmp_path: Path) -> None:
+    engine = await engine_of(start, tmp_path, queue_limit=60)
+    ends = limited(await flooded(engine, "polite", *["flood"] * 40, "polite"))
+    assert not any(ends[:28]) and all(ends[33:-1]) and not ends[-1]
