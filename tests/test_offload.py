@@ -327,6 +327,25 @@ def test_what_json_became_counts_against_the_budget_too(count: int) -> None:
     run(main())
 
 
+def test_json_parts_beside_binary_ones_count_and_binary_ones_only_once() -> None:
+    count = 40_000
+    head = b'{"inputs":[{"name":"x","datatype":"FP64","shape":[%d],"data":[1%s]},' % (count, b",1" * (count - 1))
+    head += b'{"name":"y","datatype":"UINT8","shape":[1000],"parameters":{"binary_data_size":1000}}]}'
+
+    async def main() -> None:
+        async with offload() as work:
+            with Body(head + bytes(1000)) as body:
+                parsed = await work.parse(body, len(head))
+                assert [len(tensor.data) for tensor in parsed.request.inputs][1] == 1000
+                assert work.budget.used_bytes == 8 * count
+            room = work.room(1 << 20)
+            assert work.budget.used_bytes == 1 << 20 and work.room(1000) is not None
+            room.close()
+            assert work.budget.used_bytes == 0
+
+    run(main())
+
+
 def test_errors_come_back_from_a_helper_as_they_are() -> None:
     async def main() -> None:
         async with offload() as work:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from app.api.bodies import Body
+from app.api.bodies import Body, BodyBudget, Grant
 from app.api.exchange import Exchange
 from app.api.friendly import MAX_JSON_BYTES, read_input, write_answer
 from app.api.json_tensors import tensors_of
@@ -87,6 +87,14 @@ class Threads:
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1)
         self.used = 0
+        self.budget = BodyBudget(4 << 20)
+        self.most_room = 0
+
+    def room(self, count: int) -> Grant:
+        grant = Grant(self.budget)
+        grant.grow(count)
+        self.most_room = max(self.most_room, self.budget.used_bytes)
+        return grant
 
     async def run_in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         self.used += 1
@@ -252,6 +260,12 @@ def test_one_row_without_its_batch_axis_is_answered_as_one_row(door: Door) -> No
 def test_several_inputs_are_named_and_half_precision_is_converted(door: Door) -> None:
     answer = door.post("pair", b'{"a": [[1, 2, 3]], "b": [[0.5, 0.25, -1]]}', "application/json")
     assert answer["outputs"] == {"sum": [[1.5, 2.25, 2.0]]}
+
+
+def test_what_a_body_has_become_counts_against_the_budget_until_it_is_answered(door: Door) -> None:
+    door.threads.most_room = 0
+    door.post("pair", b'{"a": [[1, 2, 3], [4, 5, 6]], "b": [[1, 2, 3], [4, 5, 6]]}', "application/json")
+    assert door.threads.most_room == 2 * 3 * (4 + 2) and door.threads.budget.used_bytes == 0
 
 
 @pytest.mark.parametrize(

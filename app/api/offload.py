@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import Final, ParamSpec, TypeVar
 
-from app.api.bodies import Body, BodyBudget, BodyReader, Grant, Receive, parse_content_length
+from app.api.bodies import COUNTED_BYTES, Body, BodyBudget, BodyReader, Grant, Receive, parse_content_length
 from app.api.helpers import HelperPool, HelperUnavailable
 from app.api.memfd import Memfd
 from app.api.parcels import encode_parcel, reply_parcel
@@ -143,9 +143,18 @@ class Offload:
         if place is Place.HERE:
             return parse_infer(data, header_length, signature, received_at)
         parsed = await self._parse_aside(body, place, header_length, signature, received_at)
-        if header_length is None:  # JSON only: its tensors are memory of their own, and may be several times as large
-            body.count_too(self.budget, sum(size_of(tensor.data) for tensor in parsed.request.inputs))
+        binary = 0 if header_length is None else len(data) - header_length
+        own = sum(size_of(tensor.data) for tensor in parsed.request.inputs) - binary
+        if own > 0:  # tensors given as JSON are memory of their own, and may be several times as large as their text
+            body.count_too(self.budget, own)
         return parsed
+
+    def room(self, count: int) -> Grant:
+        """A share of the budget for what a body has become, until it is closed. Raises NotReady where there is none."""
+        grant = Grant(self.budget)
+        if count > COUNTED_BYTES:
+            grant.grow(count)
+        return grant
 
     async def _parse_aside(
         self, body: Body, place: Place, header_length: int | None, signature: Signature | None, received_at: float | None

@@ -35,9 +35,14 @@ class Service(Protocol):
     def admit(self, model: str, version: str | None) -> Signature: ...
 
 
-class Threads(Protocol):
-    """What it needs of app.api.offload: blocking work in a bounded pool."""
+class Room(Protocol):
+    def close(self) -> None: ...
 
+
+class Threads(Protocol):
+    """What it needs of app.api.offload: blocking work in a bounded pool, and room in the budget of bodies."""
+
+    def room(self, count: int) -> Room: ...
     async def run_in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
 
 
@@ -57,7 +62,11 @@ class Predict:
         exchange.rows = validate(request, signature)
         exchange.decoded = perf_counter()
         request.decode_s = exchange.decoded - exchange.started
-        exchange.result = result = await until_done_or_gone(exchange, service.infer(model, version, request, exchange.headers))
+        room = self._threads.room(sum(len(tensor.data) for tensor in encoded.tensors))
+        try:
+            exchange.result = result = await until_done_or_gone(exchange, service.infer(model, version, request, exchange.headers))
+        finally:
+            room.close()
         if sum(len(tensor.data) for tensor in result.outputs) <= INLINE_OUTPUT_BYTES:
             return write_answer(processor, result, encoded.single)
         return await self._threads.run_in_thread(write_answer, processor, result, encoded.single)
