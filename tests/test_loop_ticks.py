@@ -303,3 +303,17 @@ async def test_other_shapes_are_an_event_while_it_is_slow_already_but_not_at_eac
     wait(61)
     await come(1024)
     assert "shapes" in looked.asked[-1]
+
+
+@pytest.mark.parametrize(("nan", "stays"), [(5, "2"), (15, "1")])
+async def test_what_the_version_before_answered_is_no_fault_of_the_next(ward: Ward, nan: int, stays: str) -> None:
+    await ward.tick()
+    for _ in range(3):
+        ward.now += ward.window.block_s
+        ward.answers("1", 40, nan=10)
+        await ward.tick()
+    ward.journal.append(deployed("m", "2", OTHER_SHA))
+    ward.serves("2")
+    ward.answers("2", 15, nan=nan)
+    await ward.tick()
+    assert ward.state.desired == stays

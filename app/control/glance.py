@@ -12,6 +12,7 @@ from app.control.suspicion import LEAP_CALLS, LEAST_CALLS, Kind, Seen, Suspicion
 from app.domain import ModelView
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block, Window
+from optimizers.two_samples import share_difference
 
 
 def glance(
@@ -26,7 +27,7 @@ def glance(
     if judged != patient.judged_until or view.recent_deaths != patient.judged_deaths:
         patient.judged_until, patient.judged_deaths = judged, view.recent_deaths
         lately = window.since(view.name, view.active, max(view.active_since, now - LATELY_S), sketches=False)
-        patient.requests = lately.requests
+        patient.requests, patient.non_finite = lately.requests, (lately.non_finite, lately.requests)
         promise = config.objective.promise
         burning = burn(promise.share, lambda seconds: window.good_and_bad(view.name, seconds)) if promise is not None else None
         seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
@@ -38,6 +39,8 @@ def glance(
     urgent += _leap(window, opened, blocks, patient, config, host, host_at)
     kinds = {one.kind for one in found}
     found += [one for one in urgent if one.kind not in kinds]
+    if _as_before(patient, opened):
+        found = [one for one in found if one.kind is not Kind.NON_FINITE]
     if patient.again_at and monotonic() >= patient.again_at:
         patient.due, patient.again_at = True, 0.0
     slow = {one.kind for one in found} <= {Kind.LATENCY, Kind.COST, Kind.REFUSALS}
@@ -47,6 +50,12 @@ def glance(
     if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
         found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
     return found
+
+
+def _as_before(patient: Patient, opened: Block) -> bool:
+    """Whether NaN and infinity are among its answers as they were among those of the version before: they are what is asked for, then."""
+    before, stretches = patient.non_finite_before, ((opened.non_finite, opened.requests), patient.non_finite)
+    return bool(before[0]) and not any(share_difference(before, now).low > 0 for now in stretches)
 
 
 def _leap(

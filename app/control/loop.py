@@ -29,7 +29,6 @@ from app.control.standing import LATELY_S, begin_at_zero, prune, standing
 from app.control.suspicion import (
     LEAST_CALLS,
     Kind,
-    Normal,
     Suspicion,
     learned,
     with_news,
@@ -175,10 +174,8 @@ class Loop:
             return
         before, patient.identity = patient.identity, identity
         patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
-        patient.event_at, patient.seen_until = monotonic(), 0.0
-        patient.normal = Normal(shapes=patient.normal.shapes)  # what comes is the callers' doing, whichever version answers
-        patient.judged_until, patient.found, patient.requests = -1.0, [], 0
-        patient.looks, patient.leapt_at, patient.again_at = Looks(), 0.0, 0.0
+        patient.event_at = monotonic()
+        patient.another_answers()
         patient.due = patient.event == "swap" and patient.incident is None
         incident = patient.incident
         if incident is None:

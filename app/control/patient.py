@@ -9,7 +9,7 @@ from typing import Final
 
 from app.control.diagnosis import Cause, Diagnosis
 from app.control.planner import Remedy
-from app.control.suspicion import Kind, Normal, Suspicion
+from app.control.suspicion import LEAST_CALLS, Kind, Normal, Suspicion
 
 SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""
@@ -113,6 +113,10 @@ class Patient:
     """What the closed blocks made suspicious when the newest of them closed."""
     requests: int = 0
     """Answers of the stretch that was looked at then."""
+    non_finite: tuple[int, int] = (0, 0)
+    """(answers with NaN or infinity, answers) of the version that answers, over the stretch that was looked at last."""
+    non_finite_before: tuple[int, int] = (0, 0)
+    """The same of the one before it: what golden always answered is no fault of the next."""
     remedied_at: dict[Cause, float] = field(default_factory=dict)
     ladder_for: tuple[int, str] = (0, "")
     switched_at: list[float] = field(default_factory=list)
@@ -138,6 +142,13 @@ class Patient:
         self.again_at = later if inconclusive and later < self.event_at + EVENT_S else 0.0
         if self.event == SHAPES:
             self.shapes_after = later
+
+    def another_answers(self) -> None:
+        """Another version, or other settings, from now on: what was seen of the one before stays as far as it is compared with."""
+        self.non_finite_before = self.non_finite if self.non_finite[1] >= LEAST_CALLS else (0, 0)
+        self.normal = Normal(shapes=self.normal.shapes)  # what comes is the callers' doing, whichever version answers
+        self.seen_until, self.judged_until, self.found, self.requests = 0.0, -1.0, [], 0
+        self.looks, self.leapt_at, self.again_at, self.non_finite = Looks(), 0.0, 0.0, (0, 0)
 
     @property
     def condition(self) -> Condition:
