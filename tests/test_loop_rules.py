@@ -292,6 +292,13 @@ def test_causes(expected: Cause, kinds: list[Kind], seen: Block | None, more: di
     assert cause(kinds, seen, **more) is expected
 
 
+@pytest.mark.parametrize(("usual_mb", "blocks", "expected"), [(30, 3, Cause.PROCESS), (80, 3, Cause.VERSION), (0, 0, Cause.VERSION)])
+def test_memory_beyond_the_objective_from_the_start_is_the_versions(usual_mb: int, blocks: int, expected: Cause) -> None:
+    found = findings([Kind.MEMORY], normal=replace(normal(), memory_bytes=usual_mb << 20, blocks=blocks))
+    over = Suspicion(Kind.MEMORY, "its runner holds 90 MiB, the objective is 64", {"bytes": 90 << 20, "limit_mb": 64})
+    assert diagnose(replace(found, suspicions=[over])).cause is expected
+
+
 def test_what_agreed_until_a_moment_ago_did_not_fall_by_itself_however_young_it_is() -> None:
     found = diagnose(findings([Kind.FIDELITY], None, began_with_version=True, agreed_before=(99, 100)))
     assert found.cause is Cause.INPUT and "99 of the 100 before" in found.text

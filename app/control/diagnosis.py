@@ -226,6 +226,10 @@ def _by_memory(found: Findings) -> Diagnosis | None:
     memory = next((one for one in found.suspicions if one.kind is Kind.MEMORY), None)
     if memory is None:
         return None
+    limit, usual = memory.numbers.get("limit_mb"), found.normal.memory_bytes
+    if limit is not None and (not found.normal.known or usual > limit * (1 << 20)):
+        text = f"{memory.text}, and held as much from the start: this version needs it"
+        return Diagnosis(Cause.VERSION, 0.8, text, _numbers(found), ("process: a fresh one holds as much",))
     return Diagnosis(Cause.PROCESS, 0.8, f"{memory.text}: this process grew, a fresh one starts small", _numbers(found))
 
 
