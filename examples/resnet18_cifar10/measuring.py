@@ -41,7 +41,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """`right` of `images` test images; `packed` bytes for codebooks; `faster`: "fp32-1" (beside what, batch) to (ratio of CPU time, low, high).
+    """`right` of `images` test images; `packed` bytes for codebooks and zeros; `faster`: "fp32-1" (beside what, batch) to (ratio of CPU time, low, high).
 
     `others`: share of all cores' time that nobody of this run used.
     """
@@ -93,7 +93,7 @@ class Bench:
         for key, ratio in faster.items():
             estimate, low, high = inverted(ratio)
             self.say(f"{name}: {key} {estimate:.2f} times faster [{low:.2f}, {high:.2f}]")
-        packed = _packed_bytes(path) if name.startswith("codebook") else None
+        packed = _packed_bytes(path) if name.startswith(("codebook", "l1-weights")) else None
         return Measured(
             right, len(self.test), path.stat().st_size, packed, counted.parameters, counted.multiply_adds, faster, quiet.report().get("others")
         )  # fmt: skip
