@@ -27,9 +27,9 @@ from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel, Repository
 from app.catalog.state_folder import StateFolder
 from app.catalog.uploads import Staged, stage_upload
+from app.control.choices import quick_tries
 from app.control.commands import Commands
 from app.control.loop import Loop
-from app.control.planner import default_tries
 from app.control.steps import parse_tries
 from app.domain import JSON, Event, Job, JobState, Mode, ModelState, RuntimeSettings
 from app.errors import Conflict, InvalidRequest, ModelRejected, NotAllowed, NotFound, NotReady, PayloadTooLarge
@@ -150,7 +150,7 @@ class ServerOperations:
         self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
     ) -> JSON:  # fmt: skip
         slot = self._service.slot(name)
-        wanted = tries if tries is not None else default_tries(slot.config)
+        wanted = tries if tries is not None else quick_tries(slot.config)
         steps = await asyncio.to_thread(parse_tries, wanted, slot.config.allow, name, target)
         job = await self._do(self._commands.optimize, name, steps, reason, promote, actor)
         return self._job(job)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.int8 import Int8StaticConfig, form_for
 from optimizers.samples import Samples
 
@@ -24,8 +24,9 @@ class Int8AwareConfig(Config):
 
     method: ClassVar[str] = "int8-aware"
     summary: ClassVar[str] = "int8 that keeps the most sensitive layers in float until agreement on held-out samples holds"
+    outlook: ClassVar[Outlook] = Outlook(1.4, 90.0, int8=True)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.CALIBRATION})
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER})
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"floor": (0.98, 0.99, 0.995), "most": (2, 4, 8)}
 
     floor: float = 0.99

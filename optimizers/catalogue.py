@@ -16,11 +16,11 @@ import pkgutil
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from optimizers.base import Config, registered
+from optimizers.base import Config, Outlook, registered
 
 EXTRAS: Final = {"optimize": "torch"}
 """Pip extra to the module whose presence tells that it is installed."""
@@ -44,6 +44,8 @@ class Entry:
     reason: str
     fields: dict[str, tuple[str, Any]]
     search: dict[str, tuple[Any, ...]]
+    outlook: Outlook = field(default_factory=Outlook)
+    then: tuple[str, ...] = ()
 
 
 def catalogue() -> list[Entry]:
@@ -133,6 +135,7 @@ def _entry(config: type[Config]) -> Entry:
     return Entry(
         config.method, config.summary, tuple(sorted(config.needs)), tuple(sorted(config.gives)), config.lossless, config.extra, not reason, reason,
         {name: (_told(hint), defaults[name]) for name, hint in hints.items()}, {name: tuple(values) for name, values in config.search.items()},
+        config.outlook, config.then,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Gain, method
+from optimizers.base import Budget, Gain, Outlook, method
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 
@@ -28,6 +28,7 @@ class DistillConfig(TrainingConfig):
 
     method: ClassVar[str] = "distill"
     summary: ClassVar[str] = "The module trained on golden's soft answers, and on its features, attention maps and matrices where asked for"
+    outlook: ClassVar[Outlook] = Outlook(1.0, 1800.0)
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "temperature": (1.0, 2.0, 4.0), "alpha": (0.5, 0.7, 0.9, 1.0), "attention": (0.0, 1.0, 10.0), "features": (0.0, 0.1, 1.0),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, method
+from optimizers.base import Budget, Config, Gain, Outlook, method
 from optimizers.samples import Samples
 
 LEVELS: Final = ("auto", "basic", "extended", "all")
@@ -25,6 +25,7 @@ class GraphConfig(Config):
 
     method: ClassVar[str] = "graph"
     summary: ClassVar[str] = "ONNX Runtime's graph optimizations and transformer fusions, the fastest level on this host"
+    outlook: ClassVar[Outlook] = Outlook(1.02, 25.0)
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.FEWER_OPERATIONS, Gain.FASTER})
     lossless: ClassVar[bool] = True
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"level": LEVELS, "fusions": (True, False)}

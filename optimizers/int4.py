@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.samples import Samples
 
 BLOCKS: Final = (16, 32, 64, 128, 256)
@@ -28,8 +28,9 @@ class Int4LinearConfig(Config):
 
     method: ClassVar[str] = "int4-linear"
     summary: ClassVar[str] = "Linear layers with 4-bit weights in blocks (MatMulNBits); no samples needed"
+    outlook: ClassVar[Outlook] = Outlook(1.0, 30.0)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX})
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER})
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"block": (32, 64, 128), "symmetric": (True, False), "compute": tuple(COMPUTE)}
 
     block: int = 32

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.host import host_class, parse_target
 from optimizers.samples import Samples
 
@@ -35,8 +35,9 @@ class Int8StaticConfig(Config):
 
     method: ClassVar[str] = "int8-static"
     summary: ClassVar[str] = "8-bit weights and activations with ranges calibrated on samples (QDQ)"
+    outlook: ClassVar[Outlook] = Outlook(1.5, 40.0, int8=True)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.CALIBRATION})
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER})
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "calibration": CALIBRATIONS, "per_channel": (True, False), "reduce_range": ("on", "off"), "keep_float": (0, 1, 2, 4),
         "equalize": (False, True), "bias_correction": (False, True), "smooth": (0.0, 0.5, 0.75),
@@ -74,7 +75,8 @@ class Int8DynamicConfig(Config):
 
     method: ClassVar[str] = "int8-dynamic"
     summary: ClassVar[str] = "8-bit weights of linear layers, activations quantized while running; no samples needed"
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER})
+    outlook: ClassVar[Outlook] = Outlook(1.3, 30.0, int8=True)
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"per_channel": (True, False), "reduce_range": ("on", "off")}
 
     per_channel: bool = True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, method
+from optimizers.base import Budget, Config, Gain, Outlook, method
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 
@@ -27,7 +27,8 @@ class LowRankConfig(Config):
 
     method: ClassVar[str] = "low-rank"
     summary: ClassVar[str] = "Linear layers and convolutions as two thin ones by truncated SVD, on the ONNX file alone"
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER})
+    outlook: ClassVar[Outlook] = Outlook(1.2, 120.0)
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "rank": ("energy", "speed", "sensitivity"),
         "energy": (0.8, 0.9, 0.95, 0.99),
@@ -66,7 +67,7 @@ class SplitConfig(TrainingConfig):
     `linear`: linear layers are split too, each into two by truncated SVD, ranks by the same rule.
     """
 
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS})
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"energy": (0.7, 0.8, 0.9), "rank": ("energy", "vbmf", "sensitivity")}
 
     energy: float = 0.8
@@ -94,6 +95,8 @@ class TuckerConfig(SplitConfig):
 
     method: ClassVar[str] = "tucker"
     summary: ClassVar[str] = "Convolutions as three smaller ones by Tucker-2 decomposition, then fine-tuned"
+    outlook: ClassVar[Outlook] = Outlook(2.0, 1800.0)
+    then: ClassVar[tuple[str, ...]] = ("int8-static",)
 
 
 @method(LowRankConfig)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.int8 import CALIBRATIONS
 from optimizers.samples import Samples
 
@@ -31,6 +31,7 @@ class MixedPrecisionConfig(Config):
 
     method: ClassVar[str] = "mixed-precision"
     summary: ClassVar[str] = "Several precisions in one model: 16-bit activations, 16-bit linear layers, or by each layer's sensitivity"
+    outlook: ClassVar[Outlook] = Outlook(1.2, 120.0)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.CALIBRATION})
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, method
+from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.samples import Samples
 
 IMPORTANCES: Final = ("l1", "l2", "taylor", "bn-scale")
@@ -60,7 +60,9 @@ class StructuredPruningConfig(TrainingConfig):
 
     method: ClassVar[str] = "structured-pruning"
     summary: ClassVar[str] = "Whole channels and neurons removed, dependencies through residuals and concatenations solved, then fine-tuned"
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER})
+    outlook: ClassVar[Outlook] = Outlook(1.8, 900.0)
+    then: ClassVar[tuple[str, ...]] = ("distill", "int8-static")
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "ratio": (0.2, 0.3, 0.4, 0.5), "importance": IMPORTANCES, "scope": ("global", "layer"), "steps": (1, 3),
     }  # fmt: skip

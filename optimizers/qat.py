@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Gain, method
+from optimizers.base import Budget, Gain, Outlook, method
 from optimizers.int8 import Int8StaticConfig, form_for
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
@@ -26,7 +26,8 @@ class QatConfig(TrainingConfig):
 
     method: ClassVar[str] = "qat"
     summary: ClassVar[str] = "Trained with 8-bit weights and activations simulated and step sizes learned, served as int8 (QDQ)"
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER})
+    outlook: ClassVar[Outlook] = Outlook(1.4, 900.0, int8=True)
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "rate": (1e-5, 1e-4, 1e-3), "learn_steps": (True, False), "per_channel": (True, False), "alpha": (0.5, 0.7, 1.0),
     }  # fmt: skip

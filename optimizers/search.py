@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Gain, method
+from optimizers.base import Budget, Gain, Outlook, method
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 
@@ -32,7 +32,9 @@ class ArchitectureSearchConfig(TrainingConfig):
     summary: ClassVar[str] = (
         "Widths, depth and kernels of the network searched by evolution, reinforcement or gradients; the best is trained"
     )
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER})
+    outlook: ClassVar[Outlook] = Outlook(1.5, 3600.0)
+    then: ClassVar[tuple[str, ...]] = ("int8-static",)
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "strategy": ("evolution", "reinforcement", "darts"), "target": (0.3, 0.5, 0.7),
     }  # fmt: skip

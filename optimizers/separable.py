@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, method
+from optimizers.base import Budget, Outlook, method
 from optimizers.low_rank import SplitConfig
 from optimizers.samples import Samples
 
@@ -21,6 +21,8 @@ class SpatialConfig(SplitConfig):
 
     method: ClassVar[str] = "spatial"
     summary: ClassVar[str] = "Convolutions as a column and a row of weights (k×1, 1×k) by SVD, then fine-tuned"
+    outlook: ClassVar[Outlook] = Outlook(2.0, 1800.0)
+    then: ClassVar[tuple[str, ...]] = ("int8-static",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class CpConfig(SplitConfig):
 
     method: ClassVar[str] = "cp"
     summary: ClassVar[str] = "Convolutions as four thin ones by CP decomposition, then fine-tuned"
+    outlook: ClassVar[Outlook] = Outlook(2.0, 2400.0)
+    then: ClassVar[tuple[str, ...]] = ("int8-static",)
 
     energy: float = 0.6
 
@@ -45,6 +49,8 @@ class DepthwiseConfig(SplitConfig):
 
     method: ClassVar[str] = "depthwise"
     summary: ClassVar[str] = "Convolutions as depthwise and pointwise ones by SVD of each channel, then fine-tuned"
+    outlook: ClassVar[Outlook] = Outlook(2.5, 2400.0)
+    then: ClassVar[tuple[str, ...]] = ("int8-static",)
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"energy": (0.4, 0.6, 0.8), "rank": ("energy", "sensitivity")}
 
     energy: float = 0.6

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Gain, method
+from optimizers.base import Budget, Gain, Outlook, method
 from optimizers.pruning import StructuredPruningConfig, TrainingConfig
 from optimizers.samples import Samples
 
@@ -24,6 +24,8 @@ class SensitivityPruningConfig(StructuredPruningConfig):
 
     method: ClassVar[str] = "sensitivity-pruning"
     summary: ClassVar[str] = "Channels removed where cutting hurts least: ablation curves of every layer, ratios allotted under one budget"
+    outlook: ClassVar[Outlook] = Outlook(1.6, 1200.0)
+    then: ClassVar[tuple[str, ...]] = ("distill", "int8-static")
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"ratio": (0.3, 0.5, 0.7), "importance": ("l1", "l2", "taylor")}
 
     ratio: float = 0.5
@@ -53,7 +55,9 @@ class L1SparsityConfig(TrainingConfig):
 
     method: ClassVar[str] = "l1-sparsity"
     summary: ClassVar[str] = "Trained with an L1 term until channels are exactly zero, and those removed; or single weights (on=weights)"
-    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER})
+    outlook: ClassVar[Outlook] = Outlook(1.5, 1800.0)
+    then: ClassVar[tuple[str, ...]] = ("distill", "int8-static")
+    gives: ClassVar[frozenset[Gain]] = frozenset({Gain.SMALLER, Gain.FEWER_OPERATIONS, Gain.FASTER, Gain.LESS_MEMORY})
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"ratio": (0.3, 0.5, 0.7)}
 
     on: Literal["channels", "weights"] = "channels"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
-from optimizers.base import Budget, Config, Gain, Need, NotApplicable, method
+from optimizers.base import Budget, Config, Gain, Need, NotApplicable, Outlook, method
 from optimizers.samples import Samples
 
 OBJECTIVES: Final = ("latency", "throughput")
@@ -22,6 +22,7 @@ class TuneConfig(Config):
 
     method: ClassVar[str] = "tune"
     summary: ClassVar[str] = "threads, instances, spinning and batch limit measured on the host that serves; answers stay the same"
+    outlook: ClassVar[Outlook] = Outlook(1.2, 40.0)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.HERE})
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.FASTER})
     lossless: ClassVar[bool] = True

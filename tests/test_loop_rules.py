@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from app.catalog.model_config import ModelConfig
+from app.control.choices import builds, quick_tries
 from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
 from app.control.objectives import Burn, burn
 from app.control.patient import Incident, Looks, Patient
@@ -19,6 +20,8 @@ from app.control.suspicion import Kind, Normal, Seen, Suspicion, leap_of_latency
 from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block, Cost
+from optimizers.base import Gain
+from optimizers.catalogue import catalogue, config_types, parse_recipe
 
 QUIET = HostFacts(busy_ratio=0.4, others_ratio=0.02, steal_ratio=0.0, throttled_ratio=0.0, memory_pressure=0.0)
 BUCKET = (0, 13)
@@ -429,7 +432,9 @@ def test_modes_budgets_and_a_freeze_hold_it_back_but_never_a_way_out_of_faults()
 
 
 def test_what_was_tried_is_not_tried_again() -> None:
-    tried = frozenset({("int8-static",), ("int8-dynamic",), ("graph",)})
+    light = frozenset(recipe for group in builds(Gain.FASTER, False) for recipe in group)
+    assert {("int8-static",), ("low-rank",), ("graph",)} < light
+    tried = light
     assert decide(Cause.VERSION, replace(GOLDEN, tried=tried)) is Action.TUNE
     assert decide(Cause.VERSION, replace(GOLDEN, tried=tried | {("tune",)})) is Action.NOTHING
 
@@ -440,8 +445,30 @@ def test_what_gains_most_is_built_alone_and_the_next_where_it_came_to_nothing() 
     assert first.tries == (("int8-static",), ("int8-dynamic",)), "callers wait: the little that graph gains is not waited for"
     refused = replace(GOLDEN, tried=frozenset(first.tries), tried_actions=frozenset({first.remedy}))
     waiting = replace(GOLDEN, tried_actions=frozenset({first.remedy}))  # for a person's agreement
-    assert plan(slow, refused, config).tries == plan(slow, waiting, config).tries == (("graph",),)
+    assert plan(slow, refused, config).tries == plan(slow, waiting, config).tries == (("int8-aware",),)
     assert plan(slow, replace(GOLDEN, tried=frozenset({("int8-static",)})), config).tries == (("int8-dynamic",),)
+
+
+def test_every_method_that_may_help_is_chosen_some_day_by_what_it_says_of_itself() -> None:
+    """Only what makes nothing but a smaller file on disk, and a student that is the module itself, has no objective to serve."""
+    chosen = {recipe[0] for wanted in (Gain.FASTER, Gain.LESS_MEMORY) for group in builds(wanted, True) for recipe in group}
+    others = {entry.method for entry in catalogue()} - chosen
+    assert others == {"codebook", "trained-codebook", "distill", "tune"} and quick_tries(ModelConfig())[0] == ["int8-static"]
+    for wanted in (Gain.FASTER, Gain.LESS_MEMORY):
+        groups = builds(wanted, True)
+        trains = [any(config_types()[method].extra for method in recipe) for group in groups for recipe in group]
+        assert trains == sorted(trains), "what trains comes last"
+        assert all(parse_recipe(recipe) for group in groups for recipe in group)
+    assert builds(Gain.FASTER, False) == [
+        group for group in builds(Gain.FASTER, True) if not any(config_types()[r[0]].extra for r in group)
+    ]
+
+
+def test_memory_beyond_the_objective_asks_for_what_takes_less() -> None:
+    large = Diagnosis(Cause.VERSION, 0.8, "", {"suspicions": ["memory"]})
+    tried = frozenset(recipe for group in builds(Gain.FASTER, False) for recipe in group)
+    assert plan(large, replace(GOLDEN, tried=tried), ModelConfig()).tries == (("int4-linear",),)
+    assert plan(large, replace(GOLDEN, tried=tried | {("int4-linear",)}), ModelConfig()).action is Action.NOTHING, "tune saves none"
 
 
 def test_only_what_the_owner_allows_is_built() -> None:

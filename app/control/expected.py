@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
 from app.control.suspicion import Kind, Suspicion
 from app.domain import JSON, Job, JobState
+from optimizers.catalogue import config_types
 
 Recipe = tuple[str, ...]
 
-FAST_INT8: Final = ("vnni", "amx", "asimddp", "i8mm")
+FAST_FAST_INT8: Final = ("vnni", "amx", "asimddp", "i8mm")
 """Instruction sets whose byte products are faster than float ones."""
-INT8: Final = frozenset({"int8-static", "int8-dynamic", "int8-aware", "qat"})
-LOSSLESS: Final = frozenset({"graph", "tune", "verify"})
-THUMB: Final[Mapping[str, tuple[float, float]]] = {
-    "int8-static": (1.5, 40.0), "int8-dynamic": (1.3, 30.0), "graph": (1.02, 25.0), "tune": (1.2, 40.0), "structured-pruning": (1.8, 900.0),
-    "distill": (1.0, 1800.0),
-}  # fmt: skip
-"""(times as fast, CPU seconds with its proof) where no job tells yet; with fast byte products int8 counts twice. Other methods: UNKNOWN."""
-UNKNOWN: Final = (1.1, 600.0)
+FAST_INT8: Final = ("vnni", "amx", "asimddp", "i8mm")
+"""Instruction sets whose products of bytes are faster than those of floats."""
 ASKED: Final = 1.0
 """Rank of what a person asked for: a request a second out of order, repaired by a minute of work."""
 AGEING_S: Final = 300.0
@@ -53,7 +48,7 @@ def expected(tries: Sequence[Recipe], jobs: Iterable[Job], model: str, host_clas
     past = [job for job in jobs if job.state is JobState.FINISHED]
     found = [_of_one(recipe, past, model, host_class) for recipe in tries]
     origins = list(dict.fromkeys(origin for _, _, origin in found))
-    lossy = any(method not in LOSSLESS for recipe in tries for method in recipe)
+    lossy = any(not config_types()[method].lossless for recipe in tries for method in recipe)
     risk = "it may change answers: judged by the floor before it serves" if lossy else ""
     return Expected(max(gain for gain, _, _ in found), sum(cpu for _, cpu, _ in found), risk, ", ".join(origins))
 
@@ -85,11 +80,12 @@ def _of_one(recipe: Recipe, past: Sequence[Job], model: str, host_class: str) ->
 
 
 def _thumb(recipe: Recipe, host_class: str) -> tuple[float, float]:
+    """By what the methods say of themselves."""
     gain, cpu_s = 1.0, 0.0
     for method in recipe:
-        faster, takes = THUMB.get(method, UNKNOWN)
-        gain *= 2 * faster if method in INT8 and any(name in host_class for name in FAST_INT8) else faster
-        cpu_s += takes
+        outlook = config_types()[method].outlook
+        gain *= 2 * outlook.gain if outlook.int8 and any(name in host_class for name in FAST_INT8) else outlook.gain
+        cpu_s += outlook.cpu_s
     return gain, cpu_s
 
 

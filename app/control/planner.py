@@ -1,6 +1,6 @@
 """What to do about a diagnosis: the cheapest remedy that fits the cause, was not tried in vain, and is within the budget. Often none. Pure.
 
-It also says what to build when nobody says what: recipes by what the model is and what model.yaml allows.
+What may be built is declared by the methods themselves (app.control.choices), and bounded by what model.yaml allows.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from enum import StrEnum
 from typing import Final
 
 from app.catalog.model_config import ModelConfig
+from app.control.choices import builds, recalibrations, settings
 from app.control.diagnosis import Cause, Diagnosis
-from app.domain import JSON, Mode
+from app.domain import Mode
+from optimizers.base import Gain
 
-QUANTIZED: Final[tuple[tuple[str, ...], ...]] = (("int8-static",), ("int8-dynamic",))
-PLANNED: Final[tuple[tuple[str, ...], ...]] = (*QUANTIZED, ("graph",), ("tune",))
-"""Alternatives; each says for itself where it does not apply, and the best that passes is taken."""
-COMPRESSED: Final = ("structured-pruning", "distill", "int8-static")
-"""With training: where the model has its source and data."""
 FIRST_WAIT_S: Final = 60.0
 LONGEST_WAIT_S: Final = 6 * 3600.0
 
@@ -84,12 +81,6 @@ class Situation:
     """Errors, deaths or wrong answers: going back needs no budget and no agreement."""
 
 
-def default_tries(config: ModelConfig) -> list[list[str | JSON]]:
-    """Alternatives that model.yaml allows, the one with the largest expected gain first."""
-    allowed = config.allow
-    return [list(recipe) for recipe in PLANNED if allowed is None or all(method in allowed for method in recipe)]
-
-
 def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
     """The cheapest remedy that may help. What costs nothing in quality is automatic; the rest waits where model.yaml says so."""
     if now.wait_s > 0 and not now.faults:
@@ -130,7 +121,9 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
                         Action.NOTHING, f"somebody went back to version {now.active}: it may be slower on purpose", advice=diagnosis.beside
                     )
                 ]
-            return [*_leave(now), *([] if now.faults else [*_build(now, config), *_tune(now, config)])]
+            wanted = Gain.LESS_MEMORY if "memory" in diagnosis.evidence.get("suspicions", ()) else Gain.FASTER
+            tuned = _tune(now, config) if wanted is Gain.FASTER else []
+            return [*_leave(now), *([] if now.faults else [*_build(now, config, wanted), *tuned])]
     return [Plan(Action.NOTHING, "no cause, no remedy", advice=_advice(diagnosis))]
 
 
@@ -172,29 +165,27 @@ def _go_golden(now: Situation, config: ModelConfig) -> list[Plan]:
 
 
 def _tune(now: Situation, config: ModelConfig) -> list[Plan]:
-    if ("tune",) in now.tried or not _allowed(("tune",), config):
-        return []
-    return [Plan(Action.TUNE, "measure the settings anew", now.active, (("tune",),))]
+    return [
+        Plan(Action.TUNE, "measure the settings anew", now.active, (recipe,))
+        for recipe in settings()
+        if recipe not in now.tried and _allowed(recipe, config)
+    ]
 
 
 def _recalibrate(now: Situation, config: ModelConfig) -> list[Plan]:
     return [
         Plan(Action.RECALIBRATE, "calibrate int8 with recent inputs", "", (recipe,))
-        for recipe in (("int8-static",),)
+        for recipe in recalibrations()
         if _allowed(recipe, config) and now.active != now.golden
     ]
 
 
-def _build(now: Situation, config: ModelConfig) -> list[Plan]:
-    """What was not tried: what gains most first, since callers wait; with training only where nothing else is left."""
-    light = [
-        tuple(recipe for recipe in recipes if _allowed(recipe, config) and recipe not in now.tried)
-        for recipes in (QUANTIZED, (("graph",),))
-    ]
-    found = [Plan(Action.OPTIMIZE, f"build {_either(recipes)}", "", recipes) for recipes in light if recipes]
-    if now.trainable and _allowed(COMPRESSED, config) and COMPRESSED not in now.tried:
-        found.append(Plan(Action.OPTIMIZE, f"build {'+'.join(COMPRESSED)}", "", (COMPRESSED,)))
-    return found
+def _build(now: Situation, config: ModelConfig, wanted: Gain) -> list[Plan]:
+    """What was not tried: what gains most for its cost first, since callers wait; with training only where nothing else is left."""
+    groups = (
+        tuple(recipe for recipe in group if _allowed(recipe, config) and recipe not in now.tried) for group in builds(wanted, now.trainable)
+    )
+    return [Plan(Action.OPTIMIZE, f"build {_either(recipes)}", "", recipes) for recipes in groups if recipes]
 
 
 def _permitted(wanted: Plan, now: Situation) -> Plan:

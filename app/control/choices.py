@@ -1,0 +1,66 @@
+"""Which recipes a planner may choose, and in which order: by what the methods themselves declare. It names none of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+from app.catalog.model_config import ModelConfig
+from app.domain import JSON
+from optimizers.base import Gain, Need
+from optimizers.catalogue import Entry, catalogue
+
+Recipe = tuple[str, ...]
+Group = tuple[Recipe, ...]
+"""Alternatives that are built together; the best that passes is taken."""
+
+QUICK_S: Final = 60.0
+"""CPU seconds up to which a method is tried at once where nobody says which."""
+
+
+def builds(wanted: Gain, trainable: bool) -> list[Group]:
+    """What may give `wanted`, the quick ones that compute in bytes together first, then one by one by expected gain ÷ cost; what trains comes last."""
+    light, heavy = _entries(wanted)
+    together = sorted((one for one in light if one.outlook.int8 and one.outlook.cpu_s <= QUICK_S), key=lambda one: -one.outlook.gain)
+    rest = [one for one in light if one not in together]
+    found = [tuple((one.method,) for one in together)] if together else []
+    found += [((one.method,),) for one in _ranked(rest)]
+    return found + ([((one.method, *one.then),) for one in _ranked(heavy)] if trainable else [])
+
+
+def quick_tries(config: ModelConfig) -> list[list[str | JSON]]:
+    """Alternatives that model.yaml allows and that take no long time, the one with the largest expected gain first; settings last."""
+    quick = [one for one in catalogue() if Gain.FASTER in one.gives and one.outlook.cpu_s <= QUICK_S]
+    quick.sort(key=lambda one: (Need.HERE in one.needs, -one.outlook.gain))
+    return [[one.method] for one in quick if config.allow is None or one.method in config.allow]
+
+
+@functools.cache
+def recalibrations() -> list[Recipe]:
+    """Quick methods whose result rests on the inputs that calibrated it."""
+    light, _ = _entries(Gain.FASTER)
+    return [(one.method,) for one in light if Need.CALIBRATION in one.needs and one.outlook.int8 and one.outlook.cpu_s <= QUICK_S]
+
+
+@functools.cache
+def settings() -> list[Recipe]:
+    """What measures settings on the host that serves."""
+    return [(one.method,) for one in catalogue() if Need.HERE in one.needs and Gain.FASTER in one.gives]
+
+
+@functools.cache
+def _entries(wanted: Gain) -> tuple[list[Entry], list[Entry]]:
+    """Without training, and with; those that gain nothing by themselves (a file on disk, a student that is the module itself) are left out."""
+    able = [
+        one for one in catalogue() if Need.HERE not in one.needs and (wanted in one.gives if wanted is not Gain.FASTER else _speeds_up(one))
+    ]
+    light = [one for one in able if set(one.needs) <= {Need.ONNX, Need.CALIBRATION}]
+    return light, [one for one in able if one not in light]
+
+
+def _speeds_up(one: Entry) -> bool:
+    return bool({Gain.FASTER, Gain.FEWER_OPERATIONS} & set(one.gives)) and one.outlook.gain > 1
+
+
+def _ranked(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda one: (-(one.outlook.gain - 1) / one.outlook.cpu_s, one.method))
