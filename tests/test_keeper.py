@@ -1,11 +1,23 @@
-"""What the job keeper decides without a server: which weights may go."""
+"""What the job keeper decides without a server: which weights may go, and which job is brought to its end beside which."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from app.catalog.cards import Cards
+from app.catalog.repository import Repository
+from app.catalog.state_folder import StateFolder
 from app.control.endings import KEPT_PROVEN, unneeded
+from app.control.keeper import JobKeeper
 from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Split, Verdict
+from app.settings import Settings
+from app.store.sqlite import SqliteJournal
+from app.telemetry.metrics import Metrics
+from app.telemetry.window import Window
+from tests.journal_story import claimed, deployed, job_event, requested
 
 HERE = "x86_64-test"
 
@@ -55,3 +67,57 @@ def test_what_may_answer_under_load_and_what_is_on_trial_or_watched_stays() -> N
 def test_versions_of_an_earlier_golden_go() -> None:
     old = replace(built(1), golden_sha256="another")
     assert unneeded(model(old, built(2)), [job()], HERE) == ["1.1"]
+
+
+class Waiting(JobKeeper):
+    """Its jobs stay open, as in a canary, until `go` is set."""
+
+    def begin(self) -> None:
+        self.begun: list[str] = []
+        self.go = asyncio.Event()
+
+    async def _conclude(self, job: Job) -> None:
+        self.begun.append(job.id)
+        await self.go.wait()
+        await self._say("job.finished", job, outcome="kept", report={})
+
+
+def test_a_canary_of_one_model_holds_up_no_other_and_one_model_has_one_job_at_a_time(tmp_path: Path) -> None:
+    journal, folder, nothing = SqliteJournal(tmp_path / "journal.sqlite"), StateFolder(tmp_path / "state").prepare(), None
+    (tmp_path / "models").mkdir()
+    given: Any = (
+        journal,
+        nothing,
+        Repository(tmp_path / "models"),
+        folder,
+        Cards(folder),
+        HERE,
+        2,
+        Settings(),
+        Metrics(),
+        Window(),
+        nothing,
+        nothing,
+        "r",
+    )
+    for event in (deployed("m"), deployed("n")):
+        journal.append(event)
+    for identity, name in (("first", "m"), ("second", "m"), ("other", "n")):
+        for event in (requested(identity, name), claimed(identity), job_event("built", identity, attempt=1, candidates=[], report={})):
+            journal.append(replace(event, model=name))
+
+    async def main() -> None:
+        keeper = Waiting(*given)
+        keeper.begin()
+        for _ in range(3):
+            await keeper._pass(journal.state())
+            await asyncio.sleep(0)
+        assert keeper.begun == ["first", "other"]
+        keeper.go.set()
+        await asyncio.gather(*keeper._concluding.values())
+        await keeper._pass(journal.state())
+        await asyncio.gather(*keeper._concluding.values())
+        assert keeper.begun[2:] == ["second"] and not [job for job in journal.state().jobs.values() if job.state is not JobState.FINISHED]
+
+    asyncio.run(main())
+    journal.close()

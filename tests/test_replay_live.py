@@ -18,8 +18,9 @@ def test_a_slower_model_is_blamed_by_replay_and_a_better_one_asked_for(running: 
     running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "2", 30)
     config.write_text(promised)
     assert told(running, "diagnosis.made", seconds=240, cause="version")["evidence"]["replay"]["version"][1] > 1.5
+    assert "× as fast for" in told(running, "plan.made", action="optimize")["summary"]
     job = running.until(lambda: running.admin("GET", "/admin/jobs")["jobs"], 20)[0]
-    assert job["actor"] == "hone" and job["tries"][0][0]["method"] == "int8-static"
+    assert job["actor"] == "hone" and job["tries"][0][0]["method"] == "int8-static" and job["rank"] > 0
 
 
 def test_larger_images_are_blamed_though_most_of_what_was_captured_is_small(running: Running, traffic: Traffic) -> None:
