@@ -41,11 +41,15 @@ def limited(ends: list[object]) -> list[bool]:
 async def test_who_floods_waits_outside_before_others_wait_too_long(start: Start, tmp_path: Path) -> None:
     engine = await engine_of(start, tmp_path)
     call_s = engine._dispatcher.rates.wall_s(1)
-    engine.promise(40 * call_s)  # half of it is 20 calls
+    engine.promise(40 * call_s, 0.75)  # half of it is 20 calls
     ends = limited(await flooded(engine, "polite", *["flood"] * 60, "polite"))
     assert not ends[0] and not ends[-1] and not any(ends[1:17]) and all(ends[-10:-1])
     assert not any(limited(await flooded(engine, *["alone"] * 60))), "nobody else waits"
     assert not any(limited(await flooded(engine, *["one", "other"] * 30))), "two who are alike are no flood"
+    engine.promise(40 * call_s, 1.0)
+    assert not any(limited(await flooded(engine, "polite", *["flood"] * 60))), (
+        "behind proxies who is one caller and who many cannot be told"
+    )
 
 
 @pytest.mark.anyio

@@ -31,7 +31,7 @@ class Stand:
         config = ModelConfig.model_validate({"objective": self.objective})
         self.slot = Slot("m", config, None)  # type: ignore[arg-type]
         for version in ("1", "1.1", "1.2"):
-            engine = SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda threshold_s: None)
+            engine = SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda *promised: None)
             self.slot.versions[version] = SimpleNamespace(version=version, engine=engine, admitted=SimpleNamespace(model="m"))  # type: ignore[assignment]
         self.slot.active = self.slot.versions["1"]
         self.service.slots["m"] = self.slot
@@ -98,7 +98,7 @@ def test_an_upper_version_that_was_never_full_is_tried_after_the_hold_off() -> N
     stand.want, stand.slot.active = replace(stand.want, desired="2", golden="2", rungs=("1.1",)), stand.slot.versions["1"]
     stand.slot.versions["2"] = stand.slot.active = SimpleNamespace(  # type: ignore[assignment]
         version="2",
-        engine=SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda threshold_s: None),
+        engine=SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda *promised: None),
         admitted=SimpleNamespace(model="m"),
     )
     for _ in range(round(HOLD_S) + 2):

@@ -244,12 +244,15 @@ class Capture(Strict):
 
 
 class Limits(Strict):
-    """Bounds of a runner."""
+    """Bounds of a runner, and of a caller."""
 
     memory_mb: Annotated[int, Field(ge=16)] | None = None
     """Most memory of one runner, in MiB; a version that needs more is not loaded. Default: what the memory ledger has left."""
     load_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
     """A version that is not ready by then has failed to load."""
+    caller_share: Annotated[float, Field(ge=0.5, le=1)] = 0.75
+    """Of the requests that wait, the share beyond which one caller (by address) gets 429 as soon as all of them would wait for half as long \
+as is promised, while others wait too. 1: never, for servers whose callers come through a few proxies."""
 
 
 class Budget(Strict):

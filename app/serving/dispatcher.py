@@ -72,6 +72,7 @@ class Dispatcher:
         self._free: list[Instance] = []
         self.patience_s = math.inf
         """How long an answer may take, where something is promised."""
+        self.caller_share = 1.0
         self._lone: Instance | None = None
         self._lone_calls = 0
         self._lone_since = 0.0
@@ -132,13 +133,13 @@ class Dispatcher:
             raise self._full()
 
     def _refuse_flood(self, caller: str) -> None:
-        """Who has most of what waits already waits outside, and others are served as ever: from a queue that is half full on, and where three in
-        four are its own as soon as the rest would wait for half as long as is promised, which is before the ladder costs them quality."""
+        """Who has most of what waits already waits outside, and others are served as ever: from a queue that is half full on, and where more than
+        `caller_share` is its own as soon as the rest would wait for half as long as is promised, which is before the ladder costs them quality."""
         held, length, callers = self.queue.callers[caller], self.queue.length, len(self.queue.callers)
         if callers < 2 or 2 * held <= length:
             return
         full = 2 * length >= self.settings.queue_limit
-        if not full and (4 * held <= 3 * length or self._drain_s(self.queue.rows) <= self.patience_s / 2):
+        if not full and (held <= self.caller_share * length or self._drain_s(self.queue.rows) <= self.patience_s / 2):
             return
         raise CallerLimited(
             f"this caller has {held} of the {length} requests that wait for {self._spec.name}; retry later: others share its queue",

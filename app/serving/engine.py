@@ -141,9 +141,9 @@ class Engine:
         dispatcher, settings = self._dispatcher, self._dispatcher.settings
         return dispatcher.rates.drain_s(dispatcher.queue.rows, settings.batch_limit, settings.instances)
 
-    def promise(self, threshold_s: float) -> None:
-        """How long an answer may take; infinite where nothing is promised."""
-        self._dispatcher.patience_s = threshold_s
+    def promise(self, threshold_s: float, caller_share: float) -> None:
+        """How long an answer may take (infinite where nothing is promised), and how much of what waits may be one caller's until half of that."""
+        self._dispatcher.patience_s, self._dispatcher.caller_share = threshold_s, caller_share
 
     @property
     def settings(self) -> RuntimeSettings:

@@ -92,7 +92,7 @@ class Ladder:
         want, promise, footing = self._want(slot.name), slot.config.objective.promise, self._footings.setdefault(slot.name, Footing())
         current = slot.rung or slot.active
         if current is not None:  # one caller's flood is limited before anybody steps down for it
-            current.engine.promise(promise.threshold_s if promise is not None else math.inf)
+            current.engine.promise(promise.threshold_s if promise is not None else math.inf, slot.config.limits.caller_share)
         if want is None or promise is None or current is None or not slot.config.ladder or not want.rungs:
             return
         now, waits_s = self._clock(), current.engine.backlog_s
