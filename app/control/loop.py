@@ -341,7 +341,7 @@ class Loop:
             return
         incident.awaited = (decided.version, bool(decided.tries))
         try:
-            harm = harm_of(found, float(self._said[view.name].get("requests_per_s") or 0.0))
+            harm = harm_of(found, float(self.told(view.name).get("requests_per_s") or 0.0))
             await self._remedies.apply(
                 view, want, decided, diagnosis, faulty(found), rank_of(harm, outlook) if outlook is not None else 0.0
             )
