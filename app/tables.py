@@ -38,7 +38,8 @@ def fields_of(row: JSON, indent: str = "") -> str:
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             lines += [f"{indent}{key}", *(f"{indent}  - {_inline(item)}" for item in value)]
         else:
-            lines.append(f"{indent}{key.ljust(width)}  {_text(value)}")
+            at = isinstance(value, float) and (key == "at" or key.endswith("_at"))
+            lines.append(f"{indent}{key.ljust(width)}  {clock(value) if at else _text(value)}")
     return "\n".join(lines)
 
 

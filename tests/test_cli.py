@@ -207,6 +207,7 @@ def test_recipes_show_methods_not_all_their_options() -> None:
 def test_sizes_and_nested_fields_are_readable() -> None:
     assert [tables.size(n) for n in (0, 900, 1_900_000, 2_500_000_000)] == ["-", "900 B", "1.9 MB", "2.5 GB"]
     assert tables.fields_of({"a": 1, "long": {"x": 0.123456, "none": None}}) == "a     1\nlong\n  x  0.1235"
+    assert tables.fields_of({"at": 1.7e9}) == f"at  {tables.clock(1.7e9)}" and "2023" in tables.clock(1.7e9)
 
 
 def save_with_external_data(path: Path, data: str) -> None:
