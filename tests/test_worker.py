@@ -33,13 +33,16 @@ class Overtaken(SqliteJournal):
         return super().acquire(lease, holder, ttl_s)
 
 
-def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: Path) -> None:
+def worker_of(tmp_path: Path, journal: SqliteJournal) -> tuple[Any, StateFolder]:
     settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
     settings.repository.mkdir()
     folder = StateFolder(settings.state).prepare()
+    return Worker(settings, journal, Bench(Repository(settings.repository), folder, Cards(folder)), Metrics()), folder
+
+
+def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: Path) -> None:
     journal = Overtaken(tmp_path / "journal.sqlite")
-    bench = Bench(Repository(settings.repository), folder, Cards(folder))
-    worker: Any = Worker(settings, journal, bench, Metrics())
+    worker, _ = worker_of(tmp_path, journal)
     for event in (deployed(), requested("j"), claimed("j")):
         journal.append(event)
     assert asyncio.run(worker._claim()) is None
@@ -49,11 +52,8 @@ def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: 
 
 
 def test_what_repairs_most_for_its_cost_is_built_first(tmp_path: Path) -> None:
-    settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
-    settings.repository.mkdir()
-    folder = StateFolder(settings.state).prepare()
     journal = SqliteJournal(tmp_path / "journal.sqlite")
-    worker: Any = Worker(settings, journal, Bench(Repository(settings.repository), folder, Cards(folder)), Metrics())
+    worker, _ = worker_of(tmp_path, journal)
     journal.append(deployed())
     for job, rank in (("idle", 0.0), ("asked", 1.0), ("urgent", 7.0)):
         journal.append(replace(requested(job), data={**requested(job).data, "rank": rank}))
@@ -67,11 +67,8 @@ def test_what_repairs_most_for_its_cost_is_built_first(tmp_path: Path) -> None:
 
 def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> None:
     """A job that is claimed again, since its worker was killed, finds what it had learned; of one that is finished or gone nothing stays."""
-    settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
-    settings.repository.mkdir()
-    folder = StateFolder(settings.state).prepare()
     journal = SqliteJournal(tmp_path / "journal.sqlite")
-    worker: Any = Worker(settings, journal, Bench(Repository(settings.repository), folder, Cards(folder)), Metrics())
+    worker, folder = worker_of(tmp_path, journal)
     for event in (deployed(), requested("j"), claimed("j"), requested("done"), claimed("done")):
         journal.append(event)
     journal.append(job_event("finished", "done", outcome="failed", attempt=1, report={}))

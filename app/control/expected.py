@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
+from app.control.choices import Recipe, settings
 from app.control.suspicion import Kind, Suspicion
 from app.domain import JSON, Job, JobState
 from optimizers.catalogue import config_types
 
-Recipe = tuple[str, ...]
-
-FAST_FAST_INT8: Final = ("vnni", "amx", "asimddp", "i8mm")
-"""Instruction sets whose byte products are faster than float ones."""
 FAST_INT8: Final = ("vnni", "amx", "asimddp", "i8mm")
 """Instruction sets whose products of bytes are faster than those of floats."""
 ASKED: Final = 1.0
@@ -96,7 +93,7 @@ def _recipes(job: Job) -> list[Recipe]:
 def _gains(job: Job, recipe: Recipe) -> Iterator[float]:
     """How many times as fast as what served then each build of `recipe` was measured to be."""
     tuned = job.report.get("tune")
-    if recipe == ("tune",) and isinstance(tuned, dict) and isinstance(tuned.get("gain"), dict):
+    if recipe in settings() and isinstance(tuned, dict) and isinstance(tuned.get("gain"), dict):
         yield float(tuned["gain"]["estimate"])
     versions = {one.get("version") for one in _list(job, "built") if tuple(one.get("try") or ()) == recipe}
     for verdict in _list(job, "verdicts"):

@@ -29,7 +29,9 @@ def _beside(old: str, found: Records, rows: list[str]) -> str:
     """The table of `found` with the lines and the origins of what only the `old` one has."""
     about, _, lines = markdown(found, rows).partition("\n\n")
     new = {_row(line): line for line in lines.splitlines()[2:]}
-    kept = {_row(line): line for line in old.splitlines() if line.startswith("| ") and _row(line) in rows and _row(line) not in new}
+    kept = {
+        _row(line): line for line in old.splitlines() if line.startswith("| ") and _row(line) in (GOLDEN, *rows) and _row(line) not in new
+    }
     if not kept:
         return f"{about}\n\n{lines}"
     origins = [line for line in old.splitlines() if line and not line.startswith("|") and _still(line, kept)]
