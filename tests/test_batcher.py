@@ -164,7 +164,7 @@ kinds = st.tuples(st.sampled_from([2, 3]), st.integers(1, 6), st.sampled_from([0
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.one_of(kinds, st.just("take"), st.just("drop"), st.just("front")), max_size=60), st.integers(1, 8))
+@given(st.lists(st.one_of(kinds, st.sampled_from(["take", "drop", "front", "late"])), max_size=60), st.integers(1, 8))
 def test_whatever_comes_and_goes_each_piece_is_taken_once_and_batches_are_lawful(steps: list[Any], limit: int) -> None:
     loop = asyncio.new_event_loop()
     queue = Queue()
@@ -179,7 +179,8 @@ def test_whatever_comes_and_goes_each_piece_is_taken_once_and_batches_are_lawful
                 assert len({piece.key for piece in batch}) == 1
                 assert not any(piece.alone for piece in batch)
             if batch:
-                assert batch[0].priority == min(piece.priority for piece in inside)
+                assert batch[0].level == min(piece.level for piece in inside)
+                assert len({piece.late for piece in batch}) == 1 or batch[0].late, "who is in time does not wait for a larger call"
             for piece in batch:
                 inside.remove(piece)
             taken += batch
@@ -191,6 +192,10 @@ def test_whatever_comes_and_goes_each_piece_is_taken_once_and_batches_are_lawful
                 piece = taken.pop()
                 queue.push(piece, front=True)
                 inside.append(piece)
+        elif step == "late":
+            for piece in queue.heads():
+                assert not piece.late and piece in inside
+                queue.fall_behind(piece)
         else:
             width, rows, priority, batchable = step
             piece = work(loop, batchable=batchable, priority=priority, x=np.zeros((rows, width), np.float32))
@@ -198,6 +203,10 @@ def test_whatever_comes_and_goes_each_piece_is_taken_once_and_batches_are_lawful
             inside.append(piece)
         assert len(queue) == len(inside)
         assert queue.rows == sum(piece.rows for piece in inside)
+        assert sorted(map(id, queue)) == sorted(map(id, inside))
+        late = [piece for piece in inside if piece.late]
+        assert (queue.late, queue.late_rows) == (len(late), sum(piece.rows for piece in late))
+        assert (queue.oldest_late() in late) if late else queue.oldest_late() is None
     loop.close()
 
 

@@ -1,6 +1,7 @@
 """Continuous batching, as plain data: which queued requests share the next call, and who is next.
 
-A free instance takes at once what is queued, up to the batch limit; no timer (design 2). It knows no sockets, processes or event loop.
+A free instance takes at once what is queued, up to the batch limit; no timer (design 2). It knows no sockets, processes or event loop;
+who is too late to be answered as promised is told from outside (`timely.py`), and is served when nobody in time waits.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ Key: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 class Work:
-    """One request on its way through a version. `alone` forbids company; `tries` counts calls that were lost with their runner."""
+    """One request on its way through a version. `alone` forbids company; `tries` counts calls that were lost with their runner.
 
-    __slots__ = ("alone", "deadline", "enqueued_at", "future", "key", "priority", "queue_s", "queued", "request", "rows", "tries")
+    `level` is the line that it waits in: of its priority, and behind all of that priority once it is late.
+    """
+
+    __slots__ = ("alone", "deadline", "enqueued_at", "future", "key", "level", "priority", "queue_s", "queued", "request", "rows", "tries")
 
     def __init__(
         self, request: InferenceRequest, key: Key, rows: int, alone: bool, future: asyncio.Future[InferenceResult], now: float
@@ -35,11 +39,16 @@ class Work:
         self.alone = alone
         self.future = future
         self.priority = request.priority or DEFAULT_PRIORITY
+        self.level = 2 * self.priority
         self.deadline = request.deadline
         self.enqueued_at = now
         self.queue_s = 0.0
         self.queued = False
         self.tries = 0
+
+    @property
+    def late(self) -> bool:
+        return bool(self.level & 1)
 
     def fail(self, error: HoneError) -> None:
         """Answer with an error, unless an answer was given already."""
@@ -58,7 +67,8 @@ def key_of(inputs: list[Tensor], batchable: bool) -> tuple[Key, int, bool]:
 
 
 class Queue:
-    """Waiting work: by priority, then in order of arrival; each batch is made around the one that has waited longest.
+    """Waiting work: by priority, those in time before those that are late, then in order of arrival; each batch is made around the one
+    that has waited longest of the first of these.
 
     Every piece of work is in its level's line and, unless alone, in its key's line; `queued` says whether it is still to be taken.
     """
@@ -68,24 +78,61 @@ class Queue:
         self._order: list[int] = []
         self.length = 0
         self.rows = 0
+        self.late = 0
+        self.late_rows = 0
         self.callers: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Work]:
-        return (work for priority in self._order for work in self._levels[priority].line if work.queued)
+        return (work for level in self._order for work in self._levels[level].line if work.queued and work.level == level)
 
     def push(self, work: Work, front: bool = False) -> None:
-        level = self._levels.get(work.priority)
-        if level is None:
-            level = self._levels[work.priority] = _Level()
-            insort(self._order, work.priority)
         work.queued = True
         self.length += 1
         self.rows += work.rows
+        self._late(work, 1)
         self.callers[work.request.caller] += 1
-        level.push(work, front)
+        self._level(work.level).push(work, front)
+
+    def _level(self, number: int) -> _Level:
+        level = self._levels.get(number)
+        if level is None:
+            level = self._levels[number] = _Level(number)
+            insort(self._order, number)
+        return level
+
+    def _late(self, work: Work, sign: int) -> None:
+        if work.late:
+            self.late += sign
+            self.late_rows += sign * work.rows
+
+    @property
+    def front_rows(self) -> int:
+        """Rows of those in time; of all where all are late."""
+        return self.rows - self.late_rows or self.rows
+
+    def heads(self) -> list[Work]:
+        """Of each priority the one in time that has waited longest."""
+        return [head for number in self._order if not number & 1 and (head := self._levels[number].head()) is not None]
+
+    def fall_behind(self, work: Work) -> None:
+        """It cannot be answered as promised any more: all of its priority that can go first. It must be one of `heads`."""
+        level = self._levels[work.level]
+        level.line.popleft()
+        level.waiting -= 1
+        if not level.waiting:
+            self._forget(work.level)
+        work.level |= 1
+        self._late(work, 1)
+        self._level(work.level).push(work, False)
+
+    def oldest_late(self) -> Work | None:
+        """Of the last priority that has some the late one that has waited longest."""
+        if not self.late:
+            return None
+        return next((head for number in reversed(self._order) if number & 1 and (head := self._levels[number].head()) is not None), None)
 
     def drop(self, work: Work) -> None:
         """Take one out of turn (expired, cancelled); its place in the lines is cleared as they move."""
@@ -93,19 +140,22 @@ class Queue:
             work.queued = False
             self.length -= 1
             self.rows -= work.rows
+            self._late(work, -1)
             self._less(work.request.caller)
             if not self.length:
                 self._clear()
             else:
-                self._left(work.priority)
+                self._left(work.level)
 
     def take(self, limit: int) -> list[Work]:
         """The next batch: up to `limit` rows that may share a call, or one request alone, whatever its rows."""
         batch: list[Work] = []
         rows = 0
         key: Key | None = None
-        for priority in self._order:
-            level = self._levels[priority]
+        for number in self._order:
+            level = self._levels[number]
+            if number & 1 and key is not None and not batch[0].late:
+                continue  # who is in time does not wait for a larger call
             level.sweep()
             if key is None:
                 first = level.first()
@@ -124,8 +174,8 @@ class Queue:
         if not self.length:
             self._clear()
         elif len(self._order) > 1:
-            for priority in [priority for priority in self._order if not self._levels[priority].waiting]:
-                self._forget(priority)
+            for number in [number for number in self._order if not self._levels[number].waiting]:
+                self._forget(number)
         return batch
 
     def _less(self, caller: str) -> None:
@@ -137,41 +187,44 @@ class Queue:
 
     def rows_before(self, priority: int) -> int:
         """Rows that will be served before a new request of this priority."""
-        if not self._order or self._order[-1] <= priority:
+        if not self._order or self._order[-1] <= 2 * priority:
             return self.rows
-        return sum(work.rows for work in self if work.priority <= priority)
+        return sum(work.rows for work in self if work.level <= 2 * priority)
 
     def _taken(self, work: Work, batch: list[Work]) -> None:
         work.queued = False
         self._less(work.request.caller)
         self.length -= 1
         self.rows -= work.rows
+        self._late(work, -1)
         batch.append(work)
-        self._levels[work.priority].stale()
+        self._levels[work.level].stale()
 
-    def _left(self, priority: int) -> None:
+    def _left(self, number: int) -> None:
         """One of this level is not waited for any more; a level of none goes, for callers may name ever new ones."""
-        level = self._levels[priority]
+        level = self._levels[number]
         level.stale()
         if not level.waiting:
-            self._forget(priority)
+            self._forget(number)
 
-    def _forget(self, priority: int) -> None:
-        del self._levels[priority]
-        del self._order[bisect_left(self._order, priority)]
+    def _forget(self, number: int) -> None:
+        del self._levels[number]
+        del self._order[bisect_left(self._order, number)]
 
     def _clear(self) -> None:
         self._levels.clear()
         self._order.clear()
-        self.rows = 0
+        self.rows = self.late = self.late_rows = 0
 
 
 class _Level:
-    """One priority's lines. Work that left out of turn stays in them until it comes to the front, or until half of them is such work."""
+    """The lines of one priority's timely or late work. Work that left out of turn stays in them until it comes to the front, or until half of them
+    is such work."""
 
-    __slots__ = ("_alike", "_stale", "line", "waiting")
+    __slots__ = ("_alike", "_number", "_stale", "line", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self._number = number
         self.line: deque[Work] = deque()
         self._alike: dict[Key, deque[Work]] = {}
         self._stale = 0
@@ -184,7 +237,7 @@ class _Level:
 
     def sweep(self) -> None:
         if self._stale > 64 and self._stale * 2 > len(self.line):
-            self.line = deque(work for work in self.line if work.queued)
+            self.line = deque(work for work in self.line if self._waits(work))
             self._alike.clear()
             for work in self.line:
                 if not work.alone:
@@ -200,17 +253,24 @@ class _Level:
             else:
                 line.append(work)
 
-    def first(self) -> Work | None:
+    def _waits(self, work: Work) -> bool:
+        return work.queued and work.level == self._number
+
+    def head(self) -> Work | None:
+        """The one that has waited longest; it stays."""
         while self.line:
-            work = self.line.popleft()
-            if work.queued:
-                return work
+            if self._waits(self.line[0]):
+                return self.line[0]
+            self.line.popleft()
         return None
+
+    def first(self) -> Work | None:
+        return self.line.popleft() if self.head() is not None else None
 
     def forget(self, key: Key) -> None:
         """Let go of what was taken from the front of this key's line: it may hold large bodies, which would all be freed when the queue is empty."""
         line = self._alike.get(key)
-        while line and not line[0].queued:
+        while line and not self._waits(line[0]):
             line.popleft()
         if not line:
             self._alike.pop(key, None)
@@ -219,7 +279,7 @@ class _Level:
         line = self._alike.get(key)
         while line:
             work = line[0]
-            if work.queued:
+            if self._waits(work):
                 if work.rows > rows:
                     return
                 rows -= work.rows

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,20 +15,22 @@ from time import monotonic
 from typing import Final
 
 from app.domain import BYTES, OWN, InferenceRequest, InferenceResult, RuntimeSettings
-from app.errors import CallerLimited, HoneError, InvalidRequest, ModelFailed, NotReady, QueueFull
+from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady
 from app.serving import deadlines
 from app.serving.batcher import Queue, Work, key_of
 from app.serving.exchange import Batch, Exchange, Reply
 from app.serving.layout import Planner, Sizes, split
 from app.serving.ledger import PATIENCE_S, CoreLedger
 from app.serving.rates import ENOUGH, Rates
+from app.serving.room import Room
 from app.serving.runners import Instance, Runner, RunnerSpec
+from app.serving.timely import Timely
 from app.serving.watch import Usual
 
-FLOOD: Final = 8
-"""So many requests may wait for any caller, whatever share of the queue they are."""
 QUANTUM_S: Final = 0.01
 """While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
+LATE_SHARE: Final = 0.125
+"""A batch of those that are late anyway takes no more of what is promised to who comes while it runs."""
 LONG_CALL_S: Final = 0.001
 """Calls of one row that take longer gain little by company and make it wait; shorter ones are mostly overhead, which a batch shares."""
 LONE_CALLS: Final = 16
@@ -70,9 +71,8 @@ class Dispatcher:
         self._observer = observer
         self._runner: Runner | None = None
         self._free: list[Instance] = []
-        self.patience_s = math.inf
-        """How long an answer may take, where something is promised."""
-        self.caller_share = 1.0
+        self.timely = Timely()
+        self.room = Room(spec.name, self.queue, self.timely, self.rates, spec.settings)
         self._lone: Instance | None = None
         self._lone_calls = 0
         self._lone_since = 0.0
@@ -93,15 +93,15 @@ class Dispatcher:
     def submit(self, request: InferenceRequest) -> Work:
         """Queue a request. Raises QueueFull, DeadlineExceeded, CannotMeetDeadline or InvalidRequest (a size that does not add up)."""
         now = monotonic()
-        self.refuse_if_full()
-        if self.queue.callers.get(request.caller, 0) >= FLOOD:
-            self._refuse_flood(request.caller)
+        self.room.look()
+        self.room.share(request.caller)
         key, rows, alone = key_of(request.inputs, self.batchable and request.caller is not OWN)  # a probe measures itself alone
         self._sizes.check(request.inputs, key, rows)
         work = Work(request, key, rows, alone, self._loop.create_future(), now)
         if work.deadline is not None:
             deadlines.check(work, self.queue, self.rates, self.settings, now)
             self._deadlines.watch(work.deadline)
+        self.room.make(work)
         self.queue.push(work)
         self._pump_soon()
         return work
@@ -129,33 +129,7 @@ class Dispatcher:
 
     def refuse_if_full(self) -> None:
         """Raise QueueFull where one more request would be refused, whatever it asks."""
-        if self.queue.length >= self.settings.queue_limit:
-            raise self._full()
-
-    def _refuse_flood(self, caller: str) -> None:
-        """Who has most of what waits already waits outside, and others are served as ever: from a queue that is half full on, and where more than
-        `caller_share` is its own as soon as the rest would wait for half as long as is promised, which is before the ladder costs them quality."""
-        held, length, callers = self.queue.callers[caller], self.queue.length, len(self.queue.callers)
-        if callers < 2 or 2 * held <= length:
-            return
-        full = 2 * length >= self.settings.queue_limit
-        if not full and (held <= self.caller_share * length or self._drain_s(self.queue.rows) <= self.patience_s / 2):
-            return
-        raise CallerLimited(
-            f"this caller has {held} of the {length} requests that wait for {self._spec.name}; retry later: others share its queue",
-            retry_after_s=min(60.0, max(0.05, self._drain_s(held))),
-        )
-
-    def _drain_s(self, rows: int) -> float:
-        return self.rates.drain_s(rows, self.settings.batch_limit, self.settings.instances)
-
-    def _full(self) -> QueueFull:
-        limit = self.settings.queue_limit
-        wait_s = self._drain_s(self.queue.rows)
-        return QueueFull(
-            f"the queue of {self._spec.name} is full: {self.queue.length} of {limit} requests wait; retry later or raise queue_limit",
-            retry_after_s=min(60.0, max(0.05, wait_s)),
-        )
+        self.room.look()
 
     def _unanswered(self) -> list[Work]:
         return [*self.queue, *self.suspects, *(work for _, batch in self.in_flight() for work in batch.work)]
@@ -171,7 +145,7 @@ class Dispatcher:
 
     def resize(self, settings: RuntimeSettings) -> None:
         """Take new live settings: instances are added at once and removed as they become free."""
-        self.settings = settings
+        self.settings = self.room.settings = settings
         runner = self._runner
         if runner is None or not runner.alive:
             return
@@ -256,10 +230,14 @@ class Dispatcher:
     def pump(self) -> None:
         """Give work to free instances while there is both, and cores for it."""
         while self._ready():
+            self.timely.sort_out(self.queue, self.rates.wall_s, monotonic())
             limit = self._part(self.settings.batch_limit)
             if limit > 1 and self._account.has_company():
                 limit = self.rates.rows_within(QUANTUM_S, limit)
-            expected_s = self.rates.cpu_s(min(limit, self.queue.rows or 1))
+            self._account.late = self._only_late
+            if self._account.late:
+                limit = self.rates.rows_within(self.timely.patience_s * LATE_SHARE, limit)
+            expected_s = self.rates.cpu_s(min(limit, self.queue.front_rows or 1))
             instance = self._chosen()
             tokens = self._account.take(instance.threads, expected_s)
             if not tokens and instance is self._lone:
@@ -280,7 +258,7 @@ class Dispatcher:
         instances = self.settings.instances
         if limit == 1 or instances == 1 or self.rates.wall_s(1) < LONG_CALL_S:
             return limit
-        return min(limit, max(1, -(-self.queue.rows // instances)))
+        return min(limit, max(1, -(-self.queue.front_rows // instances)))
 
     def _chosen(self) -> Instance:
         """The lone instance for a request that, like the one before it, finds nobody else; with company each call does best on its own core."""
@@ -320,6 +298,10 @@ class Dispatcher:
         if self._held or self._solo or not self._free or self._busy - lone_runs >= self.settings.instances:
             return False
         return not self._busy if self.suspects else self.queue.length > 0
+
+    @property
+    def _only_late(self) -> bool:
+        return 0 < self.queue.late == self.queue.length and not self.suspects
 
     def _withdraw_if_idle(self) -> None:
         if not self.queue.length and not self.suspects:
@@ -377,6 +359,7 @@ class Dispatcher:
             else:
                 self._free.append(instance)
         more = self.queue.length or self.suspects
+        self._account.late = self._only_late
         self._account.give(batch.tokens, batch.expected_s, cpu_s, self.settings.intra_op_threads if more else 0)
 
     def _hand_out(self, batch: Batch, reply: Reply) -> None:

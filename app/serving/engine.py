@@ -138,12 +138,11 @@ class Engine:
     @property
     def backlog_s(self) -> float:
         """Seconds until all that waits now is answered, by what calls took lately."""
-        dispatcher, settings = self._dispatcher, self._dispatcher.settings
-        return dispatcher.rates.drain_s(dispatcher.queue.rows, settings.batch_limit, settings.instances)
+        return self._dispatcher.room.drain_s(self._dispatcher.queue.rows)
 
     def promise(self, threshold_s: float, caller_share: float) -> None:
         """How long an answer may take (infinite where nothing is promised), and how much of what waits may be one caller's until half of that."""
-        self._dispatcher.patience_s, self._dispatcher.caller_share = threshold_s, caller_share
+        self._dispatcher.timely.patience_s, self._dispatcher.room.caller_share = threshold_s, caller_share
 
     @property
     def settings(self) -> RuntimeSettings:

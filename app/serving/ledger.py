@@ -29,7 +29,7 @@ _RECOUNT_S: Final = 0.05
 class Account:
     """One engine's account. `wake` is called when its turn has come; it should call take() again at once."""
 
-    __slots__ = ("_ledger", "_used", "_used_at", "name", "running", "seen_at", "vtime", "waits_since", "wake", "wanted", "weight")
+    __slots__ = ("_ledger", "_used", "_used_at", "late", "name", "running", "seen_at", "vtime", "waits_since", "wake", "wanted", "weight")
 
     def __init__(self, ledger: CoreLedger, name: str, wake: Callable[[], None], weight: float) -> None:
         self.name = name
@@ -37,6 +37,8 @@ class Account:
         self.weight = weight
         self.running = 0
         self.wanted = 0
+        self.late = False
+        """All that waits for it is too late for what was promised: those in time go first."""
         self.waits_since = 0.0
         self.vtime = 0.0
         self.seen_at = -math.inf
@@ -63,6 +65,11 @@ class Account:
     def close(self) -> None:
         """The engine is gone."""
         self._ledger.close(self, monotonic())
+
+    @property
+    def turn(self) -> tuple[bool, float]:
+        """Of those that wait the smallest is next."""
+        return self.late, self.vtime
 
     def cores_used(self, now: float) -> float:
         """CPU seconds per second over about the last USAGE_S."""
@@ -146,7 +153,7 @@ class CoreLedger:
         if account.wanted and now - account.waits_since > PATIENCE_S and self.running + tokens <= 2 * self.cores:
             return self._first_waiting() is account
         if self.running + tokens <= self.cores:
-            return not any(other.wanted and other.vtime < account.vtime for other in recent if other is not account)
+            return not any(other.wanted and other.turn < account.turn for other in recent if other is not account)
         share = self.cores * account.weight / sum([other.weight for other in recent])
         return (
             account.running + tokens <= max(1.0, share)
@@ -168,7 +175,7 @@ class CoreLedger:
 
     def _first_waiting(self, tried: set[Account] | None = None) -> Account | None:
         waiting = [account for account in self._recent if account.wanted and not (tried and account in tried)]
-        return min(waiting, key=lambda account: account.vtime) if waiting else None
+        return min(waiting, key=lambda account: account.turn) if waiting else None
 
     def _see(self, account: Account, now: float) -> None:
         account.seen_at = now

@@ -1,0 +1,51 @@
+"""Who is served first while more comes than can be answered as promised: those who can still be answered in time.
+
+In order of arrival everybody would wait for as long as the queue is, and nobody be in time. So who has waited too long is passed by those
+who have not, and is answered when nobody in time waits; where the queue is full, the one who is late longest makes room. Nothing is refused
+that would not have been, and whoever is in time is served in order of arrival. (Dropping at the head and serving the newest first under
+overload: Maurer, "Fail at Scale", ACM Queue 13(8), 2015; Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 10(5), 2012.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+from app.serving.batcher import Queue, Work
+
+PRESSED_S: Final = 1.0
+"""So long after somebody fell behind, half of the time that an answer may wait is kept for what calls take beyond what is expected."""
+SPARE: Final = 0.5
+
+
+class Timely:
+    """What is promised to one version's callers: an answer within `patience_s`, infinite where nothing is."""
+
+    __slots__ = ("_pressed_until", "patience_s")
+
+    def __init__(self) -> None:
+        self.patience_s = math.inf
+        self._pressed_until = -math.inf
+
+    def sort_out(self, queue: Queue, call_s: Callable[[int], float], now: float) -> None:
+        """Let those fall behind who would be answered too late, `call_s` being the expected seconds of a call with so many rows."""
+        if self.patience_s == math.inf:
+            return
+        for head in queue.heads():
+            late: Work | None = head
+            while late is not None and self._late(late, call_s(late.rows), now):
+                self._pressed_until = now + PRESSED_S
+                level = late.level
+                queue.fall_behind(late)
+                late = next((other for other in queue.heads() if other.level == level), None)
+
+    def makes_room(self, queue: Queue, rows: int, call_s: Callable[[int], float]) -> Work | None:
+        """Who makes room for a request of `rows` rows that can be in time, where the queue is full; None: nobody."""
+        return queue.oldest_late() if call_s(rows) < self.patience_s else None
+
+    def _late(self, work: Work, call_s: float, now: float) -> bool:
+        """False where not even a call by itself is as quick as promised: nobody is in time then."""
+        may_wait_s = self.patience_s - call_s
+        waited_s = now - (work.request.received_at or work.enqueued_at)
+        return may_wait_s > 0 and waited_s > may_wait_s * (SPARE if now < self._pressed_until else 1.0)
