@@ -63,11 +63,7 @@ def infer(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         if kind == "application/json" and is_protocol(body):
             return _show(arguments, client.infer(model, body, version), lambda answer: json.dumps(answer, indent=2))
-        if version:
-            raise ClientError(
-                f"{arguments.file} goes to the active version; for version {version} send a protocol request (JSON with `inputs`)"
-            )
-        return _show(arguments, client.predict(model, body, kind), _answer_text)
+        return _show(arguments, client.predict(model, body, kind, version), _answer_text)
 
 
 def deploy(arguments: argparse.Namespace) -> int:
@@ -119,6 +115,8 @@ def unfreeze(arguments: argparse.Namespace) -> int:
 
 def promote(arguments: argparse.Namespace) -> int:
     model, version = named(arguments.model)
+    if version and arguments.version and version != arguments.version:
+        raise ClientError(f"{version} or {arguments.version}? name one version to promote")
     version = version or arguments.version or ""
     if not version:
         raise ClientError(f"which version of {model}? `hone versions {model}` lists them; then: hone promote {model} VERSION")

@@ -25,8 +25,10 @@ UNKNOWN: Final = "application/octet-stream"
 
 
 def named(text: str) -> tuple[str, str]:
-    """MODEL[:VERSION] as two texts."""
-    model, _, version = text.partition(":")
+    """MODEL[:VERSION] as two texts. A colon without a version is none: `remove digits:$UNSET` must not remove the model."""
+    model, colon, version = text.partition(":")
+    if not model or (colon and not version):
+        raise ClientError(f"{text!r}: expected MODEL or MODEL:VERSION, such as digits or digits:1.2")
     return model, version
 
 

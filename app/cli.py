@@ -40,6 +40,7 @@ SERVER_FLAGS: Final = (
     ("cores", "N", "cores for models; default: affinity and cgroup quota (HONE_CORES)"),
     ("log-level", "LEVEL", "debug, info, warning or error (HONE_LOG_LEVEL, info)"),
 )
+MOST_TIMEOUT_S: Final = 86_400
 WORKER_FLAGS: Final = frozenset({"repository", "state", "store", "log-level"})
 
 
@@ -163,10 +164,11 @@ def _add_reading(commands: Parsers) -> None:
         "one answer of a model",
         "infer",
         "hone infer digits digit.png",
+        "hone infer digits:1.1 digit.png",
         "hone infer digits request.json",
         """echo '{"image": [[[...]]]}' | hone infer digits -""",
     )
-    infer.add_argument("model", metavar="MODEL[:VERSION]", help="a version only for protocol requests (JSON with `inputs`)")
+    infer.add_argument("model", metavar="MODEL[:VERSION]", help="a version: one that is loaded; default: the active one")
     infer.add_argument(
         "file", metavar="FILE", help="a PNG or JPEG, a .txt, a .json (friendly, or a protocol request with `inputs`), or - for stdin"
     )
@@ -316,9 +318,17 @@ def _asking(commands: Parsers, name: str, text: str, action: str, *examples: str
     server.add_argument("--url", metavar="URL", help="where it is (HONE_URL, else http://HONE_HOST:HONE_PORT, 127.0.0.1:8000)")
     server.add_argument("--token", metavar="TOKEN", help="admin token (HONE_TOKEN, HONE_ADMIN_TOKEN, else STATE/admin-token)")
     server.add_argument("--state", metavar="FOLDER", help="the server's state folder, for its token (HONE_STATE, .hone)")
-    server.add_argument("--timeout", metavar="SECONDS", type=float, help="how long to wait for an answer (180; health checks 5)")
+    server.add_argument("--timeout", metavar="SECONDS", type=_seconds, help="how long to wait for an answer (180; health checks 5)")
     command.add_argument("--json", action="store_true", help="JSON for programs instead of text for people")
     return command
+
+
+def _seconds(text: str) -> float:
+    """How long to wait, for argparse."""
+    seconds = float(text)
+    if not 0 < seconds <= MOST_TIMEOUT_S:
+        raise argparse.ArgumentTypeError(f"{text} must lie above 0, and be at most {MOST_TIMEOUT_S}")
+    return seconds
 
 
 def _serve(arguments: argparse.Namespace) -> int:

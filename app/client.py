@@ -17,6 +17,8 @@ from urllib.parse import quote
 
 import httpx
 
+from app.settings import PREFIX, discovered, is_token
+
 JSON: TypeAlias = Any
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -48,13 +50,16 @@ class Address:
     @classmethod
     def from_env(cls, env: Mapping[str, str], url: str | None = None, token: str | None = None, state: str | None = None) -> Address:
         """Arguments win over HONE_URL, HONE_TOKEN, HONE_ADMIN_TOKEN, HONE_STATE, HONE_HOST, HONE_PORT and HONE_ADMIN_PORT."""
+        env = {name: text.strip() for name, text in env.items() if name.startswith(PREFIX) and not discovered(name, text.strip())}
         base = (url or env.get("HONE_URL") or f"http://{_host(env.get('HONE_HOST'))}:{env.get('HONE_PORT') or 8000}").rstrip("/")
         if "://" not in base:
             base = f"http://{base}"
         own_port = env.get("HONE_ADMIN_PORT") or "0"
         own_host = env.get("HONE_ADMIN_HOST") or env.get("HONE_HOST")
         admin = base if own_port == "0" or url else f"http://{_host(own_host)}:{own_port}"
-        given = token or env.get("HONE_TOKEN") or env.get("HONE_ADMIN_TOKEN") or ""
+        given = (token or "").strip() or env.get("HONE_TOKEN") or env.get("HONE_ADMIN_TOKEN") or ""
+        if not is_token(given):
+            raise ClientError("the token has characters that no token has (blanks, or other than ASCII); was it copied whole?")
         if given:
             return cls(base, admin, given)
         return cls(base, admin, *_token_of(Path(state or env.get("HONE_STATE") or ".hone")))
@@ -104,14 +109,13 @@ class Client:
     def server(self) -> JSON:
         return self._call("GET", "/v2")
 
-    def predict(self, model: str, body: bytes, content_type: str) -> JSON:
+    def predict(self, model: str, body: bytes, content_type: str, version: str = "") -> JSON:
         """The friendly door: an image, a text or JSON in, labels or outputs out."""
-        return self._call("POST", f"/models/{_part(model)}/predict", content=body, headers={"Content-Type": content_type})
+        return self._call("POST", f"/models/{_of(model, version)}/predict", content=body, headers={"Content-Type": content_type})
 
     def infer(self, model: str, body: bytes, version: str = "") -> JSON:
         """The Open Inference Protocol with a JSON body."""
-        path = f"/v2/models/{_part(model)}" + (f"/versions/{_part(version)}" if version else "")
-        return self._call("POST", f"{path}/infer", content=body, headers={"Content-Type": "application/json"})
+        return self._call("POST", f"/v2/models/{_of(model, version)}/infer", content=body, headers={"Content-Type": "application/json"})
 
     # the admin side
 
@@ -176,7 +180,7 @@ class Client:
         return self._admin("POST", "/freeze" if frozen else "/unfreeze")
 
     def remove(self, model: str, version: str = "") -> JSON:
-        return self._admin("DELETE", f"/models/{_part(model)}" + (f"/versions/{_part(version)}" if version else ""))
+        return self._admin("DELETE", f"/models/{_of(model, version)}")
 
     def jobs(self, model: str = "", open_only: bool = False) -> JSON:
         return self._admin("GET", "/jobs", params=({"model": model} if model else {}) | ({"open": "true"} if open_only else {}))
@@ -264,7 +268,14 @@ def _timeline(model: str, after: int) -> dict[str, str | int]:
 
 
 def _part(name: str) -> str:
-    return quote(name, safe="")
+    """One part of a path, whatever it is called: dots alone would climb to another path, and an empty part would be the path above."""
+    if not name:
+        raise ClientError("a name is empty; give the name of a model, version or job")
+    return name.replace(".", "%2E") if name in (".", "..") else quote(name, safe="")
+
+
+def _of(model: str, version: str) -> str:
+    return _part(model) + (f"/versions/{_part(version)}" if version else "")
 
 
 def _base(url: str) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import onnx
@@ -17,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from app import tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.cli import main, parser
-from app.client import Address, ClientError
+from app.client import Address, Client, ClientError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +77,65 @@ def test_a_model_may_name_its_version() -> None:
     assert named("digits:1.2") == ("digits", "1.2") and named("digits") == ("digits", "")
 
 
+@pytest.mark.parametrize("command", ["remove", "promote", "verify", "infer", "load"])
+@pytest.mark.parametrize("text", ["digits:", ":1.2", ""])
+def test_a_version_that_was_meant_and_is_empty_is_refused_before_anything_is_asked(
+    command: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, text, *(["-"] if command == "infer" else [])]) == 1
+    assert "expected MODEL or MODEL:VERSION" in capsys.readouterr().err
+
+
+def test_two_versions_to_promote_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["promote", "digits:1.1", "1.2"]) == 1
+    assert "1.1 or 1.2?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "a?b"])
+def test_no_name_climbs_to_another_path(name: str) -> None:
+    """`remove digits:..` is about a version that cannot be, never about the model."""
+    asked: list[bytes] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_DELETE(self) -> None:
+            asked.append(self.path.encode())
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        with Client(Address(url, url, "t")) as client:
+            if name:
+                client.remove("digits", name)
+                client.remove(name)
+                assert [unquote_to_bytes(path.rpartition(b"/")[2]).decode() for path in asked] == [name, name]
+                assert asked[0].startswith(b"/admin/models/digits/versions/") and asked[1].startswith(b"/admin/models/")
+            with pytest.raises(ClientError, match="a name is empty"):
+                client.versions("")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_timeout_that_is_none_is_refused_as_an_argument(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["status", "--timeout", seconds])
+    assert ended.value.code == 2 and "--timeout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", ["pässword", "two\nlines"])
+def test_a_token_that_is_none_is_told_in_one_line_without_showing_it(token: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--url", "http://127.0.0.1:9", "--token", token]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the token has characters" in error and token not in error
+
+
 def test_a_file_is_sent_as_what_its_name_says(tmp_path: Path) -> None:
     for name, kind in (
         ("a.PNG", "image/png"),
@@ -122,6 +184,9 @@ def test_the_address_comes_from_arguments_then_from_the_environment() -> None:
     assert Address.from_env({"HONE_TOKEN": "t", "HONE_URL": "x"}, url="box:1").url == "http://box:1"
     with_port = Address.from_env({"HONE_TOKEN": "t", "HONE_ADMIN_PORT": "9001"})
     assert (with_port.url, with_port.admin) == ("http://127.0.0.1:8000", "http://127.0.0.1:9001")
+    in_kubernetes = {"HONE_PORT": "tcp://10.96.0.7:8000", "HONE_PORT_8000_TCP_ADDR": "10.96.0.7", "HONE_TOKEN": "t\n"}
+    found = Address.from_env(in_kubernetes)
+    assert (found.url, found.token) == ("http://127.0.0.1:8000", "t")
 
 
 def test_the_token_comes_from_the_state_folder_where_none_is_given(tmp_path: Path) -> None:
