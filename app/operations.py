@@ -178,7 +178,7 @@ class ServerOperations:
     async def settings(self, name: str, changes: Mapping[str, int], reason: str, actor: str) -> JSON:
         loaded = self._service.loaded(name, None)
         settings = settings_from_json({**asdict(loaded.settings), **changes})
-        self._check_settings(loaded, settings)
+        self._check_settings(loaded, settings, changes)
         event = await self._do(self._commands.change_settings, name, settings, actor, reason, loaded.settings)
         return await self._reached(name, event)
 
@@ -391,14 +391,14 @@ class ServerOperations:
             raise Conflict(f"version {version} of {name!r} does not load: {slot.failed[version]}; version {active} goes on answering")
         return self._model(slot)
 
-    def _check_settings(self, loaded: Loaded, settings: RuntimeSettings) -> None:
+    def _check_settings(self, loaded: Loaded, settings: RuntimeSettings, changes: Mapping[str, int]) -> None:
+        """What is changed must make sense here; what model.yaml or a proof says otherwise is theirs to say."""
         cores = int(self._host["cores"])
-        if settings.lone_threads > cores:
-            raise InvalidRequest(f"lone_threads is {settings.lone_threads}; this server has {cores} cores")
-        if settings.intra_op_threads > cores:
-            raise InvalidRequest(f"intra_op_threads is {settings.intra_op_threads}; this server has {cores} cores")
+        for name in ("lone_threads", "intra_op_threads"):
+            if changes.get(name, 0) > cores:
+                raise InvalidRequest(f"{name} is {changes[name]}; this server has {cores} cores")
         most = max(2 * cores, 4)
-        if settings.instances > most:
+        if changes.get("instances", 0) > most:
             raise InvalidRequest(f"instances is {settings.instances}; at most {most} make sense with {cores} cores")
         if settings.batch_limit > 1 and not loaded.admitted.signature.batchable:
             raise InvalidRequest(

@@ -126,7 +126,7 @@ def to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
         return values
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(values))
 
 
 def _array(value: ort.OrtValue) -> NDArray[Any]:
@@ -142,5 +142,5 @@ def tensors(nodes: list[Any]) -> tuple[TensorInfo, ...]:
 
 
 def runnable(feeds: Feeds) -> Feeds:
-    """Arrays as ONNX Runtime takes them: contiguous, and strings as objects."""
-    return {name: value.astype(object) if value.dtype.kind in "US" else np.ascontiguousarray(value) for name, value in feeds.items()}
+    """Arrays as ONNX Runtime takes them: contiguous, of the rank that they have (np.ascontiguousarray gives a scalar an axis), strings as objects."""
+    return {name: value.astype(object) if value.dtype.kind in "US" else np.asarray(value, order="C") for name, value in feeds.items()}

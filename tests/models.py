@@ -152,6 +152,23 @@ def scalars(path: Path) -> Path:
     return save(path, nodes, [value("x", "FP32", ["N"]), value("s", "FP32", [])], [value("y", "FP32", ["N"]), value("z", "FP32", [])])
 
 
+def sum_of_scalars(path: Path, datatype: str = "FP32") -> Path:
+    """c [] = a [] + b []: nothing but scalars (of BF16, which has no such kernel, in float32 between casts)."""
+    node = helper.make_node("Add", ["a", "b"], ["c"])
+    if datatype == "BF16":
+        casts = [helper.make_node("Cast", [name], [name + "32"], to=TensorProto.FLOAT) for name in "ab"]
+        back = helper.make_node("Cast", ["c32"], ["c"], to=TensorProto.BFLOAT16)
+        return save(path, [*casts, helper.make_node("Add", ["a32", "b32"], ["c32"]), back], [value("a", datatype, []), value("b", datatype, [])], [value("c", datatype, [])])  # fmt: skip
+    return save(path, [node], [value("a", datatype, []), value("b", datatype, [])], [value("c", datatype, [])])
+
+
+def without_inputs(path: Path) -> Path:
+    """y [3] = 0, 1, 2: a model that computes from its weights alone."""
+    return save(
+        path, [helper.make_node("Identity", ["w"], ["y"])], [], [value("y", "FP32", [3])], weights={"w": np.arange(3, dtype=np.float32)}
+    )
+
+
 def brain_half(path: Path) -> Path:
     """y = x · x in bfloat16 (computed in float32 between two casts)."""
     nodes = [

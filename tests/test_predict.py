@@ -285,6 +285,9 @@ def test_what_a_body_has_become_counts_against_the_budget_until_it_is_answered(d
         ("shades", {"x": {"y": 1}}, "is an object"),
         ("shades", {"image": "!!"}, "not base64"),
         ("shades", {"image": base64.b64encode(b"GIF89a").decode()}, "neither PNG nor JPEG"),
+        ("shades", {"image": "aGk=", "top_k": 1}, "`image` comes alone"),
+        ("shades", {"image": ["aGk="]}, "`image` comes alone"),
+        ("shades", {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}, "/v2/models/{model}/infer"),
         ("shades", {"text": "hello"}, "no input 'text'"),
         ("pair", [[1, 2, 3]], "2 inputs: name them"),
         ("pair", {"a": [[1, 2, 3]]}, "'b' is missing"),
@@ -293,6 +296,7 @@ def test_what_a_body_has_become_counts_against_the_budget_until_it_is_answered(d
         ("lengths", {"texts": "good"}, "list of strings"),
         ("lengths", {"texts": ["good", 1]}, "list of strings"),
         ("lengths", {"texts": []}, "no text"),
+        ("lengths", {"text": "good", "more": 1}, "`text` comes alone"),
         ("lengths", {"input_ids": [[1.5]], "attention_mask": [[1]]}, "1.5"),
     ],
 )

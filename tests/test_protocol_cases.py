@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.models import dependent_rows, identity, scalars
+from tests.models import dependent_rows, identity, scalars, sum_of_scalars, without_inputs
 from tests.odd_models import (
     binary_body,
     dynamic_int8,
@@ -32,7 +32,9 @@ from tests.odd_models import (
 )
 from tests.running_server import Running, server
 
-GOOD = ("byte", "plain", "scalars", "log", "text", "weights", "time", "mean", "resize", "dynamic")
+SAMPLED = ("byte", "plain", "lavish", "scalars", "sum", "sum16", "log", "text", "weights", "time", "mean", "resize", "dynamic")
+GOOD = (*SAMPLED, "constant", "hollow")
+"""The last two have no inputs that could differ, so no reference is frozen."""
 BROKEN = ("half", "locale", "external")
 
 
@@ -45,7 +47,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
     identity(at("byte"), "UINT8")
     identity(at("plain"))
+    identity(at("lavish"))
+    (folder / "models" / "lavish" / "model.yaml").write_text("runtime: {instances: 100}\n")
     scalars(at("scalars"))
+    sum_of_scalars(at("sum"))
+    sum_of_scalars(at("sum16"), "BF16")
+    without_inputs(at("constant"))
+    identity(at("hollow"), shape=("N", 0))
     logarithm(at("log"))
     identity(at("text"), "BYTES", ("N",))
     weight_as_input(at("weights"))
@@ -182,6 +190,54 @@ def test_scalars_go_in_and_out_as_they_are(running: Running) -> None:
     assert wrong.status_code == 400 and "'s'" in wrong.json()["error"]
 
 
+def test_a_model_without_inputs_answers_whoever_asks(running: Running) -> None:
+    bodies = ({"inputs": []}, {"inputs": [], "outputs": [{"name": "y"}]})
+    for body in bodies:
+        assert outputs(running.call("POST", "/v2/models/constant/infer", json=body))["y"]["data"] == [0.0, 1.0, 2.0]
+    assert running.call("POST", "/models/constant/predict", content=b"{}").json()["outputs"] == {"y": [0.0, 1.0, 2.0]}
+    wrong = running.call("POST", "/models/constant/predict", content=b'{"x": 1}')
+    assert wrong.status_code == 400 and "the model takes no input" in wrong.json()["error"]
+    assert running.call("POST", "/v2/models/plain/infer", json={"inputs": []}).status_code == 400
+
+
+def test_tensors_without_elements_are_answered(running: Running) -> None:
+    for model, shape in (("hollow", [2, 0]), ("plain", [0, 3]), ("plain", [3, 0]), ("text", [0]), ("byte", [0, 0])):
+        datatype = {"text": "BYTES", "byte": "UINT8"}.get(model, "FP32")
+        (output,) = infer(running, model, json_input("x", datatype, shape, [])).json()["outputs"]
+        assert (output["shape"], output["data"]) == (shape, [])
+    wrong = infer(running, "plain", json_input("x", "FP32", [2**63, 0], []))
+    assert wrong.status_code == 400 and "63 bits" in wrong.json()["error"]
+
+
+def test_a_model_that_nobody_asked_yet_has_statistics(running: Running) -> None:
+    for path in ("/v2/models/stats", "/v2/models/sum16/stats", "/v2/models/sum16/versions/1/stats"):
+        found = {row["name"]: row for row in running.call("GET", path).json()["model_stats"]}
+        assert found["sum16"]["version"] == "1" and found["sum16"]["inference_stats"]["success"]["count"] == 0
+
+
+def test_a_slash_at_the_end_of_a_path_changes_nothing(running: Running) -> None:
+    body = {"inputs": [json_input("x", "FP32", [1, 2], [1, 2])]}
+    answer = running.call("POST", "/v2/models/plain/infer/", json=body)
+    assert answer.status_code == 200 and answer.headers["hone-version"] == "1"
+    assert running.call("GET", "/v2/").json()["name"] == "hone" and running.call("GET", "/metrics/").status_code == 200
+    assert running.call("GET", "/admin/models/").status_code == 401
+    assert running.call("GET", "/nothing/").status_code == running.call("GET", "//").status_code == 404
+
+
+def test_a_target_that_is_no_path_is_malformed(running: Running) -> None:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+        connection.sendall(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"the target 'x:80' is no path" in answer
+
+
+def test_settings_of_model_yaml_that_the_server_would_not_take_hold_up_no_other(running: Running) -> None:
+    path = "/admin/models/lavish/settings"
+    assert "at most" in running.admin("PATCH", path, 400, json={"instances": 200})["error"]
+    changed = running.admin("PATCH", path, 200, json={"queue_limit": 7})
+    assert (changed["settings"]["queue_limit"], changed["settings"]["instances"]) == (7, 100)
+
+
 def test_callers_with_different_scalars_are_never_merged(running: Running) -> None:
     wrong: list[Any] = []
 
@@ -282,11 +338,12 @@ def test_an_int8_graph_answers_as_it_does_unoptimized(running: Running) -> None:
 
 def test_all_models_come_back_after_a_restart_as_they_were(running: Running) -> None:
     """Golden is held to its frozen outputs at each load: scalars, texts, fixed first axes and NaN must be comparable too."""
-    frozen = [running.folder / "state" / "models" / model / "reference" / "meta.json" for model in GOOD]
+    frozen = [running.folder / "state" / "models" / model / "reference" / "meta.json" for model in SAMPLED]
     running.until(lambda: all(path.exists() for path in frozen))
     running.restart().ready(*GOOD)
     states = {model["name"]: (model["state"], model["failed"]) for model in running.admin("GET", "/admin/models")["models"]}
     assert {name: states[name] for name in GOOD} == dict.fromkeys(GOOD, ("ready", {}))
+    assert "not frozen yet" not in running.log
 
 
 def test_statistics_of_a_version_that_is_not_there(running: Running) -> None:

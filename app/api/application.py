@@ -77,6 +77,7 @@ def build_app(
         routes += protocol.repository_routes()
     routes += operation_routes(guard, exporter, metrics)
     app.router.routes[:0] = routes
+    app.router.redirect_slashes = False  # Gate takes a path with a slash at its end for the one without
     if surfaces.admin:
         app.include_router(admin.router())
     _answer_errors_as_json(app)
@@ -111,6 +112,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path: str = scope["path"]
+        if path[-1:] == "/" and path != "/":  # a redirect would lose the body of a POST, and name a host that the client may not know
+            path = path.rstrip("/") or "/"
+            scope = {**scope, "path": path}
         if path.endswith(("/infer", "/predict")):
             door = self._door(scope, path)
             if door is not None:

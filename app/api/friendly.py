@@ -16,6 +16,7 @@ import orjson
 from app.api.json_tensors import tensors_of
 from app.api.multipart import parse_multipart
 from app.api.wire import Reply
+from app.api.wire.tensors import show
 from app.catalog.images import image_format
 from app.catalog.processing import Processor
 from app.domain import Buffer, InferenceResult, Signature, Tensor
@@ -163,7 +164,24 @@ def _from_json(body: bytes, processor: Processor, signature: Signature) -> Encod
             return Encoded(processor.encode_text(_texts(value)), False)
         if key == "image" and type(value) is str:
             return Encoded(processor.encode_image(_unpacked(value)), True)
+    if type(document) is dict:
+        _refuse_other_forms(document, processor, signature)
     return Encoded(*tensors_of(document, signature))
+
+
+def _refuse_other_forms(document: dict[str, Any], processor: Processor, signature: Signature) -> None:
+    """What looks like an image, a text or a request of the protocol and is none in this form: told as that, not as an unknown input."""
+    names = {spec.name for spec in signature.inputs}
+    for key, form, taken in (
+        ("image", '{"image": "base64 of one PNG or JPEG"}', processor.image),
+        ("text", '{"text": "..."}', processor.text),
+        ("texts", '{"texts": ["...", "..."]}', processor.text),
+    ):
+        if key in document and key not in names and taken is not None:
+            raise InvalidRequest(f"`{key}` comes alone, as in {form}; this JSON has {show(document)}")
+    inputs = document.get("inputs")
+    if "inputs" not in names and type(inputs) is list and inputs and type(inputs[0]) is dict:
+        raise InvalidRequest("this is a request of the Open Inference Protocol; POST it to /v2/models/{model}/infer")
 
 
 def _texts(value: Any) -> list[str]:

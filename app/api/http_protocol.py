@@ -95,9 +95,15 @@ class HoneProtocol(HttpToolsProtocol):
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
-            self._refuse(*(self._refusal or (400, f"malformed HTTP: {error}")))
+            self._refuse(*(self._refusal or (400, f"malformed HTTP: {self._told(error)}")))
         if self._stage != _IDLE or (self._begun == begun and stage < _HEAD):
             self._count(len(data), stage, self._begun - begun, body_bytes)
+
+    def _told(self, error: Exception) -> str:
+        """What the parser says; where one of its callbacks failed, that is about the target, the one thing that they read further."""
+        if not isinstance(error, httptools.HttpParserCallbackError):
+            return str(error)
+        return f"the target {self.url[:80].decode('ascii', 'backslashreplace')!r} is no path such as /v2"
 
     def _feed(self, data: bytes | memoryview) -> None:
         while data and self._stage != _REFUSED:

@@ -50,7 +50,7 @@ def _by_input(document: Any, signature: Signature) -> Mapping[str, Any]:
                 )
             document = document[wrapper]
     if isinstance(document, dict):
-        if not document:
+        if not document and any(not spec.optional for spec in signature.inputs):
             raise InvalidRequest(f"the JSON object is empty; the model takes {_takes(signature)}")
         return document
     needed = [spec.name for spec in signature.inputs if not spec.optional]
@@ -97,4 +97,4 @@ def _shape(data: Any, spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _takes(signature: Signature) -> str:
-    return ", ".join(f"{spec.name} ({spec.datatype} {list(spec.shape)})" for spec in signature.inputs)
+    return ", ".join(f"{spec.name} ({spec.datatype} {list(spec.shape)})" for spec in signature.inputs) or "no input, as in {}"

@@ -143,6 +143,7 @@ class Protocol2:
             slot = self._service.slot(name)
             if version is not None and version not in slot.known:
                 raise errors.NotFound(f"model {name!r} has no version {version!r}; it has {', '.join(slot.known) or 'none'}")
+        self._metrics.begin(self._service.loaded_keys())
         rows = [row for row in list(self._metrics.rows.values()) if name in (None, row.model) and version in (None, row.version)]
         return json_response(extensions.statistics(rows, self._metrics.gauges["hone_model_memory_bytes"]))
 

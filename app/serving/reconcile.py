@@ -14,7 +14,7 @@ from time import monotonic, time
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.repository import FoundModel
-from app.domain import Event, Generation, ModelState, VersionState
+from app.domain import Event, Generation, ModelState, Signature, VersionState
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
 from app.serving.backoff import RETRY_MOST_S, Backoff
@@ -41,6 +41,12 @@ def _classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
         return {}
     best = scores.reshape(-1, scores.shape[-1]).argmax(-1).tolist()
     return {group: best.count(group) / len(best) for group in set(best)}
+
+
+def _can_be_sampled(signature: Signature) -> bool:
+    """Whether inputs can differ at all: some models take none, or only empty ones."""
+    needed = [spec for spec in signature.inputs if not spec.optional]
+    return bool(needed) and all(0 not in spec.shape for spec in needed)
 
 
 def needed(want: ModelState) -> set[str]:
@@ -314,6 +320,8 @@ class ModelReconciler:
         golden = self.slot.versions.get(want.golden)
         busy = self._freezing is not None and not self._freezing.done()
         if golden is None or golden.admitted.reference is not None or busy or golden.admitted.kind != "onnx":
+            return
+        if not _can_be_sampled(golden.admitted.signature):
             return
         if monotonic() < self._freeze_after:
             return

@@ -141,14 +141,19 @@ class Metrics:
         elif known is None or known.threshold_s != threshold_s:
             self.objectives[model] = ObjectiveRow(threshold_s)
 
+    def begin(self, loaded: Iterable[tuple[str, str]]) -> None:
+        """See that every loaded version is counted, though nobody asked it yet."""
+        for key in loaded:
+            if key not in self.rows:
+                self._row(*key)
+
     def retire(self, loaded: set[tuple[str, str]]) -> None:
         """Called at each scrape: rows of versions long gone and scraped often enough leave the export, but not the memory.
 
         Loaded versions are shown from 0 on: a counter that begins at 5 hides these five from Prometheus's increase().
         """
         now = monotonic()
-        for key in loaded - self.rows.keys():
-            self._row(*key)
+        self.begin(loaded)
         for key, row in list(self.rows.items()):
             if key in loaded:
                 continue

@@ -75,7 +75,7 @@ def parse_infer(
         head = view[:at]
     document = _load_object(head)
     inputs = document.get("inputs")
-    if type(inputs) is not list or not inputs:
+    if type(inputs) is not list or not (inputs or _takes_nothing(signature)):
         raise InvalidRequest(f"inputs is {show(inputs)}; a request has a list of one input or more, as in {_EXAMPLE}")
     tensors: list[Tensor] = []
     booleans: bool | None = None
@@ -106,6 +106,11 @@ def parse_infer(
     return _with_options(document, tensors, now)
 
 
+def _takes_nothing(signature: Signature | None) -> bool:
+    """Whether a request without inputs is a whole one: a model may compute from its weights, or from chance, alone."""
+    return signature is not None and all(spec.optional for spec in signature.inputs)
+
+
 def _load_object(head: Buffer) -> dict[str, Any]:
     try:
         document = orjson.loads(head)
@@ -128,8 +133,10 @@ def _describe(item: Any) -> tuple[str, str, tuple[int, ...], int, dict[str, Any]
         raise InvalidRequest(f"input {show(name)}: shape is {show(dims)}; it is a list of at most {MAX_RANK} integers, [] for a scalar")
     count = 1
     for dim in dims:
-        if type(dim) is not int or dim < 0:
-            raise InvalidRequest(f"input {show(name)}: shape {show(dims)} has {show(dim)} in it; every dimension is an integer, 0 or more")
+        if type(dim) is not int or not 0 <= dim < 2**63:
+            raise InvalidRequest(
+                f"input {show(name)}: shape {show(dims)} has {show(dim)} in it; every dimension is an integer of 63 bits, 0 or more"
+            )
         count *= dim
     parameters = item.get("parameters")
     return name, datatype, tuple(dims), count, _NO_PARAMETERS if parameters is None else _object("parameters", parameters)
