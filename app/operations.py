@@ -333,17 +333,27 @@ class ServerOperations:
         want = self._fleet.state.models.get(model, want)
 
         def done(slot: Slot) -> bool:  # golden answers where the desired one does not load
-            return slot.active is not None or all(reconciler.refuses(v, want.generation.n) for v in (want.desired, want.golden))
+            refused = all(reconciler.refuses(v, want.generation.n) for v in (want.desired, want.golden))
+            return slot.active is not None or refused or self._fleet.unloaded(model)
 
         await self._fleet.settle(model, done, LOAD_WAIT_S)
         slot = self._service.slot(model)
+        if self._fleet.unloaded(model):
+            raise Conflict(f"model {model!r} was unloaded by somebody else while it was loading")
         if slot.active is None:
             raise NotReady(f"model {model!r} is not ready: {slot.reason}")
 
     async def unload(self, model: str, actor: str) -> None:
         slot = self._service.slot(model)
         await self._do(self._commands.set_loaded, model, False, actor)
-        if not await self._fleet.settle(model, lambda slot: slot.unloaded and not slot.versions, UNLOAD_WAIT_S):
+
+        def done(slot: Slot) -> bool:
+            return (slot.unloaded and not slot.versions) or not self._fleet.unloaded(model)
+
+        gone = await self._fleet.settle(model, done, UNLOAD_WAIT_S)
+        if model in self._fleet.state.models and not self._fleet.unloaded(model):
+            raise Conflict(f"model {model!r} was loaded by somebody else while it was leaving")
+        if not gone and model in self._service.slots:
             left = ", ".join(f"version {one.version} ({one.engine.inflight} requests)" for one in slot.versions.values())
             raise NotReady(
                 f"model {model!r} takes no requests any more, but is not gone after {UNLOAD_WAIT_S:.0f} s: {left or 'a load'} must end first"
@@ -375,14 +385,16 @@ class ServerOperations:
         return result
 
     async def _reached(self, name: str, event: Event) -> JSON:
-        """Wait, bounded, until the active version is the one now desired."""
+        """Wait, bounded, until the active version is the one now desired, or somebody wants another, or none."""
         reconciler, want = self._fleet.reconciler(name), self._fleet.state.models.get(name)
         version, number = (want.desired, want.generation.n) if want is not None else (event.version, 0)
 
         def done(slot: Slot) -> bool:
             active = slot.active
             there = active is not None and active.version == version and active.generation >= number
-            return there or reconciler.refuses(version, number)
+            now = self._fleet.state.models.get(name)
+            overtaken = now is None or now.unloaded or (now.generation.n > number and now.desired != version)
+            return there or overtaken or reconciler.refuses(version, number)
 
         await self._fleet.settle(name, done, LOAD_WAIT_S)
         slot = self._service.slot(name)

@@ -43,3 +43,16 @@ def test_a_model_that_somebody_brings_is_announced_by_them(fleet: Fleet, journal
 def test_what_happened_last_with_each_model_is_known(fleet: Fleet, journal: Journal) -> None:
     asyncio.run(fleet._scan())
     assert fleet.latest["m"]["kind"] == "model.deployed" and fleet.latest["m"]["at"] > 0
+
+
+def test_a_journal_that_is_away_is_told_once_and_so_is_its_return(fleet: Fleet, journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hone.serving")
+    there, fleet._journal = journal, open_journal("redis://user:secret@127.0.0.1:1/0")
+    asyncio.run(fleet.refresh())
+    asyncio.run(fleet.refresh())
+    fleet._journal = there
+    asyncio.run(fleet.refresh())
+    asyncio.run(fleet.refresh())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "the journal is away" in told[0] and "127.0.0.1:1" in told[0] and "back" in told[1]
+    assert "secret" not in caplog.text

@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,6 +237,36 @@ def test_settings_of_model_yaml_that_the_server_would_not_take_hold_up_no_other(
     assert "at most" in running.admin("PATCH", path, 400, json={"instances": 200})["error"]
     changed = running.admin("PATCH", path, 200, json={"queue_limit": 7})
     assert (changed["settings"]["queue_limit"], changed["settings"]["instances"]) == (7, 100)
+
+
+def test_a_change_of_an_unloaded_model_is_taken_at_once_and_holds_when_it_is_loaded(running: Running) -> None:
+    running.admin("PATCH", "/admin/models/lavish/settings", 200, json={"queue_limit": 8})
+    running.admin("POST", "/v2/repository/models/lavish/unload", 200)
+    began = time.monotonic()
+    undone = running.admin("POST", "/admin/models/lavish/rollback", 200)
+    assert time.monotonic() - began < 20 and (undone["state"], undone["reason"]) == ("unloaded", "")
+    running.admin("POST", "/v2/repository/models/lavish/load", 200)
+    assert running.admin("GET", "/admin/models/lavish")["settings"]["queue_limit"] != 8
+
+
+def test_callers_who_load_and_unload_against_each_other_are_told_and_do_not_wait(running: Running) -> None:
+    seen: list[tuple[int, float]] = []
+    until = time.monotonic() + 3
+
+    def call(what: str) -> None:
+        with httpx.Client(base_url=running.url, timeout=150, headers={"Authorization": f"Bearer {running.token}"}) as client:
+            while time.monotonic() < until:
+                began = time.monotonic()
+                answer = client.post(f"/v2/repository/models/log/{what}")
+                seen.append((answer.status_code, time.monotonic() - began))
+
+    callers = [threading.Thread(target=call, args=(what,)) for what in ("load", "unload") * 2]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    running.admin("POST", "/v2/repository/models/log/load", 200)
+    assert {status for status, _ in seen} <= {200, 409} and max(took for _, took in seen) < 30
 
 
 def test_callers_with_different_scalars_are_never_merged(running: Running) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from app.catalog.repository import Repository
 from app.catalog.samples import SampleSets
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
-from app.control.worker import Worker
+from app.control.worker import Worker, run_worker
+from app.errors import NotAllowed
 from app.settings import Settings
+from app.store.open import open_journal
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
 from optimizers import Samples
@@ -82,3 +86,27 @@ def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> N
     request = worker._request(piece, [], tmp_path, folder.checkpoints / "j" / "0")
     assert Order.from_json(request).keep == str(folder.checkpoints / "j" / "0")
     journal.close()
+
+
+@pytest.mark.anyio
+async def test_a_journal_that_is_away_is_told_once_however_often_it_is_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hone")
+    with contextlib.closing(SqliteJournal(tmp_path / "journal.db")) as journal:
+        worker, _ = worker_of(tmp_path, journal)
+        worker._journal = open_journal("redis://127.0.0.1:1/0")
+        worker._rest = lambda seconds: asyncio.sleep(0.01)
+        running = asyncio.create_task(worker.run())
+        await asyncio.sleep(0.5)
+        worker._journal = journal
+        await asyncio.sleep(0.5)
+        worker.stop()
+        await running
+    told = [record.getMessage() for record in caplog.records if "the journal is" in record.getMessage()]
+    assert len(told) == 2 and "away" in told[0] and "back" in told[1]
+
+
+def test_a_taken_port_of_metrics_is_told_with_the_remedy(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(state=tmp_path, worker_port=taken.getsockname()[1])
+        with pytest.raises(NotAllowed, match=r"cannot listen on .*HONE_WORKER_PORT"):
+            run_worker(settings)

@@ -33,7 +33,7 @@ from app.control.expected import in_order
 from app.control.steps import is_recalibration
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
-from app.errors import Conflict, HoneError
+from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
@@ -71,15 +71,21 @@ class Worker:
 
     async def run(self) -> None:
         board = asyncio.create_task(self._show_alive(), name="board")
+        away = False
         try:
             while not self._stopping.is_set():
                 try:
                     job = await self._claim()
+                    if away:
+                        log.info("the journal is back")
+                    away = False
                     if job is not None:
                         await self._work(job)
                         continue
                 except StoreUnavailable as error:
-                    log.warning("the journal is away: %s", error)
+                    if not away:
+                        log.warning("the journal is away, so no job can be claimed: %s", error)
+                    away = True
                     await self._rest(2.0)
                 except Exception:
                     log.exception("a pass of the worker failed")
@@ -353,6 +359,10 @@ async def _run(worker: Worker, settings: Settings, metrics: Metrics) -> None:
         loop.add_signal_handler(number, worker.stop)
     if settings.worker_port and settings.metrics != "off":
         tokens = (lambda: _tokens(settings)) if settings.metrics == "admin" else None
-        serve_metrics(settings.host, settings.worker_port, metrics, tokens)
+        try:
+            serve_metrics(settings.host, settings.worker_port, metrics, tokens)
+        except OSError as error:
+            place = f"{settings.host}:{settings.worker_port}"
+            raise NotAllowed(f"cannot listen on {place}: {error.strerror}; choose another with --port or HONE_WORKER_PORT") from None
     log.info("worker %s waits for jobs", worker.name)
     await worker.run()

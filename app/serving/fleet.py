@@ -166,14 +166,23 @@ class Fleet:
         return self._reconcilers[model]
 
     async def settle(self, model: str, reached: Callable[[Slot], bool], timeout_s: float) -> bool:
-        """Wait until `reached(slot)` holds, bounded; True if it does."""
+        """Wait until `reached(slot)` holds, bounded; True if it does. Who waits for a model that leaves meanwhile waits no longer."""
         until = monotonic() + timeout_s
+        was_there = False
         while monotonic() < until:
             reconciler = self._reconcilers.get(model)
             if reconciler is not None and reached(reconciler.slot):
                 return True
+            if reconciler is None and was_there:
+                return False
+            was_there = reconciler is not None
             await asyncio.sleep(0.02)
         return False
+
+    def unloaded(self, model: str) -> bool:
+        """Whether the model is there and shall not answer, as far as the journal is known here."""
+        want = self.state.models.get(model)
+        return want is not None and want.unloaded
 
     async def news(self, after: int, timeout_s: float) -> int | None:
         """Wait, bounded, for an event later than `after`. The number of the latest one; None once the server ends.
@@ -212,9 +221,11 @@ class Fleet:
         try:
             state, self.board = await asyncio.to_thread(self._catch_up)
         except StoreUnavailable as error:
-            self.store_error = str(error)
+            self._journal_is_away(error)
             self._metrics.gauge("hone_store_up", value=0)
             return
+        if self.store_error:
+            log.info("the journal is back")
         self.store_error = ""
         self._metrics.gauge("hone_store_up", value=1)
         if state.seq != self.state.seq:
@@ -284,7 +295,12 @@ class Fleet:
             await asyncio.to_thread(self._journal.append, event)
             self._metrics.count("hone_events", event.kind)
         except StoreUnavailable as error:
-            self.store_error = str(error)
+            self._journal_is_away(error)
+
+    def _journal_is_away(self, error: StoreUnavailable) -> None:
+        if not self.store_error:
+            log.warning("the journal is away, so nothing changes here until it is back: %s", error)
+        self.store_error = str(error)
 
     # ---- directing
     def _direct(self) -> None:

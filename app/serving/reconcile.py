@@ -110,7 +110,7 @@ class ModelReconciler:
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
         slot.known = self._known(want, found)
         if want.unloaded:
-            slot.active = None
+            slot.active, slot.reason = None, ""
             for loaded in list(slot.versions.values()):
                 await self._stop(loaded)
             return
