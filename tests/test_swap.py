@@ -95,6 +95,28 @@ def test_settings_are_a_generation_that_can_be_undone(running: Running) -> None:
     assert undone["settings"]["spin_duration_us"] == before["settings"]["spin_duration_us"]
 
 
+def test_a_model_yaml_that_changes_how_versions_run_holds_for_those_that_run(running: Running) -> None:
+    """Read when a version was loaded and never again, `rows: dependent` would leave rows mixed until the next restart."""
+    path = running.folder / "models" / "m" / "model.yaml"
+
+    def told(text: str, **settings: int) -> int:
+        path.write_text(text)
+        running.until(lambda: settings.items() <= running.admin("GET", "/admin/models/m")["settings"].items())
+        return int(next(one["pid"] for one in running.admin("GET", "/admin/models/m")["loaded"] if one["version"] == "2"))
+
+    def batching(version: str) -> str:
+        return str(running.call("GET", f"/v2/models/m/versions/{version}").json()["properties"]["batching"])
+
+    running.admin("POST", "/admin/models/m/versions/1/load", 200)
+    with Load(running) as load:
+        first = told("runtime: {instances: 1, lone_threads: 0}\n", instances=1, lone_threads=0)
+        assert told("runtime: {instances: 2, queue_limit: 77, lone_threads: 0}\n", instances=2, queue_limit=77) == first
+        assert told("runtime: {queue_limit: 78, threads: 1}\nbatching: {rows: dependent}\n", queue_limit=78, batch_limit=1) != first
+        assert "stated by the owner" in batching("2")
+        running.until(lambda: running.answers("/v2/models/m/versions/1/ready") and "stated by the owner" in batching("1"))
+    assert set(load.statuses) == {200} and not load.wrong
+
+
 @pytest.mark.parametrize("victim", ["server", "runner"])
 def test_a_kill_in_the_midst_of_swaps_is_repaired(running: Running, victim: str) -> None:
     stop = threading.Event()

@@ -337,6 +337,11 @@ asks before any version takes over; `observe`: only looks."""
         return {key: given for key, given in value.items() if given is not None or key not in cls.model_fields}
 
     @property
+    def run_by(self) -> tuple[object, ...]:
+        """What decides how versions are run: where it changes, those that are loaded have to follow."""
+        return self.batching, self.runtime, self.limits.memory_mb, self.source
+
+    @property
     def side_files(self) -> tuple[str, ...]:
         """Names of the files that must lie beside model.yaml: labels and tokenizer."""
         labels = self.postprocess.labels if isinstance(self.postprocess.labels, str) else None

@@ -218,9 +218,10 @@ class Admission:
         reference = await asyncio.to_thread(self._reference, found.name, want.golden_sha256)
         methods = "+".join(str(step.get("method", "")) for step in card.draft.recipe)
         serving = dict(next((fact["serving"] for fact in reversed(card.draft.facts) if "serving" in fact), {}))
+        rows = _dependent_by_word(config) or card.rows
         return Admitted(
-            found.name, version, card.kind, self._cards.path(card), "", _with_rows(card.signature, card.rows), card.sha256,
-            want.golden_sha256, self._settings(config, card.rows, serving, proof), card, proof, reference, methods,
+            found.name, version, card.kind, self._cards.path(card), "", _with_rows(card.signature, rows), card.sha256,
+            want.golden_sha256, self._settings(config, rows, serving, proof), card, proof, reference, methods,
             "int8" if "int8" in methods else "",
         )  # fmt: skip
 
@@ -262,13 +263,20 @@ def _with_rows(signature: Signature, rows: RowsProof) -> Signature:
     return replace(signature, batchable=rows.independent, rows_reason=rows.reason)
 
 
+def _dependent_by_word(config: ModelConfig) -> RowsProof | None:
+    """The one word about rows that holds for what was built from golden, too: what was built may depend where golden does not."""
+    if config.batching.rows != "dependent":
+        return None
+    return RowsProof(False, "stated by the owner in model.yaml (rows: dependent)", True)
+
+
 def rows_by_word(proven: RowsProof, signature: Signature, config: ModelConfig) -> RowsProof:
     """The owner's word in model.yaml wins over what was measured, but not over shapes that cannot be joined."""
     stated = config.batching.rows
     if stated == "auto":
         return proven
-    if stated == "dependent":
-        return RowsProof(False, "stated by the owner in model.yaml (rows: dependent)", True)
+    if dependent := _dependent_by_word(config):
+        return dependent
     if not all(spec.shape and spec.shape[0] == -1 for spec in (*signature.inputs, *signature.outputs)):
         return proven
     return RowsProof(True, "stated by the owner in model.yaml (rows: independent)", True)

@@ -97,7 +97,7 @@ class Loader:
             except BaseException:
                 self._taken.pop(key, None)
                 raise
-        loaded = Loaded(admitted, engine, settings, generation, 0.0)
+        loaded = Loaded(admitted, engine, settings, generation, 0.0, run_by=config.run_by, memory_mb=config.limits.memory_mb)
         self._taken[id(engine)] = self._taken.pop(key)
         try:
             loaded.notes = await self._agrees(loaded, config)

@@ -20,6 +20,7 @@ from app.serving.admission import Admission, Admitted
 from app.serving.backoff import RETRY_MOST_S, Backoff
 from app.serving.loader import Loader
 from app.serving.mirror import Mirror
+from app.serving.reread import runs_as_told, takes_live
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Share, Slot, asked_alike
 from app.telemetry.metrics import Metrics
@@ -118,6 +119,7 @@ class ModelReconciler:
         await self._reach(want, found, want.desired)
         if slot.active is None and want.desired != want.golden:
             await self._reach(want, found, want.golden)
+        await self._follow_model_yaml(want, found)
         await self._share(want, found)
         if slot.active is not None and self._prepared != (want.golden_sha256, slot.config):
             await self._prepare(found, slot.active.admitted)
@@ -171,6 +173,8 @@ class ModelReconciler:
         current = slot.versions.get(version)
         if current is not None and current.admitted.golden_sha256 != want.golden_sha256 and version == want.golden:
             current = None
+        if current is not None and not await self._runs_as_told(current, want, found):
+            current = None
         fits = current is not None and (given is None or given == current.settings)
         if fits and current is not None:
             if active is not current:
@@ -204,6 +208,28 @@ class ModelReconciler:
         self._swap(loaded, want, monotonic() - began)
         if replaced is not None:
             self._later(self._stop_engine(replaced))
+
+    async def _runs_as_told(self, loaded: Loaded, want: ModelState, found: FoundModel) -> bool:
+        """Whether a loaded version is run as model.yaml says now; where it can, the live runner takes what changed."""
+        config, before = found.config or ModelConfig(), loaded.settings
+        if runs_as_told(loaded, config):
+            return True
+        taken = await takes_live(loaded, want, found, config, self._admission)
+        if taken and loaded.settings != before and loaded is self.slot.active:
+            self._activated(loaded, want, 0.0, loaded)
+        return taken
+
+    async def _follow_model_yaml(self, want: ModelState, found: FoundModel) -> None:
+        """Versions beside the active one that cannot take live what changed go, and come back where somebody needs them."""
+        slot = self.slot
+        for loaded in [one for one in slot.versions.values() if one is not slot.active]:
+            if await self._runs_as_told(loaded, want, found):
+                continue
+            await self._stop(loaded)
+            if loaded.pinned and loaded.version in slot.known:
+                await self._warm(want, found, loaded.version)
+                if (again := slot.versions.get(loaded.version)) is not None:
+                    again.pinned = True
 
     async def _share(self, want: ModelState, found: FoundModel) -> None:
         """Load the versions that the journal wants beside the desired one, and give the one on trial its share of the requests."""
@@ -242,7 +268,7 @@ class ModelReconciler:
         try:
             admitted = await self._admission.admit(found, want, version)
             settings = want.settings_of(version) or admitted.settings
-            loaded = await self._loader.load(admitted, settings, want.generation.n, slot.config)
+            loaded = await self._loader.load(admitted, settings, want.generation.n, found.config or ModelConfig())
         finally:
             slot.loading = ""
         slot.failed.pop(version, None)

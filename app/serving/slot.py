@@ -21,7 +21,8 @@ from app.serving.mirror import Mirror
 
 @dataclass(slots=True)
 class Loaded:
-    """A version with a running engine. `pinned` keeps it warm on request; `warm_until` (monotonic) bounds a previous version's stay."""
+    """A version with a running engine. `pinned` keeps it warm on request; `warm_until` (monotonic) bounds a previous version's stay; `run_by` and
+    `memory_mb` are what model.yaml said of how it is run (None: nobody asked)."""
 
     admitted: Admitted
     engine: Engine
@@ -33,6 +34,8 @@ class Loaded:
     warm_until: float = 0.0
     memory_bytes: int = 0
     notes: tuple[str, ...] = ()
+    run_by: tuple[object, ...] | None = None
+    memory_mb: int | None = None
 
     @property
     def version(self) -> str:
