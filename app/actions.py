@@ -168,9 +168,9 @@ def cancel(arguments: argparse.Namespace) -> int:
 
 
 def optimize(arguments: argparse.Namespace) -> int:
-    if arguments.recipe and arguments.tries:
+    if arguments.recipe is not None and arguments.tries:
         raise ClientError("give either --with (one recipe) or --try (alternatives), not both")
-    tries = [steps_of(text) for text in arguments.tries or ([arguments.recipe] if arguments.recipe else [])]
+    tries = [steps_of(text) for text in arguments.tries or ([arguments.recipe] if arguments.recipe is not None else [])]
     with _client(arguments) as client:
         job = client.optimize(arguments.model, tries or None, arguments.reason, arguments.promote, arguments.target)
         if not arguments.wait:

@@ -101,6 +101,9 @@ def is_protocol(body: bytes) -> bool:
 
 def files_to_deploy(path: Path, name: str | None, config: str | None) -> tuple[str, dict[str, Path]]:
     """Name and files to upload, by the names that the server shall see. Raises ClientError with what is expected where."""
+    for flag, text in (("--name", name), ("--config", config)):
+        if text == "":
+            raise ClientError(f"{flag} is empty; leave it out, or say what was meant")
     if not path.exists():
         raise ClientError(f"{path} does not exist; give an .onnx file, or a folder with 1/model.onnx")
     model, found_config = (path, None) if path.is_file() else _model_in(path)

@@ -86,6 +86,16 @@ def test_a_version_that_was_meant_and_is_empty_is_refused_before_anything_is_ask
     assert "expected MODEL or MODEL:VERSION" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["optimize", "digits", "--with", ""], ["optimize", "digits", "--try", ""], ["deploy", "m.onnx", "--name", ""], ["deploy", "m.onnx", "--config", ""]],
+)  # fmt: skip
+def test_what_a_script_left_empty_is_not_taken_for_the_default(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--url", "http://127.0.0.1:9"]) == 1
+    error = capsys.readouterr().err
+    assert "at least one method" in error or "is empty" in error
+
+
 def test_two_versions_to_promote_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["promote", "digits:1.1", "1.2"]) == 1
     assert "1.1 or 1.2?" in capsys.readouterr().err
