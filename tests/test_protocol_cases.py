@@ -192,7 +192,7 @@ def test_scalars_go_in_and_out_as_they_are(running: Running) -> None:
 
 
 def test_a_model_without_inputs_answers_whoever_asks(running: Running) -> None:
-    bodies = ({"inputs": []}, {"inputs": [], "outputs": [{"name": "y"}]})
+    bodies: tuple[dict[str, Any], ...] = ({"inputs": []}, {"inputs": [], "outputs": [{"name": "y"}]})
     for body in bodies:
         assert outputs(running.call("POST", "/v2/models/constant/infer", json=body))["y"]["data"] == [0.0, 1.0, 2.0]
     assert running.call("POST", "/models/constant/predict", content=b"{}").json()["outputs"] == {"y": [0.0, 1.0, 2.0]}
