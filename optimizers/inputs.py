@@ -6,6 +6,7 @@ Sizes of dynamic axes are found by trying what the model accepts, with hints fro
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -31,6 +32,7 @@ NUMPY: Final[dict[str, str]] = {
 SIZES_TRIED: Final = (16, 32, 64, 224, 8, 7, 128, 1, 2, 3, 4, 512)
 CHANNELS_TRIED: Final = (3, 1)
 ROWS_TRIED: Final = 5
+MOST_ELEMENTS: Final = 1 << 22
 INTEGERS_TRIED: Final = ((0, 8), (0, 2), (1, 2))
 WORDS: Final = ("a", "good", "bad", "red", "blue", "one", "two", "zero")
 AxisSizes = dict[tuple[str, int], int]
@@ -48,6 +50,11 @@ class InputMaker:
     integers: tuple[int, int] = (0, 8)
     seed: int = 0
     samples: Samples | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many a row has, all inputs together."""
+        return sum(math.prod(self._size(info, axis, size, 1) for axis, size in enumerate(info.shape)) for info in self.inputs)
 
     def rows(self, count: int) -> Feeds:
         """`count` different rows; an input whose first axis is fixed keeps it."""
@@ -92,7 +99,10 @@ def find_maker(
     Raises that of the first attempt when none is taken.
     """
     first: RuntimeError | None = None
-    for maker in _makers(inputs, graph, seed, samples):
+    makers = _makers(inputs, graph, seed, samples)
+    for maker in sorted(
+        makers, key=lambda maker: maker.elements > MOST_ELEMENTS
+    ):  # with many free axes sizes multiply: those are tried last
         try:
             for row in _tried(maker):
                 accepts(row)

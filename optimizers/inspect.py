@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from onnx import GraphProto
+
 from optimizers.artifact import sha256_of
 from optimizers.base import Budget, Rejected
 from optimizers.census import Census, census, quantization_of
@@ -157,6 +159,7 @@ class _Check:
                 _refuse_type(what, info)
         if not self.outputs:
             raise Rejected(f"{self.file.path.name} has no outputs")
+        _refuse_without_rank(self.file.model.graph, self.inputs)
         keep = self.request.initializer_inputs == "optional"
         self.signature_inputs = (*map(_tensor, self.inputs), *(_tensor(info, optional=True) for info in overridable if keep))
         if overridable and not keep:
@@ -274,6 +277,17 @@ def _worst(expected: list[Any], seen: list[Any]) -> float:
 
 def _tensor(info: TensorInfo, optional: bool = False) -> Tensor:
     return Tensor(info.name, DATATYPES[info.type], tuple(size if isinstance(size, int) else -1 for size in info.shape), optional)
+
+
+def _refuse_without_rank(graph: GraphProto, inputs: tuple[TensorInfo, ...]) -> None:
+    """An input that the file gives no shape at all looks like a scalar to ONNX Runtime; whoever sent anything else would be refused."""
+    known = {value.name: value.type.tensor_type.HasField("shape") for value in graph.input}
+    for info in inputs:
+        if not known.get(info.name, True):
+            raise Rejected(
+                f"input {info.name!r} has no shape, so nobody knows how many axes it has; export the model with named dynamic axes, "
+                "or give graph.input a shape (free axes may have names, such as [batch, features])"
+            )
 
 
 def _refuse_type(what: str, info: TensorInfo) -> None:

@@ -244,6 +244,19 @@ def test_a_broken_half_conversion_names_the_node(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(caught.value), "a message to a caller tells no paths"
 
 
+def test_an_input_without_any_shape_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    bare = model([node("Identity", ["x"], ["y"])], [helper.make_tensor_value_info("x", F, None)], [value("y", F, None)])
+    with pytest.raises(Rejected, match="input 'x' has no shape"):
+        check(bare, tmp_path)
+    assert check(model([node("Abs", ["x"], ["y"])], [value("x", F, [])], [value("y", F, [])]), tmp_path).inputs[0].shape == ()
+
+
+def test_what_is_made_up_for_many_free_axes_stays_small(tmp_path: Path) -> None:
+    axes = [f"a{axis}" for axis in range(10)]
+    report = check(model([node("Identity", ["x"], ["y"])], [value("x", F, axes)], [value("y", F, axes)]), tmp_path)
+    assert report.batchable and np.prod(report.row_shapes["x"]) < 1 << 22
+
+
 def test_unknown_operators_and_types_are_refused_with_the_reason(tmp_path: Path) -> None:
     custom = model([node("Frobnicate", ["x"], ["y"], domain="acme.ops")], [value("x", F, ["N"])], [value("y", F, ["N"])])
     with pytest.raises(Rejected, match=r"acme\.ops"):
