@@ -239,6 +239,14 @@ def test_settings_of_model_yaml_that_the_server_would_not_take_hold_up_no_other(
     assert (changed["settings"]["queue_limit"], changed["settings"]["instances"]) == (7, 100)
 
 
+@pytest.mark.parametrize("value", [True, "7", 7.0, 1.5, -1, 2**70, [7], None])
+def test_a_setting_of_another_kind_is_refused_and_changes_nothing(running: Running, value: object) -> None:
+    before = running.admin("GET", "/admin/models/plain")["generation"]
+    refused = running.admin("PATCH", "/admin/models/plain/settings", 400, json={"queue_limit": value})
+    assert "queue_limit" in refused["error"] or value is None
+    assert running.admin("GET", "/admin/models/plain")["generation"] == before
+
+
 def test_a_change_of_an_unloaded_model_is_taken_at_once_and_holds_when_it_is_loaded(running: Running) -> None:
     running.admin("PATCH", "/admin/models/lavish/settings", 200, json={"queue_limit": 8})
     running.admin("POST", "/v2/repository/models/lavish/unload", 200)

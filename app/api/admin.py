@@ -18,9 +18,9 @@ from app.store.base import StoreUnavailable
 
 
 class Asked(BaseModel):
-    """Base of all admin bodies: unknown keys are mistakes."""
+    """Base of all admin bodies: unknown keys are mistakes, and so are values of another kind (true is no 1)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 FOLLOWED_AT_ONCE: Final = 1000
@@ -66,7 +66,7 @@ class LadderBody(Asked):
 
 
 class ModeBody(Asked):
-    mode: Mode
+    mode: Annotated[Mode, Field(strict=False)]
 
 
 class Operations(Protocol):
