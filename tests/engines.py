@@ -45,10 +45,12 @@ async def start(forkserver: ForkServer) -> AsyncIterator[Start]:
     ledger = CoreLedger(2)
     engines: list[Engine] = []
 
-    async def begin(path: Path, *, signature: Signature | None = None, spec: dict[str, Any] | None = None, **given: Any) -> Engine:
+    async def begin(
+        path: Path, *, model: str = "m", signature: Signature | None = None, spec: dict[str, Any] | None = None, **given: Any
+    ) -> Engine:
         kept: dict[str, Any] = {"ledger": ledger} | {name: given.pop(name) for name in KEPT if name in given}
         engine = await Engine.start(
-            RunnerSpec("m", "1", 1, str(path), signature or signature_of(path), RuntimeSettings(**given), **(spec or {})),
+            RunnerSpec(model, "1", 1, str(path), signature or signature_of(path), RuntimeSettings(**given), **(spec or {})),
             forkserver=forkserver, **kept,
         )  # fmt: skip
         engines.append(engine)

@@ -220,7 +220,7 @@ class Simulation:
             for batch in self.running:
                 batch.left_s -= passed
             self.running.remove(first)
-            name = first.account.name
+            name = first.account.model
             self.used[name] += first.cost_s * first.tokens
             self.batches[name] += 1
             self.free[name] += 1

@@ -21,6 +21,7 @@ from app.serving.batcher import Queue, Work, key_of
 from app.serving.exchange import Batch, Exchange, Reply
 from app.serving.layout import Planner, Sizes, split
 from app.serving.ledger import PATIENCE_S, CoreLedger
+from app.serving.manners import Manners
 from app.serving.rates import ENOUGH, Rates
 from app.serving.room import Room
 from app.serving.runners import Instance, Runner, RunnerSpec
@@ -80,6 +81,7 @@ class Dispatcher:
         self._busy = 0
         self._solo = False
         self._held = False
+        self.manners = Manners()
         self._quiet = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._account = ledger.join(spec.name, self.pump)
@@ -155,6 +157,27 @@ class Dispatcher:
         while self._shared(runner) > settings.instances and self._free:
             runner.remove_instance(self._free.pop())
         self._pump_soon()
+
+    def mind_company(self, firm: bool) -> None:
+        """Give way to lighter models, or take the core as others do (`firm`: in any case). Calls of several threads cannot: the session owns those."""
+        company = not firm and self.settings.intra_op_threads == 1 and self._account.has_lighter_company()
+        yields = self.manners.look(self._account.of_share(), company, self.queue.length > 0, monotonic())
+        runner = self._runner
+        if runner is None or not runner.alive:
+            return
+        for instance in runner.instances:
+            if yields and instance is not self._lone:
+                instance.give_way()
+        if not yields:
+            for instance in [free for free in self._free if free.yields]:
+                self._free.remove(instance)
+                self._replace(runner, instance)
+
+    def _replace(self, runner: Runner, instance: Instance) -> None:
+        """Another thread for one that gave way and need not any more."""
+        with contextlib.suppress(OSError):
+            self._free.append(runner.add_instance(self._exchange.on_readable))
+        runner.remove_instance(instance)
 
     def _shared(self, runner: Runner) -> int:
         """Instances of the first session."""
@@ -356,6 +379,8 @@ class Dispatcher:
         if instance is not self._lone:
             if runner is not None and self._shared(runner) > self.settings.instances:
                 runner.remove_instance(instance)
+            elif instance.yields and not self.manners.yields and runner is not None and runner.alive:
+                self._replace(runner, instance)
             else:
                 self._free.append(instance)
         more = self.queue.length or self.suspects

@@ -70,6 +70,8 @@ class Engine:
     ) -> None:
         self.spec = spec
         self.inflight = 0
+        self.firm = False
+        """It gives way to no other model: its time is being compared with another's."""
         self.deaths: deque[Death] = deque(maxlen=64)
         self.killers: set[str] = killers if killers is not None else set()
         self.restarts = 0
@@ -341,6 +343,7 @@ class Engine:
         if runner is None or self._closed:
             return
         now = monotonic()
+        self._dispatcher.mind_company(self.firm)
         for instance, batch in self._dispatcher.in_flight():
             if now - batch.sent_at < self._patience.glance_s:
                 continue
@@ -362,6 +365,7 @@ class Engine:
     def _at_rest(self) -> None:
         self._rest = None
         if self._runner is not None and not self._closed and not self.inflight and not self._dispatcher.busy:
+            self._dispatcher.mind_company(True)
             self._runner.trim(at_rest=True)
 
     def _keep_watch(self) -> None:

@@ -21,18 +21,20 @@ PATIENCE_S: Final = 0.1
 """A batch that is next, but wants more tokens than ever come free together, goes after this long all the same."""
 IDLE_S: Final = 0.1
 """Between two batches of a busy model less than this passes; one that paused longer starts at the current virtual time."""
+LIGHT: Final = 0.9
+"""Of its share of the cores: who lately used less need not wait for a heavy one's batch to end."""
 CREDIT_S: Final = 0.1
 """The most CPU time that a model may be behind its share and still get it back."""
 _RECOUNT_S: Final = 0.05
 
 
 class Account:
-    """One engine's account. `wake` is called when its turn has come; it should call take() again at once."""
+    """One engine's account, `name` being MODEL:VERSION. `wake` is called when its turn has come; it should call take() again at once."""
 
-    __slots__ = ("_ledger", "_used", "_used_at", "late", "name", "running", "seen_at", "vtime", "waits_since", "wake", "wanted", "weight")
+    __slots__ = ("_ledger", "_used", "_used_at", "late", "model", "running", "seen_at", "vtime", "waits_since", "wake", "wanted", "weight")
 
     def __init__(self, ledger: CoreLedger, name: str, wake: Callable[[], None], weight: float) -> None:
-        self.name = name
+        self.model = name.partition(":")[0]
         self.wake = wake
         self.weight = weight
         self.running = 0
@@ -61,6 +63,15 @@ class Account:
     def has_company(self) -> bool:
         """True where another model ran or waited lately: it would feel long batches of this one."""
         return self._ledger.has_company(self, monotonic())
+
+    def of_share(self) -> float:
+        """CPU time that it lately used ÷ its fair share of the cores."""
+        now = monotonic()
+        return self.cores_used(now) / self._ledger.share(self, now)
+
+    def has_lighter_company(self) -> bool:
+        """True where another model that is content with less than its share ran or waited lately."""
+        return self._ledger.has_lighter_company(self, monotonic())
 
     def close(self) -> None:
         """The engine is gone."""
@@ -146,6 +157,15 @@ class CoreLedger:
         recent = self._recent_accounts(now)
         return len(recent) > 1 or (len(recent) == 1 and recent[0] is not account)
 
+    def share(self, account: Account, now: float) -> float:
+        """Cores that are its own while all that were active lately want them."""
+        others = [other.weight for other in self._recent_accounts(now) if other is not account]
+        return self.cores * account.weight / (account.weight + sum(others))
+
+    def has_lighter_company(self, account: Account, now: float) -> bool:
+        recent = [other for other in self._recent_accounts(now) if other.model != account.model]
+        return any(other.cores_used(now) < LIGHT * self.share(other, now) for other in recent)
+
     def _may(self, account: Account, tokens: int, now: float) -> bool:
         recent = self._recent
         if len(recent) == 1:
@@ -158,7 +178,7 @@ class CoreLedger:
         return (
             account.running + tokens <= max(1.0, share)
             and self.running + tokens <= 2 * self.cores
-            and account.cores_used(now) < 0.9 * share
+            and account.cores_used(now) < LIGHT * share
         )
 
     def _wake_next(self, now: float) -> None:

@@ -117,6 +117,7 @@ class Loader:
         key, _ = self._reserve(loaded.admitted, settings is not None and spec.second_session)
         try:
             engine = await self._start(spec, config)
+            engine.firm = True
             try:
                 yield engine
             finally:

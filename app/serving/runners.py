@@ -72,7 +72,7 @@ class Ending:
 class Instance:
     """One thread of a runner as the server sees it: a socket, an arena, and the batch in flight, if any."""
 
-    __slots__ = ("arena", "batch", "number", "sent_at", "sock", "threads", "tid")
+    __slots__ = ("arena", "batch", "number", "sent_at", "sock", "threads", "tid", "yields")
 
     def __init__(self, number: int, sock: socket.socket, threads: int) -> None:
         self.number = number
@@ -82,6 +82,15 @@ class Instance:
         self.batch: Any = None
         self.sent_at = 0.0
         self.tid = 0
+        self.yields = False
+        """Its thread runs only where nobody else wants the core."""
+
+    def give_way(self) -> None:
+        """There is no way back for the thread (where RLIMIT_NICE is 0, as nearly everywhere): another instance takes its place then."""
+        if self.tid and not self.yields:
+            with contextlib.suppress(OSError):  # it has just ended
+                os.sched_setscheduler(self.tid, os.SCHED_IDLE, os.sched_param(0))
+                self.yields = True
 
 
 class Runner:

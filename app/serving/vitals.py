@@ -148,11 +148,14 @@ class Vitals:
             return None
         try:
             async with self._loader.fresh(loaded, self.config(name)) as fresh:
+                loaded.engine.firm = True
                 with self.window.background("probe"):
                     turns = await _take_turns((loaded.engine, fresh), inputs, seconds, limits)
         except HoneError as error:
             log.warning("model %s: the live runner could not be held against a second one: %s", name, error)
             return None
+        finally:
+            loaded.engine.firm = False
         return await asyncio.to_thread(_probe_of, turns) if len(turns) >= LEAST_ROUNDS else None
 
     async def in_turns(
