@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -39,12 +39,14 @@ from app.domain import JSON, Event
 from app.errors import NotAllowed
 from app.operations import ServerOperations
 from app.serving.admission import Admission
+from app.serving.at_work import AtWork
 from app.serving.feedback import Feedback
 from app.serving.fleet import Fleet, Recorder
 from app.serving.forkserver import ForkServer
 from app.serving.ladder import Ladder
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
+from app.serving.past_deaths import PastDeaths
 from app.serving.service import InferenceService
 from app.serving.vitals import Vitals
 from app.serving.wording import Wording
@@ -59,6 +61,8 @@ from optimizers.host import cpu_budget, host_class, memory_budget
 from optimizers.task import TaskLimits, run_task
 
 log = logging.getLogger("hone")
+PAST_S: Final = 2.0
+"""So long a start waits to hear from the store what died before; if it is away, serving begins all the same."""
 
 
 @dataclass
@@ -80,6 +84,7 @@ class Parts:
     admin: Admin
     exporter: Exporter
     lame_duck: LameDuck
+    at_work: AtWork
     remember: Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -123,14 +128,19 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         recorder(Event("runner.died", model, version, data={"reason": reason, "pid": pid, "requests": len(hashes)}))
 
     admission = Admission(repository, state, cards, host.key, cores, look)
-    loader = Loader(forkserver, CoreLedger(cores), metrics, window, host.key, memory, died)
+    at_work = AtWork(settings.state)
+    past = PastDeaths(at_work.unfinished)
+    for one in at_work.unfinished:
+        metrics.count("hone_runner_deaths", one.model, one.version, "with_server")
+        log.warning("%s:%s: %s", one.model, one.version, one.reason)
+    loader = Loader(forkserver, CoreLedger(cores), metrics, window, host.key, memory, died, at_work)
     told = Wording.of(settings.repository, settings.state, (*settings.factories, *settings.allowed_roots))
     fleet = Fleet(
         service, repository, admission, loader, journal, recorder, metrics,
         lambda name, config: Reservoir(state.captured(name), config.capture), settings.poll_s,
-        lambda folded: last_state.save(settings.state / "last-state.json", folded), known, told,
+        lambda folded: last_state.save(settings.state / "last-state.json", folded), past, known, told,
     )  # fmt: skip
-    vitals = Vitals(service, loader, window, cores)
+    vitals = Vitals(service, loader, window, cores, past)
     rollout = Rollout(journal, window, vitals)
     keeper = JobKeeper(
         journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, vitals, loader.replica
@@ -162,7 +172,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     poller = Poller(service, metrics)
     return Parts(
         settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck,
-        lambda: vitals.remember(journal),
+        at_work, lambda: past.remember(journal),
     )  # fmt: skip
 
 
@@ -171,6 +181,8 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        past = asyncio.create_task(parts.remember(), name="past-deaths")
+        await asyncio.wait({past}, timeout=PAST_S)  # what took everything down before must not be loaded before that is known
         tasks = [
             asyncio.create_task(parts.recorder.run(), name="recorder"),
             asyncio.create_task(parts.fleet.run(), name="fleet"),
@@ -178,7 +190,7 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
             asyncio.create_task(parts.poller.run(), name="poller"),
             asyncio.create_task(parts.loop.run(), name="loop"),
             asyncio.create_task(parts.ladder.run(), name="ladder"),
-            asyncio.create_task(parts.remember(), name="past-deaths"),
+            past,
         ]
         for task in tasks:
             task.add_done_callback(_report_death)
@@ -193,6 +205,7 @@ def create_app(parts: Parts, surfaces: Surfaces, owns_lifespan: bool = True) -> 
             await parts.recorder.flush(2.0)
             tasks[0].cancel()
             await parts.offload.close()
+            parts.at_work.close()
 
     return build_app(
         surfaces, parts.service, parts.offload, parts.protocol, parts.admin, parts.guard, parts.exporter, parts.settings.metrics,
@@ -226,6 +239,7 @@ class Server(uvicorn.Server):
             self._stop()
             return
         duck.closing = True
+        self._parts.at_work.close()
         self._parts.metrics.gauge("hone_server_ready", value=0)
         self._captured_signals.append(sig)
         asyncio.get_running_loop().call_later(self._parts.settings.lame_duck_s, self._stop)

@@ -12,6 +12,7 @@ import pytest
 
 from app.catalog.repository import Repository
 from app.serving.fleet import Fleet
+from app.serving.past_deaths import PastDeaths
 from app.store.base import Journal
 from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
@@ -29,7 +30,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 def fleet(tmp_path: Path, journal: Journal) -> Fleet:
     scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
     none: Any = SimpleNamespace()
-    return Fleet(none, Repository(tmp_path / "models"), none, none, journal, none, Metrics(), none, 0.0, lambda state: None)
+    return Fleet(none, Repository(tmp_path / "models"), none, none, journal, none, Metrics(), none, 0.0, lambda state: None, PastDeaths())
 
 
 def test_a_model_that_somebody_brings_is_announced_by_them(fleet: Fleet, journal: Journal) -> None:

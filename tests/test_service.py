@@ -23,6 +23,7 @@ from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
 from app.serving.mirror import Mirror, Seen
+from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Share, Slot
@@ -164,7 +165,7 @@ async def test_an_answer_that_cannot_be_compared_costs_other_models_nothing(
     slot.mirror = Mirror("sqnr_db", 20.0)
     row = np.ones((1, 4), np.float32)
     slot.mirror.kept.append(Seen([tensor("x", row)], None, [tensor("y", 2 * row)], "1.1"))
-    found = await Vitals(service, None, service.window, 2).compare_some()  # type: ignore[arg-type]
+    found = await Vitals(service, None, service.window, 2, PastDeaths()).compare_some()  # type: ignore[arg-type]
     assert [(name, compared.version, compared.agrees) for name, compared in found] == [("m", "1.1", True)]
 
 
@@ -202,7 +203,7 @@ async def test_a_deadly_version_is_left_once_for_its_faults(slot: Slot, service:
     active = await put("1.1", scaled(tmp_path / "1.onnx"))
     want = ModelState("m", "1", "g", "1.1", "1", Generation(1, 7))
     metrics = Metrics()
-    reconciler = ModelReconciler(slot, service, None, None, told.append, metrics)  # type: ignore[arg-type]
+    reconciler = ModelReconciler(slot, service, None, None, told.append, metrics, PastDeaths())  # type: ignore[arg-type]
     for _ in range(3):
         active.engine.killers.update("abc")
         reconciler._leave_deadly(active, want)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from app.domain import Event, RuntimeSettings
-from app.serving.past_deaths import PastDeath, past_deaths
-from app.serving.vitals import DEATHS_S, Round, Vitals, _probe_of, _undecided
+from app.serving.past_deaths import DEATHS_S, PastDeath, PastDeaths, past_deaths
+from app.serving.vitals import Round, Vitals, _probe_of, _undecided
 from app.store.open import open_journal
 
 LIMITS = (1.15, 1.3)
@@ -48,7 +48,10 @@ def test_deaths_of_an_earlier_life_count_until_another_version_was_wanted() -> N
     found = past_deaths(story[::-1], 1002.0, 300.0, before=1000.0)
     assert found == {("m", "1.1"): [PastDeath(42.0, False), PastDeath(252.0, False)], ("m", "1"): [PastDeath(102.0, True)]}
     anew = [*story[:4], Event("desired.changed", "m", "1.1", data={"version": "1.1"}, at=950.0), *story[4:]]
-    assert found != past_deaths(anew[::-1], 1002.0, 300.0, 1000.0) == {("m", "1.1"): [PastDeath(42.0, False)]}
+    again = past_deaths(anew[::-1], 1002.0, 300.0, 1000.0)
+    assert again == {("m", "1.1"): [PastDeath(42.0, False)], ("m", "1"): [PastDeath(102.0, True)]}, "1.1 was given another chance"
+    deployed = [*story[:4], Event("model.deployed", "m", "1", data={"golden": "1", "sha256": "0"}, at=950.0), *story[4:]]
+    assert past_deaths(deployed[::-1], 1002.0, 300.0, 1000.0) == {("m", "1.1"): [PastDeath(42.0, False)]}
 
 
 def test_a_server_remembers_them_and_forgets_them_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,14 +59,15 @@ def test_a_server_remembers_them_and_forgets_them_in_time(tmp_path: Path, monkey
     for _ in range(3):
         journal.append(Event("runner.died", "m", "1.1", data={"reason": "a segmentation fault"}))
     parts: Any = None
-    vitals = Vitals(parts, parts, parts, 2)
-    asyncio.run(vitals.remember(journal))
+    past = PastDeaths()
+    vitals = Vitals(parts, parts, parts, 2, past)
+    asyncio.run(past.remember(journal))
     journal.close()
     engine = SimpleNamespace(deaths=[])
     active = SimpleNamespace(version="1.1", generation=1, settings=RuntimeSettings(), memory_bytes=0, engine=engine)
     slot: Any = SimpleNamespace(name="m", active=active, ready=True, versions={"1.1": active}, rung=None, failed={})
     seen = vitals._view(slot)
     assert seen is not None and (seen.recent_deaths, seen.recent_kills) == (3, 0)
-    monkeypatch.setattr("app.serving.vitals.monotonic", lambda: monotonic() + DEATHS_S)
+    monkeypatch.setattr("app.serving.past_deaths.monotonic", lambda: monotonic() + DEATHS_S)
     later = vitals._view(slot)
     assert later is not None and later.recent_deaths == 0

@@ -18,7 +18,7 @@ _HOST_CLASS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
 
 @dataclass(frozen=True)
 class StateFolder:
-    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, checkpoints, journal.db, admin-token, last-state.json, unpacked."""
+    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, checkpoints, journal.db, admin-token, last-state.json, at-work-*, unpacked."""
 
     root: Path
 

@@ -57,7 +57,7 @@ def begin_at_zero(metrics: Metrics, model: str) -> None:
     """Show what may come to be counted for a model before it is: a counter that is born at 1 hides this first from Prometheus's increase()."""
     kinds = (
         ("hone_suspicions", [kind.value for kind in Kind]), ("hone_diagnoses", [cause.value for cause in Cause]),
-        ("hone_rollbacks", ["watch", *(cause.value for cause in Cause)]), ("hone_ladder_steps", ["down", "up"]),
+        ("hone_rollbacks", ["watch", "killers", *(cause.value for cause in Cause)]), ("hone_ladder_steps", ["down", "up"]),
     )  # fmt: skip
     for name, values in kinds:
         for value in values:

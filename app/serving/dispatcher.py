@@ -17,6 +17,7 @@ from typing import Final
 from app.domain import BYTES, OWN, InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady
 from app.serving import deadlines
+from app.serving.at_work import Mark
 from app.serving.batcher import Queue, Work, key_of
 from app.serving.exchange import Batch, Exchange, Reply
 from app.serving.layout import Planner, Sizes, split
@@ -56,7 +57,9 @@ class BatchReport:
 class Dispatcher:
     """`attach` a runner and it serves; `detach` and it queues. Settings change between two batches."""
 
-    def __init__(self, spec: RunnerSpec, ledger: CoreLedger, observer: Callable[[BatchReport], None] | None = None) -> None:
+    def __init__(
+        self, spec: RunnerSpec, ledger: CoreLedger, observer: Callable[[BatchReport], None] | None = None, mark: Mark | None = None
+    ) -> None:  # fmt: skip
         self.settings = spec.settings
         self.rates = Rates()
         self.costs = Rates()
@@ -70,6 +73,7 @@ class Dispatcher:
         self._planner = Planner()
         self._sizes = Sizes()
         self._observer = observer
+        self._mark = mark or Mark()
         self._runner: Runner | None = None
         self._free: list[Instance] = []
         self.timely = Timely()
@@ -192,6 +196,8 @@ class Dispatcher:
         for instance in runner.instances:
             instance.batch = None
         self._free = []
+        if self._busy:
+            self._mark.end()
         self._busy = 0
         self._solo = False
         self._quiet.set()
@@ -337,6 +343,8 @@ class Dispatcher:
         for item in work:
             item.queue_s = now - item.enqueued_at
         self._busy += 1
+        if self._busy == 1:
+            self._mark.begin()
         self._exchange.send(instance, Batch(work, rows, plan, tokens, expected_s, now))
 
     # ---- answers come
@@ -369,6 +377,8 @@ class Dispatcher:
         instance.batch = None
         instance.arena.settle(max(reply.used if reply is not None else 0, batch.plan.end))
         self._busy -= 1
+        if not self._busy:
+            self._mark.end()
         self._solo = False
         self._quiet.set()
         self.completed += 1

@@ -18,6 +18,7 @@ from typing import Final
 from app.domain import InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import Conflict, HoneError, NotReady, Quarantined, RunnerLost
 from app.serving import procfs
+from app.serving.at_work import Mark
 from app.serving.batcher import Work
 from app.serving.dispatcher import BatchReport, Dispatcher
 from app.serving.forkserver import ForkServer
@@ -67,6 +68,7 @@ class Engine:
         quarantine: Quarantine | None,
         patience: Patience,
         killers: set[str] | None = None,
+        mark: Mark | None = None,
     ) -> None:
         self.spec = spec
         self.inflight = 0
@@ -78,7 +80,7 @@ class Engine:
         self.quarantine = quarantine if quarantine is not None else Quarantine()
         self._forkserver = forkserver
         self._on_death = on_death
-        self._dispatcher = Dispatcher(spec, ledger, observer)
+        self._dispatcher = Dispatcher(spec, ledger, observer, mark)
         self._runner: Runner | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._down = ""
@@ -111,10 +113,11 @@ class Engine:
         quarantine: Quarantine | None = None,
         patience: Patience = Patience(),  # noqa: B008 - frozen
         killers: set[str] | None = None,
+        mark: Mark | None = None,
         timeout_s: float = 300.0,
     ) -> Engine:
         """Session open and warm. Raises ModelRejected, Unsupported or NotReady with the reason; nothing is left behind then."""
-        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine, patience, killers)
+        engine = cls(spec, forkserver, ledger, observer, on_death, quarantine, patience, killers, mark)
         try:
             engine._adopt(await Runner.start(spec, forkserver, engine._on_exit, timeout_s))
         except BaseException:

@@ -21,6 +21,7 @@ from app.domain import JSON, Event, State
 from app.errors import HoneError
 from app.serving.admission import Admission
 from app.serving.loader import Loader
+from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
@@ -79,8 +80,9 @@ class Fleet:
     def __init__(
         self, service: InferenceService, repository: Repository, admission: Admission, loader: Loader, journal: Journal, record: Recorder,
         metrics: Metrics, reservoir: Callable[[str, ModelConfig], Reservoir], poll_s: float, keep_state: Callable[[State], None],
-        known: State | None = None, told: Callable[[str], str] = str,
+        past: PastDeaths, known: State | None = None, told: Callable[[str], str] = str,
     ) -> None:  # fmt: skip
+        self._past = past
         self._service, self._repository, self._admission, self._loader = service, repository, admission, loader
         self._journal, self._record, self._metrics, self._reservoir = journal, record, metrics, reservoir
         self._poll_s, self._keep_state, self._told = poll_s, keep_state, told
@@ -333,7 +335,9 @@ class Fleet:
         self._service.slots[name] = slot
         for outcome in SWAPS:  # a counter that is born at 1 hides its first event from Prometheus's increase()
             self._metrics.count("hone_swaps", name, outcome, by=0.0)
-        reconciler = ModelReconciler(slot, self._service, self._admission, self._loader, self._record, self._metrics, self._told)
+        reconciler = ModelReconciler(
+            slot, self._service, self._admission, self._loader, self._record, self._metrics, self._past, self._told
+        )  # fmt: skip
         self._reconcilers[name] = reconciler
         self._tasks[name] = asyncio.create_task(reconciler.run(), name=f"reconcile-{name}")
         return reconciler

@@ -21,6 +21,7 @@ from app.catalog.tensors import to_array, to_tensor
 from app.domain import OWN, InferenceRequest, RuntimeSettings, Tensor
 from app.errors import HoneError, InsufficientStorage, ModelRejected
 from app.serving.admission import Admitted
+from app.serving.at_work import AtWork, Mark
 from app.serving.engine import BatchReport, Engine, RunnerSpec
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
@@ -50,10 +51,10 @@ class Loader:
 
     def __init__(
         self, forkserver: ForkServer, ledger: CoreLedger, metrics: Metrics, window: Window, host_class: str, memory_limit: int,
-        on_death: Callable[[str, str, str, int, tuple[str, ...]], None],
+        on_death: Callable[[str, str, str, int, tuple[str, ...]], None], at_work: AtWork | None = None,
     ) -> None:  # fmt: skip
         self._forkserver, self._ledger, self._metrics, self._window = forkserver, ledger, metrics, window
-        self._memory_limit, self._on_death = memory_limit, on_death
+        self._memory_limit, self._on_death, self._at_work = memory_limit, on_death, at_work
         self.host_class = host_class
         self.replica = uuid.uuid4().hex[:8]
         self._taken: dict[int, int] = {}
@@ -161,12 +162,14 @@ class Loader:
     async def _start(
         self, spec: RunnerSpec, config: ModelConfig, quarantine: Quarantine | None = None, killers: set[str] | None = None
     ) -> Engine:
+        mark = self._at_work.mark(spec.model, spec.version) if self._at_work is not None else Mark()
         try:
             async with asyncio.timeout(config.limits.load_timeout_s):
-                return await Engine.start(
-                    spec, forkserver=self._forkserver, ledger=self._ledger, observer=partial(self._batch, spec.model, spec.version),
-                    on_death=partial(self._on_death, spec.model, spec.version), quarantine=quarantine, killers=killers,
-                )  # fmt: skip
+                with mark.loading():
+                    return await Engine.start(
+                        spec, forkserver=self._forkserver, ledger=self._ledger, observer=partial(self._batch, spec.model, spec.version),
+                        on_death=partial(self._on_death, spec.model, spec.version), quarantine=quarantine, killers=killers, mark=mark,
+                    )  # fmt: skip
         except TimeoutError:
             raise ModelRejected(
                 f"{spec.model}:{spec.version} was not ready within {config.limits.load_timeout_s:.0f} s (limits.load_timeout_s in model.yaml)"

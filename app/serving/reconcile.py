@@ -20,6 +20,7 @@ from app.serving.admission import Admission, Admitted
 from app.serving.backoff import RETRY_MOST_S, Backoff
 from app.serving.loader import Loader
 from app.serving.mirror import Mirror
+from app.serving.past_deaths import PastDeaths
 from app.serving.reread import runs_as_told, takes_live
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Share, Slot, asked_alike
@@ -55,15 +56,19 @@ def needed(want: ModelState) -> set[str]:
     return {want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
 
 
+def _before(want: ModelState) -> str:
+    return want.previous if want.previous and want.previous != want.desired else want.golden
+
+
 class ModelReconciler:
     """Brings one model to its desired state; its passes never overlap, and other models never notice them."""
 
     def __init__(
         self, slot: Slot, service: InferenceService, admission: Admission, loader: Loader, record: Recorder, metrics: Metrics,
-        told: Callable[[str], str] = str,
+        past: PastDeaths, told: Callable[[str], str] = str,
     ) -> None:  # fmt: skip
         self.slot = slot
-        self._told = told
+        self._told, self._past = told, past
         self._service, self._admission, self._loader = service, admission, loader
         self._record, self._metrics = record, metrics
         self._backoff = Backoff()
@@ -116,9 +121,10 @@ class ModelReconciler:
                 await self._stop(loaded)
             return
         self._stop_expired(want)
-        await self._reach(want, found, want.desired)
-        if slot.active is None and want.desired != want.golden:
-            await self._reach(want, found, want.golden)
+        if bearable := self._bearable(want):
+            await self._reach(want, found, bearable)
+            if slot.active is None and bearable != want.golden:
+                await self._reach(want, found, want.golden)
         await self._follow_model_yaml(want, found)
         await self._share(want, found)
         if slot.active is not None and self._prepared != (want.golden_sha256, slot.config):
@@ -148,6 +154,7 @@ class ModelReconciler:
     def try_again(self, version: str) -> None:
         """Somebody asks for `version` anew: what was wrong with it before does not count, nor does the wait that followed."""
         self._backoff.forget(version)
+        self._past.forgive(self.slot.name)
         self.slot.failed.pop(version, None)
         self.changed.set()
 
@@ -252,6 +259,9 @@ class ModelReconciler:
         identity = (want.golden_sha256, "warm", self.slot.config, want.split)
         if self._backoff.blocked(version, identity):
             return
+        if deaths := self._past.took_all_down(self.slot.name, version):
+            self.slot.failed[version] = f"the whole server died with it {deaths} times in five minutes"
+            return
         try:
             self.slot.versions[version] = await self._load(want, found, version)
         except HoneError as error:
@@ -329,17 +339,33 @@ class ModelReconciler:
         """A built version that several different inputs killed goes; golden is never marked failed, its runner only backs off."""
         if active.version == want.golden or active.engine.distinct_killers < DEADLY_INPUTS or active.version != want.desired:
             return
-        if self._left_deadly == (active.version, want.generation):
-            return  # told, but the store has not taken it yet
-        self._left_deadly = active.version, want.generation
-        back = want.previous if want.previous and want.previous != active.version else want.golden
-        reason = f"{active.engine.distinct_killers} different inputs killed its runner"
-        self.slot.failed[active.version] = reason
-        self._record(Event("version.failed", self.slot.name, active.version, data={"version": active.version, "reason": reason}))
-        data = {"version": back, "from": active.version, "reason": reason, "fault": True}
+        if self._leave(want, f"{active.engine.distinct_killers} different inputs killed its runner"):
+            active.engine.killers.clear()  # whoever wants it again gives it another chance; the inputs stay refused
+
+    def _bearable(self, want: ModelState) -> str:
+        """The version to reach: the desired one, unless the server died with it again and again (see PastDeaths)."""
+        slot = self.slot
+        if slot.active is not None:
+            return want.desired
+        version, why = self._past.bearable(slot.name, want.desired, _before(want), len(self._service.slots) > 1)
+        if version and why:
+            self._leave(want, why)
+        elif why:
+            slot.reason = f"{why}; it is loaded again when that is over, or at once with: hone load {slot.name}"
+        return version
+
+    def _leave(self, want: ModelState, reason: str) -> bool:
+        """Have the version before take the place of the desired one, for its faults; False where that was told already."""
+        version, back = want.desired, _before(want)
+        if self._left_deadly == (version, want.generation):
+            return False  # told, but the store has not taken it yet
+        self._left_deadly = version, want.generation
+        self.slot.failed[version] = reason
+        self._record(Event("version.failed", self.slot.name, version, data={"version": version, "reason": reason}))
+        data = {"version": back, "from": version, "reason": reason, "fault": True}
         self._record(Event("desired.changed", self.slot.name, back, data=data))
         self._metrics.count("hone_rollbacks", self.slot.name, "killers")
-        active.engine.killers.clear()  # whoever wants it again gives it another chance; the inputs stay refused
+        return True
 
     def _freeze_reference(self, found: FoundModel, want: ModelState) -> None:
         """Once, in the background: golden's answers on frozen samples, which every later version and host is held to."""

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from statistics import median
-from time import monotonic, time
+from time import monotonic
 from typing import Any, Final
 
 from app.catalog.model_config import ModelConfig
@@ -24,10 +24,9 @@ from app.errors import HoneError, NotReady
 from app.serving.engine import Engine
 from app.serving.loader import Loader
 from app.serving.mirror import EVERY_S, Compared
-from app.serving.past_deaths import PastDeath, past_deaths
+from app.serving.past_deaths import DEATHS_S, PastDeaths
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
-from app.store.base import Journal, StoreUnavailable
 from app.telemetry.window import Window
 from optimizers.samples import Samples
 
@@ -44,9 +43,6 @@ PAUSE_S: Final = 0.005
 """Between calls that are timed as a single caller meets them: threads go to sleep in it, or spin."""
 LEAST_ROUNDS: Final = 8
 MOST_ROUNDS: Final = 30
-DEATHS_S: Final = 300.0
-READ_BACK: Final = 1000
-AGAIN_S: Final = 2.0
 MIRROR_SHARE: Final = 0.05
 """Most of the cores' time that comparing live answers with golden's may use."""
 TRIAL_TIMES: Final = 3
@@ -78,26 +74,12 @@ class Spent:
 class Vitals:
     """One per server."""
 
-    def __init__(self, service: InferenceService, loader: Loader, window: Window, cores: int) -> None:
-        self._service, self._loader, self._cores = service, loader, cores
+    def __init__(self, service: InferenceService, loader: Loader, window: Window, cores: int, past: PastDeaths) -> None:
+        self._service, self._loader, self._cores, self._past = service, loader, cores, past
         self.window = window
         self._since: dict[str, tuple[tuple[str, int], float]] = {}
         self._spent = Spent()
         self._following = asyncio.Lock()
-        self._began = time()
-        self._past: dict[tuple[str, str], list[PastDeath]] = {}
-        self._past_at = 0.0
-
-    async def remember(self, journal: Journal) -> None:
-        """Learn which runners died before this server was started; while the store is away, try again as long as it matters."""
-        while time() < self._began + DEATHS_S:
-            try:
-                events = await asyncio.to_thread(journal.read, 0, READ_BACK, "", True)
-            except StoreUnavailable:
-                await asyncio.sleep(AGAIN_S)
-                continue
-            self._past, self._past_at = past_deaths(events, time(), DEATHS_S, self._began), monotonic()
-            return
 
     # ---- seeing
     def models(self) -> list[ModelView]:
@@ -250,8 +232,7 @@ class Vitals:
         if known is None or known[0] != identity:
             known = self._since[slot.name] = (identity, monotonic())
         recent = ["from outside" in death.reason for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
-        past = self._past.get((slot.name, active.version), ())
-        recent += [death.outside for death in past if monotonic() - self._past_at + death.age_s < DEATHS_S]
+        recent += [death.outside for death in self._past.recent(slot.name, active.version)]
         return ModelView(
             slot.name, active.version, active.generation, active.settings, slot.ready, active.memory_bytes, len(recent), tuple(slot.versions),
             known[1], sum(recent), slot.rung.version if slot.rung is not None else "",

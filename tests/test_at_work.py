@@ -1,0 +1,153 @@
+"""What was at work when everything was killed at once, and what a server makes of it at its next start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from app.faulty_models import slower_twin
+from app.serving.at_work import PLACES, AtWork, Unfinished
+from app.serving.past_deaths import PastDeaths
+from app.store.open import open_journal
+from tests.loop_scene import GOLDEN
+from tests.running_server import server
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from app.serving.at_work import AtWork
+at_work = AtWork(Path(sys.argv[1]))
+idle, busy, twice, loaded = (at_work.mark("m", version) for version in ("1", "1.1", "1.2", "1.3"))
+idle.begin(), idle.end()
+busy.begin()
+twice.begin(), twice.begin(), twice.end()
+with loaded.loading():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(folder: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+
+
+def test_what_computed_or_was_loaded_is_known_after_a_kill_and_told_once(tmp_path: Path) -> None:
+    killed(tmp_path)
+    after = AtWork(tmp_path)
+    assert {(one.version, one.loading) for one in after.unfinished} == {("1.1", False), ("1.2", False), ("1.3", True)}
+    assert all(one.model == "m" and abs(one.at - time.time()) < 60 for one in after.unfinished)
+    after.close()
+    assert AtWork(tmp_path).unfinished == ()
+
+
+def test_a_clean_end_and_a_server_that_lives_leave_nothing_to_tell(tmp_path: Path) -> None:
+    drained = AtWork(tmp_path)
+    drained.mark("m", "1").begin()
+    assert AtWork(tmp_path).unfinished == (), "another server on this folder is alive, and what computes there is well"
+    drained.close()
+    drained.mark("m", "1").end()
+    assert AtWork(tmp_path).unfinished == ()
+
+
+def test_a_folder_that_takes_no_file_costs_only_the_memory_of_it(tmp_path: Path) -> None:
+    at_work = AtWork(tmp_path / "absent")
+    at_work.mark("m", "1").begin()
+    at_work.mark("m", "1").end()
+    at_work.close()
+
+
+def test_places_go_round(tmp_path: Path) -> None:
+    at_work = AtWork(tmp_path)
+    at_work.mark("m", "0").begin()
+    for version in range(1, 2 * PLACES):
+        at_work.mark("m", str(version)).begin()
+        at_work.mark("m", str(version)).end()
+    assert at_work.mark("m", "0")._map is not None and not at_work.mark("m", "0").idle
+
+
+def deaths(folder: Path, *died: tuple[str, str], times: int = 3, ago_s: float = 10.0) -> PastDeaths:
+    past = PastDeaths([Unfinished(model, version, False, time.time() - ago_s) for model, version in died for _ in range(times)])
+    journal = open_journal(str(folder / "journal.db"))
+    asyncio.run(past.remember(journal))
+    told = [(event.model, event.version) for event in journal.read(0, 100) if event.kind == "runner.died"]
+    assert told == [one for one in died for _ in range(times)]
+    journal.close()
+    return past
+
+
+def test_three_ends_of_the_whole_server_are_a_versions_fault(tmp_path: Path) -> None:
+    past = deaths(tmp_path, ("m", "1.1"))
+    version, why = past.bearable("m", "1.1", "1", company=False)
+    assert version == "1" and "died with it 3 times in five minutes" in why
+    past.forgive("m")
+    assert past.bearable("m", "1.1", "1", company=False) == ("1.1", "")
+
+
+@pytest.mark.parametrize(("times", "ago_s"), [(2, 10.0), (3, 400.0)])
+def test_two_of_them_or_some_that_are_long_over_are_not(tmp_path: Path, times: int, ago_s: float) -> None:
+    assert deaths(tmp_path, ("m", "1.1"), times=times, ago_s=ago_s).bearable("m", "1.1", "1", company=False) == ("1.1", "")
+
+
+def test_a_golden_without_a_version_before_waits_only_where_that_helps_others(tmp_path: Path) -> None:
+    past = deaths(tmp_path, ("m", "1"))
+    assert past.bearable("m", "1", "1", company=False) == ("1", "")
+    assert past.bearable("m", "1", "1", company=True)[0] == ""
+    (tmp_path / "both").mkdir()
+    both = deaths(tmp_path / "both", ("m", "1"), ("n", "1"))
+    assert both.bearable("m", "1", "1", company=True)[0] == "1", "nobody can tell which of them it was"
+
+
+def test_a_version_that_takes_the_whole_server_down_is_left_at_the_next_start(tmp_path: Path) -> None:
+    with np.load(GOLDEN.parent.parent / "samples" / "judging.npz") as samples:
+        rows = np.repeat(samples["image"][:64], 4, axis=0).astype(np.float32)
+    request = {"inputs": [{"name": "image", "datatype": "FP32", "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}]}
+    with server(tmp_path, demo=True) as running:
+        running.ready("digits")
+        folder = tmp_path / "models" / "digits" / "2"
+        folder.mkdir()
+        slower_twin(GOLDEN, folder / "model.part", times=3)
+        os.replace(folder / "model.part", folder / "model.onnx")
+        running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "2")
+        for _ in range(3):
+            running.ready("digits")
+            assert running.admin("GET", "/admin/models/digits")["active"] == "2"
+            asked = threading.Event()
+            threads = [threading.Thread(target=_ask, args=(running.url, request, asked)) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            asked.wait(30)
+            time.sleep(0.5)
+            running.restart(kill=True)
+            for thread in threads:
+                thread.join()
+        running.ready("digits")
+        running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "1", 30)
+        told = running.admin("GET", "/admin/timeline?model=digits&limit=200")["events"]
+        died = [event for event in told if event["kind"] == "runner.died"]
+        assert len(died) == 3 and {event["version"] for event in died} == {"2"}
+        left = [event for event in told if event["kind"] == "desired.changed"][-1]["data"]
+        assert left["version"] == "1" and "the whole server died with it 3 times" in left["reason"]
+        running.restart()
+        running.ready("digits")
+        assert running.admin("GET", "/admin/models/digits")["active"] == "1"
+        told = running.admin("GET", "/admin/timeline?model=digits&limit=200")["events"]
+        assert [event["kind"] for event in told].count("runner.died") == 3, "this time it was asked to end"
+
+
+def _ask(url: str, request: object, answered: threading.Event) -> None:
+    """Until the server is gone."""
+    while True:
+        try:
+            httpx.post(f"{url}/v2/models/digits/infer", json=request, timeout=30)
+            answered.set()
+        except httpx.HTTPError:
+            if answered.is_set():
+                return
