@@ -312,3 +312,10 @@ def test_rates_know_nothing_first_and_then_follow() -> None:
         rates.learn(1, 0.020, 0.016, 0.0)
     assert rates.wall_s(1) == pytest.approx(0.020, rel=0.05)
     assert rates.worst_cpu_s(1) == 0.016
+
+
+def test_rows_of_requests_larger_than_a_batch_are_reckoned_by_what_such_calls_take() -> None:
+    rates = Rates()
+    for _ in range(6):
+        rates.learn(64, 0.080, 0.0, 0.0)
+    assert rates.drain_s(128, 16, 2) == pytest.approx(0.080), "two calls on two lanes, not eight of 80 ms"

@@ -81,6 +81,7 @@ class Queue:
         self.late = 0
         self.late_rows = 0
         self.callers: Counter[str] = Counter()
+        self.caller_rows: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return self.length
@@ -94,6 +95,7 @@ class Queue:
         self.rows += work.rows
         self._late(work, 1)
         self.callers[work.request.caller] += 1
+        self.caller_rows[work.request.caller] += work.rows
         self._level(work.level).push(work, front)
 
     def _level(self, number: int) -> _Level:
@@ -141,7 +143,7 @@ class Queue:
             self.length -= 1
             self.rows -= work.rows
             self._late(work, -1)
-            self._less(work.request.caller)
+            self._less(work)
             if not self.length:
                 self._clear()
             else:
@@ -178,12 +180,14 @@ class Queue:
                 self._forget(number)
         return batch
 
-    def _less(self, caller: str) -> None:
+    def _less(self, work: Work) -> None:
+        caller = work.request.caller
         left = self.callers[caller] - 1
         if left > 0:
             self.callers[caller] = left
+            self.caller_rows[caller] -= work.rows
         else:
-            del self.callers[caller]
+            del self.callers[caller], self.caller_rows[caller]
 
     def rows_before(self, priority: int) -> int:
         """Rows that will be served before a new request of this priority."""
@@ -193,7 +197,7 @@ class Queue:
 
     def _taken(self, work: Work, batch: list[Work]) -> None:
         work.queued = False
-        self._less(work.request.caller)
+        self._less(work)
         self.length -= 1
         self.rows -= work.rows
         self._late(work, -1)

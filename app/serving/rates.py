@@ -66,8 +66,9 @@ class Rates:
         return self._nearest(self._worst_wall_s, rows)
 
     def drain_s(self, rows: int, limit: int, lanes: int) -> float:
-        """Seconds until so many queued rows have been served, in batches of `limit` on `lanes` instances."""
-        return _drained(rows, limit, lanes, self.wall_s)
+        """Seconds until so many queued rows have been served, in batches of `limit` on `lanes` instances. Where only larger calls were seen, whose
+        requests bring more rows than a batch takes, a row costs what it does in those."""
+        return _drained(rows, limit, lanes, lambda size: self._nearest(self._wall_s, size, in_part=True))
 
     def least_drain_s(self, rows: int, limit: int, lanes: int) -> float:
         """As `drain_s`, by what is known to be needed."""
@@ -80,7 +81,7 @@ class Rates:
             rows //= 2
         return rows
 
-    def _nearest(self, values: list[float], rows: int) -> float:
+    def _nearest(self, values: list[float], rows: int, in_part: bool = False) -> float:
         bucket = _bucket(rows)
         if self._seen[bucket]:
             return values[bucket]
@@ -88,7 +89,7 @@ class Rates:
             if bucket - distance >= 0 and self._seen[bucket - distance]:
                 return values[bucket - distance] * float(1 << distance)
             if bucket + distance < _BUCKETS and self._seen[bucket + distance]:
-                return values[bucket + distance]
+                return values[bucket + distance] / (1 << distance if in_part else 1)
         return 0.0
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+from time import monotonic
 from typing import Final
 
-from app.domain import RuntimeSettings
+from app.domain import OWN, RuntimeSettings
 from app.errors import CallerLimited, QueueFull
 from app.serving.batcher import Queue, Work
 from app.serving.rates import Rates
 from app.serving.timely import Timely
 
 FLOOD: Final = 8
-"""So many requests may wait for any caller, whatever share of the queue they are."""
+"""So many requests may wait for any caller, whatever share of the queue they are, unless their rows are many."""
+FLOOD_PATIENCE: Final = 0.25
+"""Of the time that is promised, what one caller's flood may wait: what runs already, and the other's own call, take their part of it too."""
+OTHERS_S: Final = 2.0
+"""Who came and came again so lately is kept room for, though nothing of theirs waits at this moment."""
 
 
 class Room:
@@ -20,6 +26,8 @@ class Room:
     def __init__(self, name: str, queue: Queue, timely: Timely, rates: Rates, settings: RuntimeSettings) -> None:
         self.caller_share = 1.0
         self.settings = settings
+        self._caller = ""
+        self._changes: deque[float] = deque(maxlen=3)
         self._name, self._queue, self._timely, self._rates = name, queue, timely, rates
 
     def drain_s(self, rows: int) -> float:
@@ -33,17 +41,32 @@ class Room:
 
     def share(self, caller: str) -> None:
         """Raise CallerLimited for one who has most of what waits already: others are served as ever. From a queue that is half full on, and where more
-        than `caller_share` is its own as soon as the rest would wait for half as long as is promised, which is before the ladder costs them quality."""
-        held, length, callers = self._queue.callers.get(caller, 0), self._queue.length, len(self._queue.callers)
-        if held < FLOOD or callers < 2 or 2 * held <= length:
+        than `caller_share` (of requests or of rows) is its own as soon as the rest would wait for a quarter of what is promised, which is before the
+        ladder costs them quality."""
+        if caller == OWN:
             return
-        full = 2 * length >= self.settings.queue_limit
-        if not full and (held <= self.caller_share * length or self.drain_s(self._queue.rows) <= self._timely.patience_s / 2):
+        if caller != self._caller:
+            self._changes.append(monotonic())
+            self._caller = caller
+        queue = self._queue
+        held, length = queue.callers.get(caller, 0), queue.length
+        if not held or not self._shared():
             return
-        raise CallerLimited(
-            f"this caller has {held} of the {length} requests that wait for {self._name}; retry later: others share its queue",
-            retry_after_s=min(60.0, max(0.05, self.drain_s(held))),
-        )
+        rows, long_s = queue.caller_rows[caller], FLOOD_PATIENCE * self._timely.patience_s
+        most = max(held / length, rows / queue.rows)
+        full = held >= FLOOD and 2 * held > length and 2 * length >= self.settings.queue_limit
+        long = most > self.caller_share and self.drain_s(queue.rows) > long_s and (held >= FLOOD or self.drain_s(rows) > long_s)
+        if full or long:
+            raise CallerLimited(
+                f"this caller has {held} of the {length} requests that wait for {self._name}; retry later: others share its queue",
+                retry_after_s=min(60.0, max(0.05, self.drain_s(rows))),
+            )
+
+    def _shared(self) -> bool:
+        """Somebody else waits too, or came between this caller's requests more than once: a prober now and then is nobody to keep room for."""
+        if len(self._queue.callers) - (OWN in self._queue.callers) > 1:
+            return True
+        return len(self._changes) == self._changes.maxlen and monotonic() - self._changes[0] <= OTHERS_S
 
     def make(self, work: Work) -> None:
         """Where the queue is full the one who is late longest goes, with QueueFull; raised for `work` where nobody may."""
