@@ -407,6 +407,27 @@ def test_a_slower_version_that_the_user_deployed_is_not_taken_back_but_a_broken_
     assert decide(Cause.VERSION, replace(deployed, faults=True)) is Action.ROLL_BACK
 
 
+SLOW_AS_PROVEN = {"suspicions": ["latency"], "replay": {"findings": ["as_proven"]}}
+
+
+def test_a_built_version_that_is_quicker_than_the_one_before_but_not_enough_is_not_taken_back() -> None:
+    here = Situation("2.1", "2", "2", ("2.2",), tried=frozenset({("int8-static",)}))
+    diagnosis = Diagnosis(Cause.VERSION, 0.7, "slower than its objective", SLOW_AS_PROVEN)
+    decided = plan(diagnosis, here, ModelConfig())
+    assert decided.action is Action.OPTIMIZE and ("int8-static",) not in decided.tries, "the next recipe, while the better one serves"
+    assert decide(Cause.VERSION, replace(here, proven=("2",)), SLOW_AS_PROVEN) is Action.OPTIMIZE
+    assert plan(diagnosis, replace(here, rungs=("2.2",)), ModelConfig()).version == "2.2", "known to cost less still"
+    assert decide(Cause.VERSION, here, {"replay": {"findings": ["version_slower"]}}) is Action.ROLL_BACK
+    assert decide(Cause.VERSION, replace(here, faults=True), SLOW_AS_PROVEN) is Action.ROLL_BACK
+    assert decide(Cause.VERSION, Situation("2", "2", "1", ("2.1",)), SLOW_AS_PROVEN) is Action.SWITCH, "golden may make way for it"
+
+
+def test_what_the_loop_built_to_take_less_memory_is_not_left_for_what_takes_more() -> None:
+    grown = {"suspicions": ["memory"]}
+    assert decide(Cause.VERSION, HERE, grown) is Action.ROLL_BACK
+    assert decide(Cause.VERSION, replace(HERE, proven=(), mends=True), grown) is Action.OPTIMIZE
+
+
 def test_a_remedy_is_of_one_version_so_that_a_second_bad_golden_is_left_as_well() -> None:
     first, second = Situation("2", "2", "1", faults=True), Situation("3", "3", "1.1", faults=True)
     tried = frozenset({plan(Diagnosis(Cause.VERSION, 0.9, ""), first, ModelConfig()).remedy})

@@ -79,6 +79,8 @@ class Situation:
     """How long to leave it alone still, after remedies for the same cause came to nothing."""
     faults: bool = False
     """Errors, deaths or wrong answers: going back needs no budget and no agreement."""
+    mends: bool = False
+    """Whether the active version was built by the loop since the one before it was not good enough."""
 
 
 def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
@@ -123,7 +125,7 @@ def _remedies(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> list
                 ]
             wanted = Gain.LESS_MEMORY if "memory" in diagnosis.evidence.get("suspicions", ()) else Gain.FASTER
             tuned = _tune(now, config) if wanted is Gain.FASTER else []
-            return [*_leave(now), *([] if now.faults else [*_build(now, config, wanted), *tuned])]
+            return [*_leave(now, _better_than_before(diagnosis, now)), *([] if now.faults else [*_build(now, config, wanted), *tuned])]
     return [Plan(Action.NOTHING, "no cause, no remedy", advice=_advice(diagnosis))]
 
 
@@ -140,16 +142,26 @@ def _undo_settings(diagnosis: Diagnosis, now: Situation) -> list[Plan]:
     return [Plan(Action.UNDO_SETTINGS, "back to the settings before", now.active)]
 
 
-def _leave(now: Situation) -> list[Plan]:
-    """Away from a version that Hone built; from one that the user deployed only for faults: it may be slower on purpose."""
+def _better_than_before(diagnosis: Diagnosis, now: Situation) -> bool:
+    """Whether a version that Hone built is what its proof says, and only not enough for the objective: the one before it is no way out, since it
+    costs more; what takes more memory was left for this very one."""
+    if now.faults or now.active.isdigit():
+        return False
+    as_proven = "as_proven" in (diagnosis.evidence.get("replay") or {}).get("findings", ())
+    return as_proven or (now.mends and "memory" in diagnosis.evidence.get("suspicions", ()))
+
+
+def _leave(now: Situation, better: bool) -> list[Plan]:
+    """Away from a version that Hone built; from one that the user deployed only for faults: it may be slower on purpose. One that is `better`
+    than what was before makes way only for what is known to cost less still."""
     built = now.active != now.golden and not now.active.isdigit()
     found = []
-    if now.previous and (built or now.faults):
+    if now.previous and (built or now.faults) and not better:
         found.append(Plan(Action.ROLL_BACK, f"back to version {now.previous}", now.previous))
-    others = [version for version in now.proven if version not in (now.active, now.previous)]
+    others = [version for version in now.proven if version not in (now.active, now.previous) and (not better or version in now.rungs)]
     if others:
         found.append(Plan(Action.SWITCH, f"version {others[0]}, proven here", others[0]))
-    elif built and now.golden != now.active and now.golden != now.previous:
+    elif built and not better and now.golden != now.active and now.golden != now.previous:
         found.append(Plan(Action.SWITCH, f"golden {now.golden}", now.golden))
     return found
 

@@ -44,6 +44,13 @@ def situation_of(
         cpu_s_left=budget.job_cpu_s - spent,
         trainable=config.source is not None and config.samples.train is not None,
         wait_s=wait_s,
+        mends=any(
+            job.candidate == view.active
+            and job.actor == "hone"
+            and job.outcome == "promoted"
+            and job.reason.startswith(f"{Cause.VERSION.value}:")
+            for job in jobs
+        ),
     )
 
 
