@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from app.cli import main
+from app.control.backup import backup
 from app.domain import Event, State
+from app.settings import Settings
 from app.store import last_state
 from app.store.merge import behind
 from app.store.open import open_journal
@@ -34,6 +36,25 @@ def journal(folder: Path) -> None:
     store = open_journal(str(folder / "state" / "journal.db"))
     store.append(Event("loop.frozen"))
     store.close()
+
+
+def test_what_a_running_server_removes_in_the_middle_of_a_backup_is_left_out_and_told(tmp_path: Path) -> None:
+    journal(tmp_path)
+    folder = tmp_path / "state" / "models" / "m" / "1.1"
+    for name in ("1.1", "1.2"):
+        (folder.parent / name).mkdir(parents=True)
+        (folder.parent / name / "model.onnx").write_bytes(b"weights")
+        (folder.parent / name / "card.json").write_text("{}")
+    settings = Settings(state=tmp_path / "state", repository=tmp_path / "models")
+
+    def meanwhile(text: str) -> None:
+        (folder / "model.onnx").unlink(missing_ok=True)
+
+    told = backup(settings, tmp_path / "hone.tar", meanwhile)
+    with tarfile.open(tmp_path / "hone.tar") as tar:
+        names = tar.getnames()
+    assert told["files"] == len(names) and told["notes"] == ["left out: state/models/m/1.1/model.onnx was removed meanwhile"]
+    assert "state/models/m/1.1/card.json" in names and "state/models/m/1.2/model.onnx" in names
 
 
 def answer(running: Any) -> Any:

@@ -11,6 +11,7 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -19,7 +20,7 @@ from app.catalog import durable
 from app.catalog.model_files import LinkPolicy, links_within, open_regular
 from app.catalog.state_folder import StateFolder
 from app.domain import JSON, State
-from app.errors import Conflict, HoneError, InvalidRequest
+from app.errors import Conflict, HoneError, InvalidRequest, ModelRejected
 from app.settings import Settings
 from app.store import backups, last_state
 from app.store.open import open_journal
@@ -57,14 +58,14 @@ def backup(settings: Settings, target: Path, say: Say) -> JSON:
         finally:
             journal.close()
         pieces = [Piece(JOURNAL, Path(name) / JOURNAL), *_pieces(settings, notes)]
-        size = sum(piece.path.stat().st_size for piece in pieces)
+        size = sum(_size(piece.path) for piece in pieces)
         durable.require_space(target.parent, size, "writing a backup")
         say(f"{len(pieces)} files, {size / 1e6:.1f} MB")
         with durable.temporary_folder(target.absolute().parent, 0o700) as folder:
-            _write(folder / "tar", pieces)
+            written = _write(folder / "tar", pieces, notes)
             os.replace(folder / "tar", target)
             durable.sync_folder(target.absolute().parent)
-    return {"path": str(target), "files": len(pieces), "bytes": size, "notes": notes}
+    return {"path": str(target), "files": written, "bytes": size, "notes": notes}
 
 
 def restore(settings: Settings, source: Path, overwrite: bool, say: Say) -> JSON:
@@ -121,7 +122,7 @@ def _files(root: Path, policy: LinkPolicy, notes: list[str]) -> Iterator[tuple[P
     stack = [(root, frozenset({root.resolve()}))]
     while stack:
         folder, above = stack.pop()
-        for path in sorted(folder.iterdir()):
+        for path in _inside(folder):
             if path.name in _LEFT_OUT or path.name.startswith(durable.TEMPORARY):
                 continue
             try:
@@ -135,17 +136,41 @@ def _files(root: Path, policy: LinkPolicy, notes: list[str]) -> Iterator[tuple[P
                 yield path, real
 
 
-def _write(target: Path, pieces: list[Piece]) -> None:
+def _inside(folder: Path) -> list[Path]:
+    """Nothing where a running server removed the folder since it was seen."""
+    with suppress(FileNotFoundError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def _size(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
+
+
+def _write(target: Path, pieces: list[Piece], notes: list[str]) -> int:
+    """How many there are in it: a running server may remove a version that nobody needs in the middle of this."""
+    written = 0
     with target.open("xb") as file:
         os.fchmod(file.fileno(), 0o600)
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for piece in pieces:
-                with open(open_regular(piece.path), "rb") as content:
+                try:
+                    descriptor = open_regular(piece.path)
+                except ModelRejected:
+                    if piece.path.exists():
+                        raise
+                    notes.append(f"left out: {piece.name} was removed meanwhile")
+                    continue
+                with open(descriptor, "rb") as content:
                     entry = tarfile.TarInfo(piece.name)
                     entry.size, entry.mode = os.fstat(content.fileno()).st_size, 0o600 if piece.name.startswith("state/") else 0o644
                     tar.addfile(entry, content)
+                written += 1
         file.flush()
         os.fsync(file.fileno())
+    return written
 
 
 # ---- putting it back
