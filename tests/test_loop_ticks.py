@@ -58,7 +58,10 @@ class Plane:
     def own_cpu(self) -> Callable[[], float]:
         return lambda: 0.0
 
-    async def compare_some(self) -> None: ...
+    compared: Sequence[object] = ()
+
+    async def compare_some(self) -> Sequence[object]:
+        return self.compared
 
 
 class Store(Commands):
@@ -136,6 +139,15 @@ async def test_a_rollback_that_the_store_refused_is_tried_again(ward: Ward) -> N
     ward.commands.gone, ward.patient.looks = False, Looks()
     await ward.tick()
     assert ward.state.desired == "1" and len(ward.patient.incident.tried) == 1
+
+
+async def test_time_in_which_answers_are_held_to_goldens_is_counted_as_ours(ward: Ward) -> None:
+    await ward.tick()
+    assert not ward.loop._metrics.counters["hone_background_seconds"]
+    ward.plane.compared = ("an answer",)
+    await ward.tick()
+    await asyncio.sleep(0)
+    assert ward.loop._metrics.counters["hone_background_seconds"][("compare",)] > 0
 
 
 async def test_a_second_bad_golden_is_rolled_back_though_the_first_is_not_forgotten_yet(ward: Ward) -> None:

@@ -105,7 +105,7 @@ class Loop:
         """One bounded step."""
         await self._sense_host()
         if self._comparing is None or self._comparing.done():  # golden may take its time: nobody waits for it here
-            self._comparing = asyncio.create_task(self._plane.compare_some(), name="compare-answers")
+            self._comparing = asyncio.create_task(self._compare(), name="compare-answers")
             self._comparing.add_done_callback(_report)
         self._state = await asyncio.to_thread(self._journal.state)
         if any(job.state is JobState.BUILDING for job in self._state.jobs.values()):
@@ -132,6 +132,11 @@ class Loop:
         names = {view.name for view in views}
         self._patients = {name: patient for name, patient in self._patients.items() if name in names}
         self._said = {name: said for name, said in self._said.items() if name in names}
+
+    async def _compare(self) -> None:
+        began = monotonic()
+        if await self._plane.compare_some():
+            self._metrics.count("hone_background_seconds", "compare", by=monotonic() - began)
 
     def told(self, name: str) -> JSON:
         """What the loop thinks of a model now, for status and explain."""
