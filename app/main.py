@@ -145,6 +145,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     keeper = JobKeeper(
         journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, vitals, loader.replica
     )
+    fleet.refused = lambda: keeper.refused or recorder.refused
     loop = Loop(
         vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads
     )  # fmt: skip
@@ -162,7 +163,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
             return False, "the server is shutting down"
         if not fleet.ready:
             return False, told(fleet.repository_error) or "the server is starting: its models are being loaded"
-        return True, fleet.store_error and f"the journal is away, change pauses: {told(fleet.store_error)}"
+        return True, fleet.store_error and f"the journal does not answer or takes nothing, change pauses: {told(fleet.store_error)}"
 
     protocol = Protocol2(
         service, metrics, operations, guard, ready, settings.metrics, settings.allow_file_parameters, settings.max_body_bytes

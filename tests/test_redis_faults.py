@@ -17,6 +17,7 @@ from app.store.recovery import catch_up
 from app.store.redis import RedisJournal
 from tests.journal_story import deployed, desired, job_event, published, requested
 from tests.redis_server import RedisServer
+from tests.running_server import server as hone_server
 
 pytestmark = pytest.mark.needs("redis-server")
 TIMEOUT_S = 0.5
@@ -428,3 +429,22 @@ def test_tls(tmp_path: Path) -> None:
         strict.close()
     finally:
         server.stop()
+
+
+def test_a_server_says_that_its_store_is_full_and_serves_on(server: RedisServer, tmp_path: Path) -> None:
+    """It can be read all the while: only writing tells."""
+    with hone_server(tmp_path, demo=True, store=server.url) as running:
+        running.ready("digits")
+        client = server.client()
+
+        def up() -> str:
+            lines = running.call("GET", "/metrics").text.splitlines()
+            return next(line for line in lines if line.startswith("hone_store_up"))
+
+        running.until(lambda: up() == "hone_store_up 1.0")
+        client.config_set("maxmemory", "1mb")
+        running.until(lambda: "memory is full" in running.call("GET", "/v2/health/ready").text, 20)
+        assert up() == "hone_store_up 0.0" and running.answers("/v2/health/ready") and running.answers("/v2/models/digits/ready")
+        assert "memory is full" in running.admin("GET", "/admin/status")["store_error"]
+        client.config_set("maxmemory", "0")
+        running.until(lambda: "reason" not in running.call("GET", "/v2/health/ready").json() and up() == "hone_store_up 1.0", 20)

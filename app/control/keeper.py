@@ -64,6 +64,8 @@ class JobKeeper:
         self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
         self._window, self._rollout, self._plane, self._replica = window, rollout, plane, replica
         self._leads_until = 0.0
+        self.refused = ""
+        """Why the store takes nothing, though it may well be read: full, read-only."""
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
         self._tally = JobTally(metrics)
         self._seen = State()
@@ -108,7 +110,12 @@ class JobKeeper:
 
     async def _lead(self) -> bool:
         began = monotonic()
-        held = await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S)
+        try:
+            held = await asyncio.to_thread(self._journal.acquire, LEASE, self._replica, LEASE_S)
+        except StoreUnavailable as error:
+            self.refused = str(error)
+            raise
+        self.refused = ""
         if not held or began > self._leads_until:
             self._tally.lapsed()
         self._leads_until = began + LEASE_S if held else 0.0

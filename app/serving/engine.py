@@ -146,7 +146,7 @@ class Engine:
         return self._dispatcher.room.drain_s(self._dispatcher.queue.rows)
 
     def promise(self, threshold_s: float, caller_share: float) -> None:
-        """How long an answer may take (infinite where nothing is promised), and how much of what waits may be one caller's until half of that."""
+        """How long an answer may take (infinite where nothing is promised), and how much of what waits may be one caller's (`room.py`)."""
         self._dispatcher.timely.patience_s, self._dispatcher.room.caller_share = threshold_s, caller_share
 
     @property

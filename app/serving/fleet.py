@@ -41,6 +41,8 @@ class Recorder:
         self._journal, self._metrics = journal, metrics
         self._waiting: asyncio.Queue[Event] = asyncio.Queue(1000)
         self._pool = ThreadPoolExecutor(1, "journal-writer")
+        self.refused = ""
+        """Why an event waits."""
 
     def __call__(self, event: Event) -> None:
         if self._waiting.full():
@@ -56,8 +58,10 @@ class Recorder:
                 try:
                     await loop.run_in_executor(self._pool, self._journal.append, event)
                     self._metrics.count("hone_events", event.kind)
+                    self.refused = ""
                     break
-                except StoreUnavailable:
+                except StoreUnavailable as error:
+                    self.refused = str(error)
                     self._metrics.count("hone_store_errors", "append")
                     await asyncio.sleep(1.0)
                 except Exception:
@@ -108,6 +112,8 @@ class Fleet:
         self.ready = False
         service.complete = False
         self.listeners: list[Callable[[State], None]] = []
+        self.refused: Callable[[], str] = str
+        """Why the store takes nothing, though it can be read; '' while it does."""
 
     async def run(self) -> None:
         watcher = asyncio.create_task(self._watch(), name="journal-watch")
@@ -226,10 +232,11 @@ class Fleet:
             self._journal_is_away(error)
             self._metrics.gauge("hone_store_up", value=0)
             return
-        if self.store_error:
+        refused = self.refused()
+        if self.store_error and not refused:
             log.info("the journal is back")
-        self.store_error = ""
-        self._metrics.gauge("hone_store_up", value=1)
+        self.store_error = refused
+        self._metrics.gauge("hone_store_up", value=0 if refused else 1)
         if state.seq != self.state.seq:
             self.state = state
             self._news.set()
