@@ -22,7 +22,10 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
     "hone_nonfinite_outputs": ("Answers with NaN or infinity in them.", VERSION),
     "hone_store_errors": ("Calls of the journal that failed.", ["operation"]),
-    "hone_background_seconds": ("Time in which Hone's own work (verifying, tuning, replay, probes, comparing answers with golden's) ran beside the traffic.", ["kind"]),
+    "hone_background_seconds": (
+        "Time in which Hone's own work (verifying, tuning, replay, probes, comparing answers with golden's) ran beside the traffic.",
+        ["kind"],
+    ),
     "hone_suspicions": ("Times that something looked wrong with a model.", ["model", "kind"]),
     "hone_diagnoses": ("Times that something was blamed on a cause.", ["model", "cause"]),
     "hone_verdicts": ("Judgements of candidates.", ["stage", "verdict"]),
