@@ -251,8 +251,8 @@ class Limits(Strict):
     load_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 120.0
     """A version that is not ready by then has failed to load."""
     caller_share: Annotated[float, Field(ge=0.5, le=1)] = 0.75
-    """Of the requests that wait, the share beyond which one caller (by address) gets 429 as soon as all of them would wait for half as long \
-as is promised, while others wait too. 1: never, for servers whose callers come through a few proxies."""
+    """Of the requests that wait, or of their rows, the share beyond which one caller (by address) gets 429 as soon as all of them would wait \
+for a quarter of what is promised, while others are served too. 1: never, for servers whose callers come through a few proxies."""
 
 
 class Budget(Strict):
