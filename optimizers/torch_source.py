@@ -6,9 +6,7 @@ Imports torch, so methods import it inside their functions. Knows no method; wha
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
+from optimizers import torch_module
 from optimizers.artifact import Artifact, Source
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import census
@@ -102,19 +101,10 @@ def signature_of(model: ModelProto) -> Signature:
 
 def make(factory: str) -> nn.Module:
     """Call 'file.py:function', loaded by path. Raises NotApplicable with what went wrong in it."""
-    path, _, function = factory.rpartition(":")
-    spec = importlib.util.spec_from_file_location("hone_factory", path) if Path(path).is_file() else None
-    if spec is None or spec.loader is None:
-        raise NotApplicable(f"factory {factory!r} names no Python file; write it as FILE.py:FUNCTION")
-    file = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = file
     try:
-        spec.loader.exec_module(file)
-        made = getattr(file, function)()
-    except Exception as error:
-        raise NotApplicable(f"factory {Path(path).name}:{function} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise NotApplicable(f"factory {Path(path).name}:{function} made a {type(made).__name__}, not a torch.nn.Module")
+        made: nn.Module = torch_module.make(factory)
+    except torch_module.NotLoadable as error:
+        raise NotApplicable(str(error)) from error
     return made
 
 

@@ -551,9 +551,9 @@ def test_without_torch_the_remedy_is_named(tmp_path: Path) -> None:
         import sys
         sys.modules["torch"] = None
         from app.errors import Unsupported
-        from app.serving.runner import _torch_model
+        from app.serving.runner_torch import TorchModel
         try:
-            _torch_model({})
+            TorchModel({"signature": {"inputs": [], "outputs": []}, "factory": "f.py:f", "path": "w", "settings": {"intra_op_threads": 1}})
         except Unsupported as error:
             print(error)
     """)

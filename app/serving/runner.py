@@ -1,6 +1,7 @@
 """The runner: a process of its own that holds one version's session.
 
-The only serving module that imports onnxruntime or torch. It knows nothing of HTTP, queues, or which requests make up a batch.
+The only serving module that imports onnxruntime; torch comes with a model that needs it (`runner_torch`). It knows nothing of HTTP, queues, or
+which requests make up a batch.
 Each instance is a thread with its own socket and arena on the one session (`run` releases the GIL), so weights are held once.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
 import os
 import resource
 import signal
@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 
 from app.domain import BYTES
-from app.errors import HoneError, ModelRejected, Unsupported
+from app.errors import HoneError, ModelRejected
 from app.serving import procfs
 from app.serving.runner_loop import MESSAGE_BYTES, Instance, Meter, Model, Named, cleaned, is_memory
 from app.serving.runner_tensors import DTYPES, Array
@@ -239,7 +239,7 @@ def _opened(control: socket.socket, spec: dict[str, Any]) -> tuple[Model | None,
     started = time.monotonic()
     try:
         _name_and_bound(spec)
-        model = _torch_model(spec) if spec["kind"] == "torch" else OnnxModel(spec)
+        model: Model = TorchModel(spec) if spec["kind"] == "torch" else OnnxModel(spec)
         load_s = time.monotonic() - started
         _trim()  # parsing and packing leave up to twice the weights behind in the allocator: 138 -> 45 MB for 45 MB of weights
         warm, row = _warm_up(model, spec)
@@ -267,14 +267,6 @@ def _open_lone(control: socket.socket, spec: dict[str, Any], lone: list[Model]) 
     lone.append(model)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         _report(control, {"lone": True})
-
-
-def _torch_model(spec: dict[str, Any]) -> Model:
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        raise Unsupported("this version is a PyTorch model and torch is not installed: pip install hone-server[optimize]") from None
-    return TorchModel(spec, torch)
 
 
 def _name_and_bound(spec: dict[str, Any]) -> None:
