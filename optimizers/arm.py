@@ -1,4 +1,4 @@
-"""One arm of a comparison: a fresh process that holds one session, does what it is told over a pipe, and times itself.
+"""One arm of a comparison: a fresh process that holds one session (or PyTorch module), does what it is told over a pipe, and times itself.
 
 A candidate that crashes, hangs or leaks takes down its arm and not the judge. This is the child's side; `measure.Arm` is the parent's.
 """
@@ -19,9 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
 
-import onnxruntime as ort
-
 from optimizers.session import Feeds, Settings, TensorInfo, call, has_bfloat16, open_session, runnable, tensors
+from optimizers.torch_module import TorchModule, TorchSource
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -62,21 +61,20 @@ class Load:
 
 @dataclass
 class Worker:
-    """The session and the inputs kept for timing."""
+    """What runs the model, and the inputs kept for timing."""
 
-    session: ort.InferenceSession | None = None
+    run: Callable[[Feeds], list[Any]] | None = None
     settings: Settings = field(default_factory=Settings)
     kept: dict[int, Feeds] = field(default_factory=dict)
-    plain: bool = True
     pool: tuple[int, ...] = ()
     """The threads that the session made to help the calling one."""
 
-    def open(self, path: str, settings: Settings) -> Opened:
+    def open(self, path: str, settings: Settings, source: TorchSource | None = None) -> Opened:
         before, started = _threads(), time.perf_counter()
-        session = open_session(path, settings)
+        run, inputs, outputs = _onnx(path, settings) if source is None else _torch(path, settings, source)
         self.pool = tuple(sorted(_threads() - before))
-        self.session, self.settings, self.plain = session, settings, not has_bfloat16(session)
-        return Opened(tensors(session.get_inputs()), tensors(session.get_outputs()), time.perf_counter() - started)
+        self.run, self.settings = run, settings
+        return Opened(inputs, outputs, time.perf_counter() - started)
 
     def pin(self, cpus: tuple[int, ...]) -> None:
         for thread in _threads():
@@ -146,8 +144,26 @@ class Worker:
         return Load(sum(rates), elapsed, cpu_to - cpu, ran_to - ran, waited_to - waited)
 
     def _run(self, feeds: Feeds) -> list[Any]:
-        assert self.session is not None, "open comes first"
-        return list(self.session.run(None, feeds)) if self.plain else call(self.session, feeds)
+        assert self.run is not None, "open comes first"
+        return self.run(feeds)
+
+
+_Runnable = tuple[Callable[[Feeds], list[Any]], tuple[TensorInfo, ...], tuple[TensorInfo, ...]]
+
+
+def _onnx(path: str, settings: Settings) -> _Runnable:
+    session = open_session(path, settings)
+    inputs, outputs = tensors(session.get_inputs()), tensors(session.get_outputs())
+    if has_bfloat16(session):
+        return lambda feeds: call(session, feeds), inputs, outputs
+    return lambda feeds: list(session.run(None, feeds)), inputs, outputs
+
+
+def _torch(path: str, settings: Settings, source: TorchSource) -> _Runnable:
+    """Types are the protocol's and shapes are not known: weights say neither."""
+    module = TorchModule(source, path, settings.intra_op_threads)
+    inputs, outputs = (tuple(TensorInfo(name, datatype, ()) for name, datatype in each) for each in (source.inputs, source.outputs))
+    return lambda feeds: list(module.run(feeds).values()), inputs, outputs
 
 
 def _threads() -> set[int]:

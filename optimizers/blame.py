@@ -23,6 +23,7 @@ from optimizers.measure import LEAST_ROUNDS, LOOKS, LOUD, SLOW_S, Arm, ArmFailed
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, trimmed_mean
+from optimizers.torch_module import TorchSource
 from optimizers.verdict import SampleSet
 
 PLACEMENTS: Final = 4
@@ -52,6 +53,7 @@ class Finding(StrEnum):
     INPUT_COSTLIER = "input_costlier"
     AS_PROVEN = "as_proven"
     INCONCLUSIVE = "inconclusive"
+    NOT_POSSIBLE = "not_possible"
 
 
 class Outcome(StrEnum):
@@ -84,7 +86,7 @@ class Proven:
 
 @dataclass(frozen=True)
 class BlameRequest:
-    """`live` and `other` ('': none) are ONNX files, run with `settings` on one thread that does not spin.
+    """`live` and `other` ('': none) are ONNX files, or .safetensors files with a source; run with `settings` on one thread that does not spin.
 
     `recent` inputs are held against `usual` ones, or against the reference where none are given. Both may be of any shapes, one set for each form.
     """
@@ -94,6 +96,8 @@ class BlameRequest:
     other: str = ""
     recent: tuple[SampleSet, ...] = ()
     usual: tuple[SampleSet, ...] = ()
+    live_source: TorchSource | None = None
+    other_source: TorchSource | None = None
     settings: Settings = Settings()
     proof: Proven = Proven()
     batch: int = 1
@@ -111,10 +115,11 @@ class BlameRequest:
         try:
             known["reference"] = SampleSet(**known["reference"])
             known |= {name: tuple(SampleSet(**each) for each in known[name]) for name in ("recent", "usual") if name in known}
+            known |= {name: TorchSource.from_json(known.get(name)) for name in ("live_source", "other_source")}
             known["settings"] = Settings.from_json(known.get("settings")).one_quiet_thread()
             known["proof"] = Proven.from_json(known.get("proof"))
             return cls(**known)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Rejected(f"blame: {error}") from None
 
 
@@ -182,6 +187,8 @@ class BlameReport:
     proof: Proven = Proven()
     usual: str = "frozen"
     notes: tuple[str, ...] = field(default=())
+    impossible: str = ""
+    """Why the live file could not be held to the other."""
     seconds: float = 0.0
 
     @property
@@ -197,6 +204,8 @@ class BlameReport:
             found.append(Finding.INPUT_COSTLIER)
         if found:
             return tuple(found)
+        if self.impossible:
+            return (Finding.NOT_POSSIBLE,)
         within = self.weighed and not self.notes and all(one.outcome is Outcome.WITHIN for one in self.weighed)
         return (Finding.AS_PROVEN if within else Finding.INCONCLUSIVE,)
 
@@ -214,13 +223,14 @@ class BlameReport:
             said.append(
                 f"the host was too busy to measure: threads waited for a core {self.quiet.waiting_ratio:.0%} of the time (bound {LOUD:.0%})"
             )
+        said += [self.impossible] if self.impossible else []
         return f"{', '.join(self.findings)}: {'; '.join((*said, *self.notes))}"
 
     def to_json(self) -> dict[str, Any]:
         mildest = min(self.version, key=lambda one: one.ratio.estimate, default=None)
         over = self.fresh.cpu_s_per_row / self.proof.live_cpu_s if self.fresh and self.proof.live_cpu_s else None
         return {
-            "findings": [finding.value for finding in self.findings], "text": self.text,
+            "findings": [finding.value for finding in self.findings], "text": self.text, "impossible": self.impossible,
             "version_over_proof": interval_json(mildest.over_expected) if mildest else None,
             "input_ratio": interval_json(self.input.ratio) if self.input else None, "version": [one.to_json() for one in self.version], "input": self.input and self.input.to_json(), "usual": self.usual,
             "fresh": self.fresh and self.fresh.to_json(), "fresh_over_proof": over,
@@ -272,28 +282,46 @@ class _Replay:
         self._version: list[Weighed] = []
         self._input: Weighed | None = None
         self._fresh: Fresh | None = None
+        self._impossible = ""
 
     def report(self) -> BlameReport:
         with ExitStack() as stack:
-            live = stack.enter_context(self._arm(self._request.live))
-            if self._request.other:
-                other = stack.enter_context(self._arm(self._request.other))
+            live, other = self._opened(stack)
+            if other is not None:
                 self._weigh_version(other, live, 0.4)
             if self._recent:
                 self._weigh_input(live, 0.5)
-            while self._version and self._version[-1].outcome is Outcome.ABOVE and not enough_placements(self._version):
+            while other is not None and self._version[-1].outcome is Outcome.ABOVE and not enough_placements(self._version):
                 for arm in (other, live) if len(self._version) % 2 else (live, other):
                     arm.reopen()
                 self._weigh_version(other, live, 1 / (PLACEMENTS - len(self._version)))
             if not self._fresh:
                 self._fresh = Fresh.of(self._compare(live, live, self._reference, None, 0.3, lambda ratio: True).first, self._rows)
-        nothing = "" if self._version or self._input else "nothing to compare with: name another version's file, or recent inputs"
-        return self.unfinished(nothing)
+        compared = self._version or self._input or self._impossible
+        return self.unfinished("" if compared else "nothing to compare with: name another version's file, or recent inputs")
 
     def unfinished(self, note: str = "") -> BlameReport:
         seconds = time.monotonic() - self._started
         usual = "earlier" if self._request.usual else "frozen"
-        return BlameReport(tuple(self._version), self._input, self._fresh, self._request.proof, usual, (note,) if note else (), seconds)
+        notes = (note,) if note else ()
+        return BlameReport(tuple(self._version), self._input, self._fresh, self._request.proof, usual, notes, self._impossible, seconds)
+
+    def _opened(self, stack: ExitStack) -> tuple[Arm, Arm | None]:
+        """The live file's arm and the other's. An other that does not open is no reason not to look at the inputs."""
+        request = self._request
+        live, other = self._arm(stack, request.live, request.live_source), None
+        if request.live_source is None or request.other_source is None:
+            live.await_opened()  # else side by side: importing torch takes each of them seconds
+        if request.other:
+            other = self._arm(stack, request.other, request.other_source)
+        live.await_opened()
+        try:
+            return live, other and other.await_opened()
+        except ArmFailed as failed:
+            if failed.how == "hung":
+                raise
+            self._impossible = f"its file could not be held to the other: {failed}"
+            return live, None
 
     def _weigh_version(self, other: Arm, live: Arm, share: float) -> None:
         expected, tolerance = self._request.proof.rows_ratio, self._request.tolerance
@@ -330,8 +358,10 @@ class _Replay:
         tick = lambda: self._budget.tick(_METHOD, "replay", min(1.0, (time.monotonic() - self._started) / self._request.seconds))
         return compare(first, other, feeds, self._rows, other_feeds=others, seconds=left * share, decided=decided, most=most, tick=tick)
 
-    def _arm(self, path: str) -> Arm:
-        return Arm(path, self._request.settings, longest_s=max(1.0, self._until - time.monotonic()))
+    def _arm(self, stack: ExitStack, path: str, source: TorchSource | None) -> Arm:
+        """One that is still opening."""
+        left = max(1.0, self._until - time.monotonic())
+        return stack.enter_context(Arm(path, self._request.settings, longest_s=left, source=source, wait=False))
 
 
 def _inputs(sets: Sequence[SampleSet], batch: int, name: str) -> list[Feeds]:

@@ -27,6 +27,7 @@ from optimizers.arm import Load, Opened, Slice, scheduling
 from optimizers.running import brief
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, hodges_lehmann, trimmed_mean
+from optimizers.torch_module import TorchSource
 
 SLICE_S: Final = 0.012
 """Aimed length of one arm's turn: long enough to be warm, short enough that both arms meet the same machine."""
@@ -76,13 +77,17 @@ class Quietness:
 
 
 class Arm:
-    """The parent's side of one arm. A context manager; leaving it ends the process.
+    """The parent's side of one arm: an ONNX file, or with `source` a .safetensors file. A context manager; leaving it ends the process.
 
+    With `wait=False` it opens while its maker does something else; `await_opened` comes before anything is asked of it.
     Hung is: no CPU progress for `idle_s` while not waiting for a core either, or no answer to one request within `longest_s`.
     """
 
-    def __init__(self, path: str | Path, settings: Settings, idle_s: float = 30.0, longest_s: float = 600.0) -> None:
-        self.path, self.settings, self.idle_s, self.longest_s = Path(path), settings, idle_s, longest_s
+    def __init__(
+        self, path: str | Path, settings: Settings, idle_s: float = 30.0, longest_s: float = 600.0, source: TorchSource | None = None,
+        wait: bool = True,
+    ) -> None:  # fmt: skip
+        self.path, self.settings, self.idle_s, self.longest_s, self.source = Path(path), settings, idle_s, longest_s, source
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
         ours, theirs = socket.socketpair()
         bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.arm import main; main()"
@@ -94,11 +99,10 @@ class Arm:
             )  # fmt: skip
         self._connection = Connection(ours.detach())
         self._keys: dict[int, Feeds] = {}
-        try:
-            self.opened: Opened = self.ask("open", str(path), settings)
-        except ArmFailed:
-            self.close()
-            raise
+        self._opening = True
+        self._tell("open", str(path), settings, source)
+        if wait:
+            self.await_opened()
 
     def __enter__(self) -> Self:
         return self
@@ -112,10 +116,28 @@ class Arm:
         self._connection.close()
         self._errors.close()
 
+    def await_opened(self) -> Self:
+        """What has been awaited once is there. Raises ArmFailed with what went wrong; its process is ended then."""
+        if self._opening:
+            try:
+                self.opened: Opened = self._answer("open")
+            except ArmFailed:
+                self.close()
+                raise
+            self._opening = False
+        return self
+
     def ask(self, name: str, *arguments: Any) -> Any:
         """Have the arm do one thing. Raises ArmFailed with what went wrong."""
-        try:
+        self._tell(name, *arguments)
+        return self._answer(name)
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # whoever died does not answer either, and that is told
             self._connection.send((name, arguments))
+
+    def _answer(self, name: str) -> Any:
+        try:
             self._await_answer(name)
             well, answer = self._connection.recv()
         except (EOFError, ConnectionError):
@@ -146,7 +168,7 @@ class Arm:
 
     def reopen(self) -> None:
         """A new session of the same file in the same process; its memory lies elsewhere."""
-        self.opened = self.ask("open", str(self.path), self.settings)
+        self.opened = self.ask("open", str(self.path), self.settings, self.source)
 
     def keep(self, feeds: Feeds) -> int:
         """Send inputs for timing once; the key stands for them from then on."""

@@ -440,7 +440,14 @@ def test_an_earlier_golden_that_a_person_went_back_to_is_left_only_for_faults_an
     assert decide(Cause.VERSION, back) is Action.NOTHING
     assert decide(Cause.VERSION, replace(back, faults=True)) is Action.ROLL_BACK
     want = ModelState("m", "2", "sha", "1", "2", Generation(1, 3))
-    assert _held_to(None, None, want, "1") == ("", None)  # type: ignore[arg-type]
+    assert _held_to(want, "1") == ""
+
+
+def test_a_replay_that_was_not_possible_blames_nobody_and_says_why() -> None:
+    found = diagnose(findings([Kind.EVENT], replay=Replay(findings=("not_possible",), why="torch is not installed: pip install …")))
+    assert found.cause is Cause.UNKNOWN and not found.inconclusive
+    assert found.beside == ("no paired replay: torch is not installed: pip install …",)
+    assert found.evidence["replay"]["findings"] == ["not_possible"]
 
 
 def test_modes_budgets_and_a_freeze_hold_it_back_but_never_a_way_out_of_faults() -> None:

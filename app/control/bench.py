@@ -6,7 +6,7 @@ Shared by the worker, which builds, and the keeper, which verifies; decides noth
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from app.catalog import durable
 from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard
 from app.catalog.model_config import ModelConfig
 from app.catalog.processing import Processor
-from app.catalog.repository import FoundModel, Repository
+from app.catalog.repository import FoundModel, Repository, factory_file
+from app.catalog.rows import rows_by_word, with_rows
 from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import Reference, References, SampleSets, Spent, assemble
 from app.catalog.state_folder import StateFolder
 from app.domain import JSON, ModelState, RuntimeSettings
-from app.errors import Conflict, HoneError
+from app.errors import Conflict, HoneError, ModelRejected
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,20 @@ class Bench:
         """With `most_train` it is for building: so many training samples, and what calibrates or trains is noted, so that it never judges.
         `recent`: captured inputs calibrate beside what the owner named. `trains`: something learns, from captured inputs where none are named.
 
-        Raises Conflict when golden changed or the model is gone, and what reading samples raises.
+        Raises Conflict when golden changed or the model is gone, ModelRejected where it may not be used, and what reading samples raises.
         """
         found = self.repository.find(model)
         version = next((v for v in found.versions if v.number == golden), None)
         card = self.cards.golden(model, golden)
+        if version is not None and version.error:
+            raise ModelRejected(version.error)
         if version is None or version.path is None or card is None or card.sha256 != golden_sha256:
             raise Conflict(f"golden {golden} of {model!r} changed or is gone; ask for the job again")
         config = found.config or ModelConfig()
-        processor = Processor(card.signature, config.preprocess, config.postprocess, found.folder, config.task)
+        signature = with_rows(card.signature, rows_by_word(card.rows, card.signature, config))
+        processor = Processor(signature, config.preprocess, config.postprocess, found.folder, config.task)
         reader = SampleReader(
-            found.folder, card.signature, self.repository.policy, self.state.captured(model), processor, self.repository.factories,
+            found.folder, signature, self.repository.policy, self.state.captured(model), processor, self.repository.factories,
             row_shapes=card.facts.get("row_shapes"), integers=card.facts.get("integers"),
         )  # fmt: skip
         reference = References(self.state.reference(model)).load()
@@ -85,6 +89,24 @@ class Bench:
         card = self.cards.card(piece.found.name, version)
         assert isinstance(card, BuiltCard)
         return self.cards.path(card)
+
+    def torch_source(self, piece: Workpiece, version: str, as_deployed: bool = False) -> JSON:
+        """What the weights of a PyTorch version need beside them to be run. `as_deployed`: by the factory that it first came with, where that
+        is still there; model.yaml may name another one for what was deployed since.
+
+        Raises NotAllowed or ModelRejected where its factory lies in no folder that the operator allowed, NotFound without a card.
+        """
+        card = self.cards.card(piece.found.name, version)
+        first = str(card.facts.get("factory") or "") if as_deployed and isinstance(card, GoldenCard) else ""
+        file, function = self._factory(piece.config, first)
+        inputs, outputs = ([[one.name, one.datatype] for one in each] for each in (card.signature.inputs, card.signature.outputs))
+        return {"factory": f"{file}:{function}", "inputs": inputs, "outputs": outputs}
+
+    def _factory(self, config: ModelConfig, first: str) -> tuple[Path, str]:
+        if first:
+            with suppress(HoneError):
+                return factory_file(first, self.repository.factories)
+        return self.repository.factory(config)
 
     def card(self, piece: Workpiece, version: str) -> Card:
         return piece.golden if version == piece.golden.version else self.cards.card(piece.found.name, version)

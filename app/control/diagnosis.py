@@ -73,6 +73,8 @@ class Replay:
     usual: str = "frozen"
     """`earlier`: captured before all this began; `frozen`: the reference's."""
     report: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+    """Why it was not possible, or not with the file that the live one is held to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +389,7 @@ def _as_proven(found: Findings) -> bool:
 def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
     """Evidence that blames nobody, but that a person wants to know."""
     block, host = found.block, found.host
-    beside = []
+    beside = [f"no paired replay: {found.replay.why}"] if found.replay is not None and found.replay.why else []
     if block.edge_ratio > AT_THE_EDGE and (host.server_waiting_ratio or 0.0) <= WAITING:
         beside.append(f"{block.edge_ratio:.0%} of a request goes into reading and writing it: the binary protocol would save most of that")
     if host.loop_lag_s > 0.1:
@@ -418,7 +420,9 @@ def _numbers(found: Findings) -> JSON:
         "event": found.event,
     }
     if found.replay is not None:
-        numbers["replay"] = {"version": found.replay.version, "recent": found.replay.recent, "findings": list(found.replay.findings)}
+        numbers["replay"] = {
+            "version": found.replay.version, "recent": found.replay.recent, "findings": list(found.replay.findings), "why": found.replay.why,
+        }  # fmt: skip
     if found.fresh is not None:
         numbers["fresh"] = {"cpu": found.fresh.cpu, "wall": found.fresh.wall}
     return numbers

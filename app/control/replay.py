@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +14,7 @@ from app.catalog.reservoir import captured_before
 from app.control.bench import Bench, Workpiece
 from app.control.diagnosis import Replay
 from app.domain import JSON, ModelState, RuntimeSettings
-from app.errors import HoneError
+from app.errors import HoneError, NotFound
 from optimizers.samples import Samples
 from optimizers.task import TaskFailed, TaskLimits, run_task
 
@@ -21,12 +22,13 @@ log = logging.getLogger("hone.control")
 REPLAY_S: Final = 24.0
 LEAST_INPUTS: Final = 8
 MOST_INPUTS: Final = 24
+WEIGHTS_SUFFIX: Final = ".safetensors"
 
 
 async def replay(
     bench: Bench, want: ModelState, version: str, settings: RuntimeSettings, memory_bytes: int, newest: Sequence[Samples], before: float
-) -> Replay | None:
-    """The findings of a paired replay; None where there is nothing to replay or it failed (the log says why).
+) -> Replay:
+    """The findings of a paired replay; `not_possible`, and why, where there is nothing to replay or it failed.
 
     `newest` are inputs that come now. They are held against captured ones from before `before` (unix seconds), else against frozen ones.
     """
@@ -34,43 +36,52 @@ async def replay(
         piece = await asyncio.to_thread(bench.workpiece, want.name, want.golden, want.golden_sha256)
         with bench.scratch() as folder:
             request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, newest, before, folder)
-            if request is None:
-                return None
             limits = TaskLimits(seconds=REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scratch=str(folder))
             report = await run_task("blame", request, limits)
     except TaskFailed as failure:
-        log.warning("model %s: the replay failed: %s", want.name, failure.text)
-        return None
+        return _not_possible(want, failure.text)
     except (HoneError, OSError) as error:
-        log.warning("model %s: nothing to replay: %s", want.name, error)
-        return None
+        return _not_possible(want, str(error))
     return _findings(report, held_to)
+
+
+def _not_possible(want: ModelState, why: str) -> Replay:
+    log.warning("model %s: no paired replay: %s", want.name, why)
+    return Replay(findings=("not_possible",), why=why)
 
 
 def _question(
     bench: Bench, piece: Workpiece, want: ModelState, version: str, settings: RuntimeSettings, newest: Sequence[Samples], before: float,
     folder: Path,
-) -> tuple[JSON | None, str]:  # fmt: skip
+) -> tuple[JSON, str]:  # fmt: skip
+    """The request, and the version that the live one is held to. Raises HoneError where the live file cannot be run, or on nothing."""
     paths = piece.samples.save(folder)
     base = next((name for name in ("reference", "labelled", "calibration") if name in paths), "")
     if not base:
-        return None, ""
+        raise NotFound(f"there are no samples to run {want.name} on: name some in model.yaml, or let live inputs be captured")
     frozen = getattr(piece.samples, base)
-    live, (held_to, other) = _path(bench, piece, version), _held_to(bench, piece, want, version)
-    if live is None:
-        return None, ""
+    held_to = _held_to(want, version)
     request: JSON = {
-        "live": str(live),
-        "other": str(other) if other is not None else "",
+        **_arm(bench, piece, version, "live"),
         "reference": {"path": paths[base], "origin": frozen.origin, "stacked": frozen.stacked},
         "settings": {key: value for key, value in asdict(settings).items() if key in ("graph_level", "session_options")},
         "seconds": REPLAY_S,
     }
+    with suppress(HoneError):  # a version that is gone is nothing to be held to; what comes now is looked at all the same
+        request |= _arm(bench, piece, held_to, "other", as_deployed=held_to != want.golden) if held_to else {}
     if _enough(newest):
         usual = captured_before(bench.state.captured(want.name), before, MOST_INPUTS)
         request["recent"] = _saved(newest, folder, "recent")
         request["usual"] = _saved(usual, folder, "usual") if _enough(usual) else []
-    return request, held_to
+    return request, held_to if "other" in request else ""
+
+
+def _arm(bench: Bench, piece: Workpiece, version: str, name: str, as_deployed: bool = False) -> JSON:
+    """The model file of any version that is there (golden, an earlier golden, or a built one), with what a PyTorch one needs. Raises HoneError."""
+    found = next((one for one in piece.found.versions if one.number == version), None)
+    path = bench.repository.model_file(found) if found is not None else bench.model_path(piece, version)
+    source = bench.torch_source(piece, version, as_deployed) if path.suffix == WEIGHTS_SUFFIX else None
+    return {name: str(path), f"{name}_source": source}
 
 
 def _enough(inputs: Sequence[Samples]) -> bool:
@@ -86,23 +97,14 @@ def _saved(inputs: Sequence[Samples], folder: Path, name: str) -> list[JSON]:
     ]
 
 
-def _path(bench: Bench, piece: Workpiece, version: str) -> Path | None:
-    """The model file of any version that is there: golden, an earlier golden, or a built one."""
-    found = next((one for one in piece.found.versions if one.number == version), None)
-    try:
-        return bench.repository.model_file(found) if found is not None else bench.model_path(piece, version)
-    except HoneError:
-        return None
-
-
-def _held_to(bench: Bench, piece: Workpiece, want: ModelState, version: str) -> tuple[str, Path | None]:
+def _held_to(want: ModelState, version: str) -> str:
     """What must not be faster: golden, where Hone built the version; for a golden the one that served before it.
 
     An earlier golden, which a person went back to, is held to nothing: nobody says that it must be as fast as what came after it.
     """
     before = want.previous if want.previous.isdigit() and version == want.golden else ""  # what Hone built is faster on purpose
     other = before if version.isdigit() else want.golden
-    return (other, _path(bench, piece, other)) if other and other != version else ("", None)
+    return other if other != version else ""
 
 
 def _findings(report: Mapping[str, Any], held_to: str) -> Replay:
@@ -115,6 +117,7 @@ def _findings(report: Mapping[str, Any], held_to: str) -> Replay:
         held_to,
         report["usual"],
         report,
+        report.get("impossible") or "",
     )
 
 

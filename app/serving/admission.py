@@ -20,6 +20,7 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.model_files import ModelFile
 from app.catalog.processing import Processor
 from app.catalog.repository import ONNX_NAME, FoundModel, FoundVersion, Repository
+from app.catalog.rows import dependent_by_word, rows_by_word, with_rows
 from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import Reference, References, reference_inputs
 from app.catalog.state_folder import StateFolder
@@ -122,7 +123,7 @@ class Admission:
             file, function = self._repository.factory(config)
             factory = f"{file}:{function}"
         return Admitted(
-            found.name, version.number, version.kind, path, factory, _with_rows(card.signature, rows), sha256, sha256,
+            found.name, version.number, version.kind, path, factory, with_rows(card.signature, rows), sha256, sha256,
             self._settings(config, rows, card.facts.get("serving") or {}, proof), card, proof, reference,
             precision=str(card.facts.get("quantized") or "") and "int8",
         )  # fmt: skip
@@ -143,7 +144,7 @@ class Admission:
     async def _inspected(self, found: FoundModel, version: FoundVersion, path: Path, sha256: str, config: ModelConfig) -> GoldenCard:
         if version.kind == "torch":
             assert config.source is not None
-            facts: JSON = {"serving": {}}
+            facts: JSON = {"serving": {}, "factory": config.source.factory}
             signature = config.source.signature()
             rows = RowsProof(False, "rows of a PyTorch model are batched where model.yaml states batching: {rows: independent}")
         else:
@@ -218,9 +219,9 @@ class Admission:
         reference = await asyncio.to_thread(self._reference, found.name, want.golden_sha256)
         methods = "+".join(str(step.get("method", "")) for step in card.draft.recipe)
         serving = dict(next((fact["serving"] for fact in reversed(card.draft.facts) if "serving" in fact), {}))
-        rows = _dependent_by_word(config) or card.rows
+        rows = dependent_by_word(config) or card.rows
         return Admitted(
-            found.name, version, card.kind, self._cards.path(card), "", _with_rows(card.signature, rows), card.sha256,
+            found.name, version, card.kind, self._cards.path(card), "", with_rows(card.signature, rows), card.sha256,
             want.golden_sha256, self._settings(config, rows, serving, proof), card, proof, reference, methods,
             "int8" if "int8" in methods else "",
         )  # fmt: skip
@@ -257,26 +258,3 @@ class Admission:
         return RuntimeSettings(
             1, max(1, self._cores), DEFAULT_BATCH_LIMIT, DEFAULT_QUEUE_LIMIT, spin_duration_us=LONE_SPIN_US if lone else 0, lone_threads=lone
         )  # fmt: skip
-
-
-def _with_rows(signature: Signature, rows: RowsProof) -> Signature:
-    return replace(signature, batchable=rows.independent, rows_reason=rows.reason)
-
-
-def _dependent_by_word(config: ModelConfig) -> RowsProof | None:
-    """The one word about rows that holds for what was built from golden, too: what was built may depend where golden does not."""
-    if config.batching.rows != "dependent":
-        return None
-    return RowsProof(False, "stated by the owner in model.yaml (rows: dependent)", True)
-
-
-def rows_by_word(proven: RowsProof, signature: Signature, config: ModelConfig) -> RowsProof:
-    """The owner's word in model.yaml wins over what was measured, but not over shapes that cannot be joined."""
-    stated = config.batching.rows
-    if stated == "auto":
-        return proven
-    if dependent := _dependent_by_word(config):
-        return dependent
-    if not all(spec.shape and spec.shape[0] == -1 for spec in (*signature.inputs, *signature.outputs)):
-        return proven
-    return RowsProof(True, "stated by the owner in model.yaml (rows: independent)", True)
