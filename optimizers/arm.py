@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any, Final
 
 from optimizers.session import Feeds, Settings, TensorInfo, call, has_bfloat16, open_session, runnable, tensors
-from optimizers.torch_module import TorchModule, TorchSource
+from optimizers.torch_module import TorchMissing, TorchModule, TorchSource, import_torch
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -197,6 +198,9 @@ def serve(connection: Connection) -> None:
             name, arguments = connection.recv()
         except EOFError:
             return
+        if name == "twin":
+            connection = _forked(connection)
+            continue
         try:
             answer = actions[name](*arguments)
         except Exception as error:  # noqa: BLE001  the boundary of the process: the other side decides what an error means
@@ -205,8 +209,29 @@ def serve(connection: Connection) -> None:
             connection.send((True, answer))
 
 
+def _forked(connection: Connection) -> Connection:
+    """Become two processes, before anything is open: one stays on `connection`, the other serves on the descriptor that comes through it.
+
+    torch is there by then; where it is not installed, whoever opens a module says so.
+    """
+    fd = recv_handle(connection)
+    with contextlib.suppress(TorchMissing):
+        import_torch()
+    if pid := os.fork():
+        os.close(fd)
+        connection.send((True, pid))
+        return connection
+    _end_with_parent()
+    connection.close()
+    return Connection(fd)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def main() -> None:
     """Serve on the file descriptor named by the first argument, until the parent closes it or dies."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _end_with_parent()
     serve(Connection(int(sys.argv[1])))
     os._exit(0)

@@ -310,18 +310,18 @@ class _Replay:
         """The live file's arm and the other's. An other that does not open is no reason not to look at the inputs."""
         request = self._request
         live, other = self._arm(stack, request.live, request.live_source), None
-        if request.live_source is None or request.other_source is None:
-            live.await_opened()  # else side by side: importing torch takes each of them seconds
-        if request.other:
-            other = self._arm(stack, request.other, request.other_source)
-        live.await_opened()
+        if request.other and request.live_source and request.other_source:
+            other = stack.enter_context(live.twin(request.other, request.other_source))
+        live.open()
         try:
-            return live, other and other.await_opened()
+            if request.other:
+                other = (other or self._arm(stack, request.other, request.other_source)).open()
         except ArmFailed as failed:
             if failed.how == "hung":
                 raise
             self._impossible = f"its file could not be held to the other: {failed}"
-            return live, None
+            other = None
+        return live, other
 
     def _weigh_version(self, other: Arm, live: Arm, share: float) -> None:
         expected, tolerance = self._request.proof.rows_ratio, self._request.tolerance
@@ -359,9 +359,9 @@ class _Replay:
         return compare(first, other, feeds, self._rows, other_feeds=others, seconds=left * share, decided=decided, most=most, tick=tick)
 
     def _arm(self, stack: ExitStack, path: str, source: TorchSource | None) -> Arm:
-        """One that is still opening."""
+        """One that opens nothing yet."""
         left = max(1.0, self._until - time.monotonic())
-        return stack.enter_context(Arm(path, self._request.settings, longest_s=left, source=source, wait=False))
+        return stack.enter_context(Arm(path, self._request.settings, longest_s=left, source=source, opens=False))
 
 
 def _inputs(sets: Sequence[SampleSet], batch: int, name: str) -> list[Feeds]:

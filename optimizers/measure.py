@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,9 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 import numpy as np
 
@@ -76,33 +78,83 @@ class Quietness:
         return {"label": self.label, "waiting_ratio": round(self.waiting_ratio, 4), "steal_ratio": round(self.steal_ratio, 4)}
 
 
+class _Forked:
+    """A process that another arm's forked, which alone may ask how it ended."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._fd = pid, os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until it ended, or not longer than `timeout`."""
+        select.select([self._fd], [], [], timeout)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
+_Place = tuple["subprocess.Popen[bytes] | _Forked", Connection, IO[bytes]]
+"""Where an arm lives: its process, the pipe to it, and what it writes to stderr."""
+
+
+def _started() -> _Place:
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  the arm closes it
+    ours, theirs = socket.socketpair()
+    bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.arm import main; main()"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_INTRA_OP_NUM_THREADS"}
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", bootstrap, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment,
+        )  # fmt: skip
+    return process, Connection(ours.detach()), errors
+
+
 class Arm:
     """The parent's side of one arm: an ONNX file, or with `source` a .safetensors file. A context manager; leaving it ends the process.
 
-    With `wait=False` it opens while its maker does something else; `await_opened` comes before anything is asked of it.
+    With `opens=False` it waits for `open`.
     Hung is: no CPU progress for `idle_s` while not waiting for a core either, or no answer to one request within `longest_s`.
     """
 
     def __init__(
         self, path: str | Path, settings: Settings, idle_s: float = 30.0, longest_s: float = 600.0, source: TorchSource | None = None,
-        wait: bool = True,
+        opens: bool = True, place: _Place | None = None,
     ) -> None:  # fmt: skip
         self.path, self.settings, self.idle_s, self.longest_s, self.source = Path(path), settings, idle_s, longest_s, source
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in close()
-        ours, theirs = socket.socketpair()
-        bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.arm import main; main()"
-        environment = {k: v for k, v in os.environ.items() if k != "ORT_INTRA_OP_NUM_THREADS"}
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", bootstrap, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._errors, stderr=self._errors, env=environment,
-            )  # fmt: skip
-        self._connection = Connection(ours.detach())
+        self._process, self._connection, self._errors = place or _started()
         self._keys: dict[int, Feeds] = {}
-        self._opening = True
-        self._tell("open", str(path), settings, source)
-        if wait:
-            self.await_opened()
+        if opens:
+            self.open()
+
+    def open(self) -> Self:
+        """Raises ArmFailed with what went wrong; its process is ended then."""
+        try:
+            self.opened: Opened = self.ask("open", str(self.path), self.settings, self.source)
+        except ArmFailed:
+            self.close()
+            raise
+        return self
+
+    def twin(self, path: str | Path, source: TorchSource) -> Arm:
+        """An arm that opens nothing yet, in a process forked from this one's, which opened nothing either: torch, which takes seconds to import,
+        is imported once for both. It ends when this one does. Raises ArmFailed.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs, contextlib.suppress(ConnectionError):  # whoever died does not answer either, and that is told
+            self._connection.send(("twin", ()))
+            send_handle(self._connection, theirs.fileno(), self._process.pid)
+        connection = Connection(ours.detach())
+        try:
+            process = _Forked(self._answer("twin"))
+        except ArmFailed:
+            connection.close()
+            raise
+        place = (process, connection, os.fdopen(os.dup(self._errors.fileno()), "r+b"))
+        return Arm(path, self.settings, self.idle_s, self.longest_s, source, False, place)
 
     def __enter__(self) -> Self:
         return self
@@ -116,25 +168,11 @@ class Arm:
         self._connection.close()
         self._errors.close()
 
-    def await_opened(self) -> Self:
-        """What has been awaited once is there. Raises ArmFailed with what went wrong; its process is ended then."""
-        if self._opening:
-            try:
-                self.opened: Opened = self._answer("open")
-            except ArmFailed:
-                self.close()
-                raise
-            self._opening = False
-        return self
-
     def ask(self, name: str, *arguments: Any) -> Any:
         """Have the arm do one thing. Raises ArmFailed with what went wrong."""
-        self._tell(name, *arguments)
-        return self._answer(name)
-
-    def _tell(self, name: str, *arguments: Any) -> None:
-        with contextlib.suppress(ConnectionError):  # whoever died does not answer either, and that is told
+        with contextlib.suppress(ConnectionError):
             self._connection.send((name, arguments))
+        return self._answer(name)
 
     def _answer(self, name: str) -> Any:
         try:
@@ -200,6 +238,8 @@ class Arm:
             return "its process closed the pipe"
         self._errors.seek(0)
         said = " ".join(self._errors.read()[-500:].decode(errors="replace").split())
+        if code is None:
+            return "its process ended" + (f" ({said})" if said else "")
         ended = f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended with status {code}"
         return f"{ended} ({said})" if said else ended
 

@@ -189,6 +189,24 @@ def test_an_arm_has_the_threads_that_it_was_told_whatever_the_factory_chose(fold
         Arm(tmp_path / "none.safetensors", Settings(), source=TorchSource(f"{folder / 'net.py'}:no_module", *WIRE))
 
 
+@pytest.mark.needs("torch")
+def test_a_twin_is_a_process_of_its_own_that_outlives_nothing(folder: Path) -> None:
+    """What happens in one is not seen in the other; the twin ends alone, or with the one it was forked from."""
+    source = TorchSource(f"{folder / 'net.py'}:shallow", *WIRE)
+    rows = {"x": np.ones((2, 128), np.float32)}
+    with Arm(folder / "deep.safetensors", Settings(), source=source, opens=False) as first:
+        twin = first.twin(folder / "shallow.safetensors", source)
+        with pytest.raises(ArmFailed, match="does not fit its factory"):
+            first.open()
+        with pytest.raises(ArmFailed, match="its process ended"):
+            twin.open()
+    with Arm(folder / "shallow.safetensors", Settings(), source=source, opens=False) as first:
+        with first.twin(folder / "shallow.safetensors", source) as twin:
+            np.testing.assert_array_equal(first.open().call(rows)[0], twin.open().call(rows)[0])
+            assert first._process.pid != twin._process.pid
+        assert first.call(rows)[0].shape == (2, 128)
+
+
 def test_a_source_that_is_none_names_what_is_missing() -> None:
     wrongs: tuple[Any, ...] = ({}, {"factory": "net.py:f", "inputs": [["x"]], "outputs": []}, [])
     for wrong in wrongs:

@@ -36,12 +36,15 @@ async def replay(
         piece = await asyncio.to_thread(bench.workpiece, want.name, want.golden, want.golden_sha256)
         with bench.scratch() as folder:
             request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, newest, before, folder)
-            limits = TaskLimits(seconds=REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scratch=str(folder))
+            # Importing torch takes seconds of CPU time, which beside a busy model would never come together of what others leave.
+            scheduler = "other" if request["live_source"] or request.get("other_source") else "spare"
+            limits = TaskLimits(REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scheduler=scheduler, scratch=str(folder))
             report = await run_task("blame", request, limits)
     except TaskFailed as failure:
         return _not_possible(want, failure.text)
     except (HoneError, OSError) as error:
         return _not_possible(want, str(error))
+    log.info("model %s: paired replay of version %s, %.1f s: %s", want.name, version, report["seconds"], report["text"])
     return _findings(report, held_to)
 
 
