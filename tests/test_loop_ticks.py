@@ -235,6 +235,7 @@ async def test_a_rollback_is_verified_once_the_version_before_answers_well(ward:
     ward.serves("1")
     await ward.tick()
     ward.patient.incident.acted_at -= 100.0
+    ward.patient.incident.diagnosis = Diagnosis(Cause.HOST, 0.9, "its threads wait for a core", {})  # a neighbour began meanwhile
     for _ in range(8):
         ward.answers("1")
         ward.now += 5.0

@@ -264,7 +264,7 @@ class Loop:
                 patient.incident = None  # nobody asks any more: neither wrong nor well again
             return
         patient.incident = None
-        cause = incident.diagnosis.cause if incident.diagnosis is not None else None
+        cause = incident.acted_on or (incident.diagnosis.cause if incident.diagnosis is not None else None)
         if cause is not None:
             patient.failures.pop(cause, None)
         if incident.diagnosis is None or (all(one.kind is Kind.EVENT for one in incident.suspicions) and not incident.tried):
@@ -362,6 +362,7 @@ class Loop:
         if decided.action is Action.SWITCH:
             patient.switched_at.append(monotonic())
         incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()
+        incident.acted_on = diagnosis.cause
         incident.unproven = True
 
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:

@@ -60,6 +60,8 @@ class Incident:
     diagnosis: Diagnosis | None = None
     tried: set[Remedy] = field(default_factory=set)
     acted_at: float = 0.0
+    acted_on: Cause | None = None
+    """What the latest remedy was for: a busy host that is blamed after it mended nothing."""
     unproven: bool = False
     """A remedy was applied, and whether it helped is not known yet."""
     awaited: tuple[str, bool] = ("", False)
