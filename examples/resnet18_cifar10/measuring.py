@@ -15,7 +15,6 @@ import onnx
 from numpy.typing import NDArray
 
 from benchmarks.machine import Quiet
-from examples.resnet18_cifar10.eager import EagerArm
 from examples.resnet18_cifar10.records import GOLDEN, Records
 from examples.resnet18_cifar10.rows import Row
 from examples.resnet18_cifar10.table import inverted
@@ -24,6 +23,7 @@ from optimizers.census import census
 from optimizers.measure import Arm, compare
 from optimizers.packed import pack
 from optimizers.session import Feeds, Settings, open_session
+from optimizers.torch_module import TorchSource
 
 BATCHES: Final = (1, 8)
 CHUNK: Final = 50
@@ -77,7 +77,8 @@ class Bench:
         with ExitStack() as stack:
             yardsticks = {"fp32": stack.enter_context(Arm(golden, Settings()))}
             if importlib.util.find_spec("torch") is not None:
-                yardsticks["eager"] = stack.enter_context(EagerArm(source.factory, source.weights))
+                eager = TorchSource(source.factory, ((entry, "FP32"),), (("logits", "FP32"),))
+                yardsticks["eager"] = stack.enter_context(Arm(source.weights, Settings(), source=eager))
             yield cls(test, threads, seconds, yardsticks, say, entry)
 
     def key(self, path: Path) -> str:
