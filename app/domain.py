@@ -152,6 +152,8 @@ class ModelView:
     failed: tuple[tuple[str, str], ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
     """Bytes of each loaded version's runner."""
+    kind: str = "onnx"
+    """What the active version is: onnx or torch."""
 
 
 class VersionState(StrEnum):

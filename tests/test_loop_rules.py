@@ -443,6 +443,14 @@ def test_an_earlier_golden_that_a_person_went_back_to_is_left_only_for_faults_an
     assert _held_to(want, "1") == ""
 
 
+def test_nothing_is_built_or_tuned_for_a_pytorch_version_and_the_plan_says_what_a_person_could_do() -> None:
+    for cause in (Cause.VERSION, Cause.INPUT, Cause.SETTINGS):
+        found = plan(Diagnosis(cause, 0.9, ""), Situation("2", "2", "1", onnx=False), ModelConfig())
+        assert found.action is Action.NOTHING and found.advice == ("export version 2 to ONNX and deploy that",)
+    assert decide(Cause.PROCESS, Situation("2", "2", "1", onnx=False)) is Action.RESTART
+    assert decide(Cause.VERSION, Situation("2", "2", "1", onnx=False, faults=True)) is Action.ROLL_BACK
+
+
 def test_a_replay_that_was_not_possible_blames_nobody_and_says_why() -> None:
     found = diagnose(findings([Kind.EVENT], replay=Replay(findings=("not_possible",), why="torch is not installed: pip install …")))
     assert found.cause is Cause.UNKNOWN and not found.inconclusive

@@ -52,6 +52,9 @@ class Plan:
         return self.action, self.tries, self.version
 
 
+_OF_ONNX: Final = (Action.OPTIMIZE, Action.RECALIBRATE, Action.TUNE)
+
+
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What the planner must know of a model beside the diagnosis."""
@@ -81,6 +84,8 @@ class Situation:
     """Errors, deaths or wrong answers: going back needs no budget and no agreement."""
     mends: bool = False
     """Whether the active version was built by the loop since the one before it was not good enough."""
+    onnx: bool = True
+    """Whether the active version is an ONNX file, which alone is built from and tuned."""
 
 
 def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
@@ -92,7 +97,12 @@ def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
     for candidate in _remedies(diagnosis, now, config):
         if candidate.remedy in now.tried_actions and candidate.action is not Action.NOTHING:
             continue
+        if candidate.action in _OF_ONNX and not now.onnx:
+            continue
         return _permitted(candidate, now)
+    if not now.onnx:
+        advice = (f"export version {now.active} to ONNX and deploy that", *_advice(diagnosis))
+        return Plan(Action.NOTHING, "nothing is built from a PyTorch version, and its settings are not measured", advice=advice)
     return Plan(Action.NOTHING, "nothing is left that is allowed and was not tried", advice=_advice(diagnosis))
 
 

@@ -51,6 +51,7 @@ def situation_of(
             and job.reason.startswith(f"{Cause.VERSION.value}:")
             for job in jobs
         ),
+        onnx=view.kind == "onnx",
     )
 
 
