@@ -61,6 +61,7 @@ def test_a_folder_that_takes_no_file_costs_only_the_memory_of_it(tmp_path: Path)
     at_work = AtWork(tmp_path / "absent")
     at_work.mark("m", "1").begin()
     at_work.mark("m", "1").end()
+    assert at_work.unfinished == () and at_work.mark("m", "1").idle and not (tmp_path / "absent").exists()
     at_work.close()
 
 

@@ -178,10 +178,14 @@ class Dispatcher:
                 self._replace(runner, instance)
 
     def _replace(self, runner: Runner, instance: Instance) -> None:
-        """Another thread for one that gave way and need not any more."""
-        with contextlib.suppress(OSError):
-            self._free.append(runner.add_instance(self._exchange.on_readable))
-        runner.remove_instance(instance)
+        """Another thread for one that gave way and need not any more; where none can be had, it goes on as it is."""
+        try:
+            fresh = runner.add_instance(self._exchange.on_readable)
+        except OSError:
+            fresh = instance
+        else:
+            runner.remove_instance(instance)
+        self._free.append(fresh)
 
     def _shared(self, runner: Runner) -> int:
         """Instances of the first session."""

@@ -174,7 +174,7 @@ class CoreLedger:
             return self._first_waiting() is account
         if self.running + tokens <= self.cores:
             return not any(other.wanted and other.turn < account.turn for other in recent if other is not account)
-        share = self.cores * account.weight / sum([other.weight for other in recent])
+        share = self.share(account, now)
         return (
             account.running + tokens <= max(1.0, share)
             and self.running + tokens <= 2 * self.cores

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import Final
 
-HEAVY: Final = 0.9
+from app.serving.ledger import LIGHT
+
 LIGHT_AGAIN: Final = 0.6
-"""Of its share of the cores: who used more is heavy, and stays so until it uses less than this."""
+"""Of its share of the cores: who used LIGHT of it or more is heavy, and stays so until it uses less than this."""
 AFTER_S: Final = 0.5
 """So long somebody must be heavy before it gives way."""
 STARVED: Final = 0.25
@@ -41,7 +42,7 @@ class Manners:
             self._stop()
             return False
         if not self.yields:
-            self._heavy_since = min(self._heavy_since, now) if of_share >= HEAVY else math.inf
+            self._heavy_since = min(self._heavy_since, now) if of_share >= LIGHT else math.inf
             self.yields = now - self._heavy_since >= AFTER_S
             return self.yields
         if of_share >= STARVED or not waits:
