@@ -1,6 +1,8 @@
-"""`python -m benchmarks.ladder [--quick] [--docs]`: bursts of real digits at 0.5 to 2 × golden's capacity, answered with the ladder, and by each version alone.
+"""`python -m benchmarks.ladder [--quick] [--steady MINUTES] [--docs]`: bursts of real digits at 0.5 to 2 × golden's capacity, answered with the
+ladder, and by each version alone; or how often the ladder steps on steady load.
 
-What counts is *effective accuracy*: the share of all offered requests that were answered rightly and within the objective, from their intended
+Three versions: golden, int8 that is as right, and one with a quarter of the channels, in int8 too, that is quickest and errs more often. What
+counts is *effective accuracy*: the share of all offered requests that were answered rightly and within the objective, from their intended
 start. Server, client and model share the cores.
 """
 
@@ -10,8 +12,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +30,14 @@ ROWS: Final = 4
 LOADS: Final = (0.5, 1.0, 1.5, 2.0)
 BURSTS: Final = (0.6, 1.4)
 """The load alternates around its mean, burst by burst."""
+STEADY: Final = (0.5, 0.9, 1.2)
+PART_S: Final = 60.0
+"""A steady load is offered in parts of this length, so that its answers need not all be kept at once."""
+INT8: Final[list[dict[str, Any]]] = [{"method": "int8-static"}]
+SMALL: Final[list[dict[str, Any]]] = [
+    {"method": "structured-pruning", "ratio": 0.75, "epochs": 8, "minutes": 3.0},
+    {"method": "int8-static"},
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,56 +45,104 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="bursts of 3 s instead of 8")
+    parser.add_argument(
+        "--steady",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="steps of the ladder in so many minutes of each steady load, in place of bursts",
+    )
     parser.add_argument("--docs", action="store_true", help="write the table into docs/loop.md")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="hone-ladder-") as name:
-        text = _measure(Path(name), 3.0 if arguments.quick else 8.0)
+        if arguments.steady:
+            part, text = "steady", _steady(Path(name), arguments.steady * 60)
+        else:
+            part, text = "ladder", _bursts(Path(name), 3.0 if arguments.quick else 8.0)
     print(text)
     if arguments.docs:
-        DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), "ladder", lambda: text))
+        DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), part, lambda: text))
     return 0
 
 
-def _measure(folder: Path, burst_s: float) -> str:
+@dataclass(frozen=True)
+class Stage:
+    """A running server of the three versions, and what is asked of it. `capacity`: golden's, in requests a second."""
+
+    hone: Hone
+    name: str
+    int8: str
+    small: str
+    plan: Plan
+    images: NDArray[Any]
+    labels: NDArray[Any]
+    capacity: float
+
+    def steps(self) -> int:
+        events = self.hone.admin("GET", f"/timeline?model={self.name}&limit=1000")["events"]
+        return sum(event["kind"] == "ladder.stepped" for event in events)
+
+    def about(self, options: str = "") -> str:
+        about = machine.description()
+        return (
+            f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `python -m benchmarks.ladder{options}` · "
+            f"golden's capacity {self.capacity:.0f} requests/s of {ROWS} rows · objective 60 ms"
+        )
+
+
+@contextmanager
+def _stage(folder: Path) -> Iterator[Stage]:
     repository, state = folder / "repository", folder / "state"
     model = models.demo(repository)
     with np.load(repository / model.name / "samples" / "judging.npz") as samples:
         images, labels = samples["image"].astype(np.float32), samples["labels"]
     config = repository / model.name / "model.yaml"
     lines = [line for line in config.read_text().splitlines() if not line.startswith("objective:")]
-    config.write_text(
-        "\n".join([*lines, "mode: approve", "objective: {p95_ms: 60}", "capture: off", "runtime: {lone_threads: 0, queue_limit: 256}"])
-        + "\n"
-    )
-    with Hone(repository, state) as hone, HoneWorker(repository, state):
+    lines += ["mode: approve", "objective: {p95_ms: 60}", "capture: off", "runtime: {lone_threads: 0, queue_limit: 256}"]
+    config.write_text("\n".join([*lines, "quality: {floor: 0.8}"]) + "\n")
+    with Hone(repository, state) as hone:
         hone.wait_ready(model.name)
         hone.settle(1)
-        job = hone.admin("POST", f"/models/{model.name}/optimize", {"recipe": ["int8-static"], "promote": "manual"})
-        faster = _built(hone, job["id"])
+        with HoneWorker(repository, state):
+            int8, small = (_built(hone, model.name, recipe) for recipe in (INT8, SMALL))
         bodies = [
             models.binary_body(model, images[at : at + ROWS]).http("127.0.0.1", hone.port) for at in range(0, len(images) - ROWS, ROWS)
         ]
-        plan = Plan("127.0.0.1", hone.port, bodies, 1.0, burst_s, connections=300, keep=True, patience_s=10.0)
-        capacity = _capacity(replace(plan, rate=2000.0, seconds=4.0))
+        plan = Plan("127.0.0.1", hone.port, bodies, 1.0, 4.0, connections=300, keep=True, patience_s=10.0)
+        yield Stage(hone, model.name, int8, small, plan, images, labels, _capacity(plan))
+
+
+def _bursts(folder: Path, burst_s: float) -> str:
+    with _stage(folder) as stage:
         rows: list[list[object]] = []
         for load in LOADS:
-            for who, prepare in _settings(hone, model.name, faster).items():
+            for who, prepare in _settings(stage.hone, stage.name, stage.int8, stage.small).items():
                 prepare()
-                rows.append([f"{load:g} ×", who, *_burst(plan, capacity * load, images, labels)])
+                seen = [
+                    run_apart(replace(stage.plan, rate=stage.capacity * load * share, seconds=burst_s, seed=number))
+                    for number, share in enumerate((*BURSTS, *BURSTS))
+                ]
+                rows.append([f"{load:g} ×", who, *_figures(seen, stage, burst_s * len(seen))])
                 print(rows[-1], flush=True)
-        steps = [
-            event for event in hone.admin("GET", f"/timeline?model={model.name}&limit=1000")["events"] if event["kind"] == "ladder.stepped"
-        ]
-    about = machine.description()
-    head = ["load", "answered by", "requests/s offered", "right and in time", "in time", "refused", "answered by golden"]
-    where = (
-        f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `python -m benchmarks.ladder` · golden's capacity "
-        f"{capacity:.0f} requests/s of {ROWS} rows · objective 60 ms · {len(steps)} steps of the ladder in all"
-    )
-    return f"{where}\n\n{report.table(head, rows)}"
+        head = ["load", "answered by", "requests/s offered", "right and in time", "in time", "refused", "answers by version"]
+        return f"{stage.about()} · {stage.steps()} steps of the ladder in all\n\n{report.table(head, rows)}"
 
 
-def _settings(hone: Hone, name: str, faster: str) -> dict[str, Callable[[], None]]:
+def _steady(folder: Path, seconds: float) -> str:
+    with _stage(folder) as stage:
+        rows: list[list[object]] = []
+        for load in STEADY:
+            _settings(stage.hone, stage.name, stage.int8, stage.small)["the ladder"]()
+            before = stage.steps()
+            parts = max(1, round(seconds / PART_S))
+            seen = [run_apart(replace(stage.plan, rate=stage.capacity * load, seconds=seconds / parts, seed=part)) for part in range(parts)]
+            rows.append([f"{load:g} ×", f"{seconds / 60:g}", stage.steps() - before, *_figures(seen, stage, seconds)])
+            print(rows[-1], flush=True)
+        head = ["load", "minutes", "steps", "requests/s offered", "right and in time", "in time", "refused", "answers by version"]
+        return f"{stage.about(f' --steady {seconds / 60:g}')}\n\n{report.table(head, rows)}"
+
+
+def _settings(hone: Hone, name: str, int8: str, small: str) -> dict[str, Callable[[], None]]:
     """How each way of answering is set up; every one begins at rest."""
 
     def serve(version: str, rungs: list[str]) -> None:
@@ -96,39 +155,47 @@ def _settings(hone: Hone, name: str, faster: str) -> dict[str, Callable[[], None
 
     return {
         "golden (fp32)": lambda: serve("1", []),
-        f"{faster} (int8)": lambda: serve(faster, []),
-        "the ladder": lambda: serve("1", [faster]),
+        f"{int8} (int8)": lambda: serve(int8, []),
+        f"{small} (small)": lambda: serve(small, []),
+        "the ladder": lambda: serve("1", [int8, small]),
     }
 
 
-def _built(hone: Hone, identity: str) -> str:
-    until = time.monotonic() + 300
+def _built(hone: Hone, name: str, recipe: list[dict[str, Any]]) -> str:
+    """The version that was built by the recipe, proven."""
+    identity = hone.admin("POST", f"/models/{name}/optimize", {"recipe": recipe, "promote": "manual"})["id"]
+    until = time.monotonic() + 600
     while time.monotonic() < until:
         job = hone.admin("GET", f"/jobs/{identity}")
         if job["state"] == "finished":
-            if not job["candidates"]:
-                raise RuntimeError(f"nothing was built: {job['report']}")
+            if job["outcome"] not in {"kept", "inconclusive"}:
+                raise RuntimeError(f"{job['outcome']}: {job['report']}")
             return str(job["candidates"][-1])
         time.sleep(0.5)
-    raise RuntimeError("the job did not end in five minutes")
+    raise RuntimeError("the job did not end in ten minutes")
 
 
 def _capacity(plan: Plan) -> float:
-    """Answers a second while far more is offered."""
-    seen = run_apart(plan)
-    return float(np.count_nonzero(seen.status == 200)) / plan.seconds
+    """The most answers a second at any offered rate: rising by a third until a third is not answered, so that no flood of refusals is part of it."""
+    best, rate = 0.0, 60.0
+    while True:
+        seen = run_apart(replace(plan, rate=rate))
+        answered = float(np.count_nonzero(seen.status == 200)) / plan.seconds
+        best = max(best, answered)
+        if answered < rate / 1.5 or rate > 5000:
+            return best
+        rate *= 1.33
 
 
-def _burst(plan: Plan, rate: float, images: NDArray[Any], labels: NDArray[Any]) -> list[object]:
-    seen = [run_apart(replace(plan, rate=rate * share, seed=number)) for number, share in enumerate((*BURSTS, *BURSTS))]
+def _figures(seen: list[Seen], stage: Stage, seconds: float) -> list[object]:
     total = sum(len(one.status) for one in seen)
     timely = [(one.status == 200) & (one.latency_s <= 0.060) for one in seen]
-    right = sum(_right(one, late, labels) for one, late in zip(seen, timely, strict=True))
-    golden = sum(int(np.count_nonzero((one.status == 200) & (one.version.astype(str) == "1"))) for one in seen)
-    answered = sum(int(np.count_nonzero(one.status == 200)) for one in seen)
+    right = sum(_right(one, late, stage.labels) for one, late in zip(seen, timely, strict=True))
+    by = np.concatenate([one.version.astype(str)[one.status == 200] for one in seen])
+    shares = " + ".join(f"{share:.0%} {version}" for version in sorted(set(by)) if (share := float((by == version).mean())) >= 0.005)
     refused = sum(int(np.count_nonzero(one.status == 429)) for one in seen)
     return [
-        f"{rate:.0f}", f"{right / total:.1%}", f"{sum(int(t.sum()) for t in timely) / total:.1%}", f"{refused / total:.1%}", f"{golden / max(1, answered):.0%}",
+        f"{total / seconds:.0f}", f"{right / total:.1%}", f"{sum(int(t.sum()) for t in timely) / total:.1%}", f"{refused / total:.1%}", shares,
     ]  # fmt: skip
 
 
