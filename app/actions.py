@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from app import tables
+from app import overview, tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.client import Address, Client, ClientError
 from app.settings import Settings
@@ -31,8 +31,8 @@ def status(arguments: argparse.Namespace) -> int:
         if arguments.health:
             return _health(client, arguments.health)
         if arguments.model:
-            return _show(arguments, client.model(arguments.model), tables.fields_of)
-        return _show(arguments, client.status(), _status_text)
+            return _show(arguments, client.model(arguments.model), overview.model)
+        return _show(arguments, client.status(), overview.server)
 
 
 def versions(arguments: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def settings(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         if not arguments.changes:
             return _show(arguments, client.model(arguments.model)["settings"], tables.fields_of)
-        return _show(arguments, client.change_settings(arguments.model, settings_of(arguments.changes)), tables.fields_of)
+        return _show(arguments, client.change_settings(arguments.model, settings_of(arguments.changes)), overview.model)
 
 
 def mode(arguments: argparse.Namespace) -> int:
@@ -121,12 +121,12 @@ def promote(arguments: argparse.Namespace) -> int:
     if not version:
         raise ClientError(f"which version of {model}? `hone versions {model}` lists them; then: hone promote {model} VERSION")
     with _client(arguments) as client:
-        return _show(arguments, client.promote(model, version, arguments.reason, arguments.force), tables.fields_of)
+        return _show(arguments, client.promote(model, version, arguments.reason, arguments.force), overview.model)
 
 
 def rollback(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        return _show(arguments, client.rollback(arguments.model, arguments.reason), tables.fields_of)
+        return _show(arguments, client.rollback(arguments.model, arguments.reason), overview.model)
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -136,7 +136,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
         return _show(arguments, prove_here(_local_settings(arguments), model, version), tables.fields_of)
     with _client(arguments) as client:
-        return _show(arguments, client.verify(model, version, arguments.reason), tables.fields_of)
+        return _show(arguments, client.verify(model, version, arguments.reason), overview.job)
 
 
 def _local_settings(arguments: argparse.Namespace) -> Settings:
@@ -150,13 +150,13 @@ def load(arguments: argparse.Namespace) -> int:
     if not version:
         raise ClientError(f"which version of {model}? hone load {model}:VERSION")
     with _client(arguments) as client:
-        return _show(arguments, client.load(model, version), tables.fields_of)
+        return _show(arguments, client.load(model, version), overview.loaded)
 
 
 def jobs(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         if arguments.job:
-            return _show(arguments, client.job(arguments.job), tables.fields_of)
+            return _show(arguments, client.job(arguments.job), overview.job)
         return _show(
             arguments, client.jobs(open_only=arguments.open), lambda found: tables.jobs(found["jobs"]) if found["jobs"] else "no jobs"
         )
@@ -164,7 +164,7 @@ def jobs(arguments: argparse.Namespace) -> int:
 
 def cancel(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
-        return _show(arguments, client.cancel(arguments.job), tables.fields_of)
+        return _show(arguments, client.cancel(arguments.job), overview.job)
 
 
 def optimize(arguments: argparse.Namespace) -> int:
@@ -203,16 +203,6 @@ def _health(client: Client, wanted: str) -> int:
         return FAILED
     print("ready" if is_ready else "live, but not ready" if is_live else "not live")
     return 0 if (is_ready if wanted == "ready" else is_live) else FAILED
-
-
-def _status_text(found: dict[str, Any]) -> str:
-    models, jobs = found.get("models") or [], found.get("jobs") or []
-    server = {key: value for key, value in found.items() if key not in ("models", "jobs")}
-    parts = [tables.fields_of(server)]
-    parts.append(tables.models(models) if models else "no models: hand it one with `hone deploy`, or put one into the repository")
-    if jobs:
-        parts.append(tables.jobs(jobs))
-    return "\n\n".join(parts)
 
 
 def _answer_text(answer: dict[str, Any]) -> str:

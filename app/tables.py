@@ -120,11 +120,12 @@ def explanation(found: JSON) -> str:
         proof = version.get("proof") or {}
         said = f"{proof.get('verdict')} here: {proof.get('summary')}" if proof else "no proof on this class of host"
         lines.append(f"  {version.get('version')}  {origin}; {version.get('why') or ''}; {said}")
-    lines += ["", "now:", *(f"  {line}" for line in _now(loop)), "", "what led here:"]
-    return "\n".join([*map(_clean, lines), *(f"  {event_line(event)}" for event in found.get("story") or ())])
+    lines += ["", "now:", *(f"  {line}" for line in now(loop)), "", "what led here:"]
+    return "\n".join([*map(clean, lines), *(f"  {event_line(event)}" for event in found.get("story") or ())])
 
 
-def _now(loop: JSON) -> Iterable[str]:
+def now(loop: JSON) -> Iterable[str]:
+    """How a model does, a line each."""
     if loop.get("objective"):
         met = loop.get("attained")
         held = "no answers to hold to it" if met is None else f"met by {met:.1%} of the answers of five minutes"
@@ -202,7 +203,7 @@ def progress(job: JSON) -> str:
     share = seen.get("share")
     percent = f"{math.floor(share * 10)}0%" if isinstance(share, int | float) and share >= 0.1 else ""
     parts = [job.get("id", ""), job.get("state", ""), seen.get("method", ""), seen.get("step", ""), percent]
-    return "  ".join(_clean(part) for part in parts if part)
+    return "  ".join(clean(part) for part in parts if part)
 
 
 def job_report(report: JSON) -> str:
@@ -216,7 +217,7 @@ def job_report(report: JSON) -> str:
     if isinstance(tuned, dict):
         lines.append(f"tune: {tuned.get('verdict')}: {tuned.get('reason')}")
     lines += [f"{key}: {report[key]}" for key in ("reason", "waits") if report.get(key)]
-    return "\n".join(f"  {_clean(line)}" for line in lines)
+    return "\n".join(f"  {clean(line)}" for line in lines)
 
 
 def event_line(event: JSON) -> str:
@@ -236,7 +237,7 @@ def event_line(event: JSON) -> str:
     actor = event.get("actor", "")
     by = f"(by {actor})" if actor not in ("", "hone") else ""
     parts = [clock(event.get("at")), str(event.get("kind", "")).ljust(18), subject, event.get("job", ""), first, reason, rest, by]
-    return "  ".join(_clean(part) for part in parts if part)
+    return "  ".join(clean(part) for part in parts if part)
 
 
 def clock(at: float | None) -> str:
@@ -263,10 +264,10 @@ def _text(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return _inline(value) if isinstance(value, dict | list | tuple) else _clean(value)
+    return _inline(value) if isinstance(value, dict | list | tuple) else clean(value)
 
 
-def _clean(value: object) -> str:
+def clean(value: object) -> str:
     """Nothing that moves a terminal: names and reasons come from whoever wrote them."""
     return "".join(letter if letter.isprintable() else " " for letter in str(value))
 

@@ -1,0 +1,61 @@
+"""What people are shown of a server, a model and a job: short, in words, with what matters and nothing that moves a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app import overview
+
+HOST: dict[str, Any] = {
+    "host_class": "x86_64-avx2", "cores": 2, "memory_bytes": 22_000_000_000, "store": "sqlite",
+    "now": {"busy_ratio": 0.5, "others_ratio": 0.25, "steal_ratio": 0.0, "throttled_ratio": 0.2},
+}  # fmt: skip
+MODEL: dict[str, Any] = {
+    "name": "digits", "state": "ready", "active": "1.1", "desired": "1.1", "golden": "1", "previous": "1", "mode": "auto",
+    "loaded": [{"version": "1.1", "state": "READY", "alive": True, "pid": 7, "queued": 2, "inflight": 1, "memory_bytes": 1_500_000, "batching": True}],
+    "rungs": ["1.2"], "failed": {"1.3": "crashed\x1b[2J"}, "captured": 3, "loop": {"p95_s": 0.02, "requests_per_s": 5.0},
+}  # fmt: skip
+
+
+def test_a_server_is_a_few_lines_and_a_table_of_its_models() -> None:
+    found = {
+        "version": "0.1.0",
+        "ready": True,
+        "uptime_s": 150,
+        "host": HOST,
+        "workers": [{"name": "w", "methods": ["a", "b"]}],
+        "models": [MODEL],
+    }
+    lines = overview.server(found).splitlines()
+    assert lines[0] == "hone 0.1.0 · ready · up 2 min · journal sqlite"
+    assert lines[1] == "host x86_64-avx2 · 2 cores · 22.0 GB for models · busy 50% (25% by other programs) · throttled 20%"
+    assert lines[2] == "worker w · idle · 2 methods" and lines[3] == ""
+    assert lines[4].startswith("MODEL") and lines[5].startswith("digits")
+
+
+def test_what_is_wrong_with_a_server_stands_above_its_models() -> None:
+    found = {"version": "0.1.0", "ready": False, "uptime_s": 1, "frozen": True, "frozen_because": "restored", "store_error": "disk full"}
+    text = overview.server(found)
+    assert "not ready" in text and "FROZEN" in text and "restored" in text and "store: disk full" in text
+    assert "no worker" in text and "no models" in text
+
+
+def test_a_model_says_how_it_does_and_where_a_rollback_goes() -> None:
+    text = overview.model(MODEL | {"waiting_for": "nobody knows yet"})
+    for part in ("p95 20 ms at 5 requests/s", "rollback goes back to 1", "under load 1.2 may answer", "1.5 MB", "nobody knows yet"):
+        assert part in text, text
+    assert "version 1.3 failed: crashed" in text and "\x1b" not in text
+    assert "under load 1.2 answers" in overview.model(MODEL | {"stepped_down_to": "1.2"})
+
+
+def test_a_job_says_what_came_of_it() -> None:
+    job = {
+        "id": "d-1", "model": "d", "tries": [["int8-static"]], "state": "finished", "outcome": "promoted", "requested_at": 100.0, "finished_at": 220.0,
+        "reason": "too slow", "worker": "w",
+        "report": {"cpu_s": 17.7, "canary": "no canary: too little traffic", "verdicts": [{"version": "1.1", "summary": "passed: no objection"}]},
+    }  # fmt: skip
+    text = overview.job(job)
+    for part in ("too slow", "took 2 min, 17.7 s of CPU", "built by w", "no canary: too little traffic", "1.1  passed: no objection"):
+        assert part in text, text
+    open_job = overview.job({"id": "d-2", "model": "d", "state": "building", "progress": {"method": "tune", "step": "x", "share": 0.42}})
+    assert "building  tune  x  40%" in open_job
