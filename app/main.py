@@ -35,6 +35,7 @@ from app.control.commands import Commands
 from app.control.keeper import JobKeeper
 from app.control.loop import Loop
 from app.control.rollout import Rollout
+from app.deployment import Deployment
 from app.domain import JSON, Event
 from app.errors import NotAllowed
 from app.operations import ServerOperations
@@ -57,6 +58,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.poll import Poller
 from app.telemetry.prometheus import Exporter
 from app.telemetry.window import Window
+from app.views import ServerViews
 from optimizers.host import cpu_budget, host_class, memory_budget
 from optimizers.task import TaskLimits, run_task
 
@@ -154,7 +156,9 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
     }  # fmt: skip
     ladder = Ladder(service, window, metrics, lambda name: fleet.state.models.get(name), recorder)
-    operations = ServerOperations(settings, service, fleet, admission, commands, journal, repository, state, cards, loop, facts)
+    views = ServerViews(service, fleet, journal, cards, loop, facts)
+    operations = ServerOperations(service, fleet, commands, journal, repository, cards, views, cores)
+    deployment = Deployment(settings, service, fleet, admission, commands, journal, repository, state)
     guard = Guard.from_settings(settings)
     offload = Offload(settings.max_body_bytes, settings.body_budget_bytes)
 
@@ -166,14 +170,14 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         return True, fleet.store_error and f"the journal does not answer or takes nothing, change pauses: {told(fleet.store_error)}"
 
     protocol = Protocol2(
-        service, metrics, operations, guard, ready, settings.metrics, settings.allow_file_parameters, settings.max_body_bytes
+        service, metrics, deployment, guard, ready, settings.metrics, settings.allow_file_parameters, settings.max_body_bytes
     )
     exporter = Exporter(metrics, service.loaded_keys)
     recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
     poller = Poller(service, metrics)
     return Parts(
-        settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(operations, guard, told.in_json), exporter, lame_duck,
-        at_work, lambda: past.remember(journal),
+        settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(views, operations, deployment, guard, told.in_json),
+        exporter, lame_duck, at_work, lambda: past.remember(journal),
     )  # fmt: skip
 
 

@@ -69,13 +69,24 @@ class ModeBody(Asked):
     mode: Annotated[Mode, Field(strict=False)]
 
 
-class Operations(Protocol):
-    """What the admin side needs of the server; all answers are JSON-able. Raises the errors of app.errors."""
+class Views(Protocol):
+    """What the admin side shows; all answers are JSON-able. Raises the errors of app.errors."""
 
+    def status(self) -> JSON: ...
     def models(self) -> list[JSON]: ...
     def model(self, name: str) -> JSON: ...
     async def versions(self, name: str) -> list[JSON]: ...
-    async def upload(self, request: Request, actor: str) -> JSON: ...
+    async def explain(self, name: str) -> JSON: ...
+    async def curves(self, name: str, version: str) -> str: ...
+    def jobs(self, model: str, open_only: bool) -> list[JSON]: ...
+    def job(self, identity: str) -> JSON: ...
+    async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[JSON]: ...
+    async def news(self, after: int, timeout_s: float) -> int | None: ...
+
+
+class Operations(Protocol):
+    """What may be asked for; all answers are JSON-able. Raises the errors of app.errors."""
+
     async def remove_model(self, name: str, actor: str) -> JSON: ...
     async def remove_version(self, name: str, version: str, actor: str) -> JSON: ...
     async def load_version(self, name: str, version: str, actor: str) -> JSON: ...
@@ -88,14 +99,13 @@ class Operations(Protocol):
     async def set_ladder(self, name: str, rungs: list[str], actor: str) -> JSON: ...
     async def clear_capture(self, name: str, actor: str) -> JSON: ...
     async def freeze(self, frozen: bool, actor: str) -> JSON: ...
-    async def explain(self, name: str) -> JSON: ...
-    async def curves(self, name: str, version: str) -> str: ...
-    def jobs(self, model: str, open_only: bool) -> list[JSON]: ...
-    def job(self, identity: str) -> JSON: ...
     async def cancel(self, identity: str, actor: str) -> JSON: ...
-    async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[JSON]: ...
-    async def news(self, after: int, timeout_s: float) -> int | None: ...
-    def status(self) -> JSON: ...
+
+
+class Uploads(Protocol):
+    """Where a model that is sent goes; answers when it serves, or when the wait for that is over. Raises the errors of app.errors."""
+
+    async def upload(self, request: Request, actor: str) -> JSON: ...
 
 
 def answer(content: Any, status: int = 200) -> Response:
@@ -103,10 +113,12 @@ def answer(content: Any, status: int = 200) -> Response:
 
 
 class Admin:
-    """All admin handlers over one Operations."""
+    """All admin handlers."""
 
-    def __init__(self, operations: Operations, guard: Guard, without_paths: Callable[[bytes], bytes] = bytes) -> None:
-        self._do, self._guard, self._without_paths = operations, guard, without_paths
+    def __init__(
+        self, views: Views, operations: Operations, uploads: Uploads, guard: Guard, without_paths: Callable[[bytes], bytes] = bytes
+    ) -> None:  # fmt: skip
+        self._see, self._do, self._uploads, self._guard, self._without_paths = views, operations, uploads, guard, without_paths
 
     def _show(self, role: Role, content: Any) -> Response:
         """What only reads: a viewer gets it without this server's paths."""
@@ -133,30 +145,30 @@ class Admin:
 
     async def status(self, request: Request) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, self._do.status())
+        return self._show(role, self._see.status())
 
     async def models(self, request: Request) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, {"models": self._do.models()})
+        return self._show(role, {"models": self._see.models()})
 
     async def model(self, request: Request, name: str) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, self._do.model(name))
+        return self._show(role, self._see.model(name))
 
     async def versions(self, request: Request, name: str) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, {"model": name, "versions": await self._do.versions(name)})
+        return self._show(role, {"model": name, "versions": await self._see.versions(name)})
 
     async def explain(self, request: Request, name: str) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, await self._do.explain(name))
+        return self._show(role, await self._see.explain(name))
 
     async def curves(self, request: Request, name: str, version: str) -> Response:
         self._guard.may_read(request)
-        return Response(await self._do.curves(name, version), media_type="image/svg+xml")
+        return Response(await self._see.curves(name, version), media_type="image/svg+xml")
 
     async def upload(self, request: Request) -> Response:
-        return answer(await self._do.upload(request, self._guard.may_change(request)), 201)
+        return answer(await self._uploads.upload(request, self._guard.may_change(request)), 201)
 
     async def remove_model(self, request: Request, name: str) -> Response:
         return answer(await self._do.remove_model(name, self._guard.may_change(request)))
@@ -215,11 +227,11 @@ class Admin:
 
     async def jobs(self, request: Request, model: str = "", open: bool = False) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, {"jobs": self._do.jobs(model, open)})
+        return self._show(role, {"jobs": self._see.jobs(model, open)})
 
     async def job(self, request: Request, identity: str) -> Response:
         role = self._guard.may_read(request)
-        return self._show(role, self._do.job(identity))
+        return self._show(role, self._see.job(identity))
 
     async def cancel(self, request: Request, identity: str) -> Response:
         return answer(await self._do.cancel(identity, self._guard.may_change(request)), 202)
@@ -233,7 +245,7 @@ class Admin:
         if (seen := request.headers.get("last-event-id", "")).isdecimal() and len(seen) < 19:  # a browser takes a broken stream up again
             after = max(after, int(seen))
         if not follow:
-            events = await self._do.timeline(model, after, limit, newest_first=not after)
+            events = await self._see.timeline(model, after, limit, newest_first=not after)
             return self._show(role, {"events": events if after else events[::-1]})
         return StreamingResponse(self._follow(model, after, role), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -241,11 +253,11 @@ class Admin:
         looked_at: int | None = after
         while looked_at is not None:
             try:
-                events = await self._do.timeline(model, after, FOLLOWED_AT_ONCE, newest_first=False)
+                events = await self._see.timeline(model, after, FOLLOWED_AT_ONCE, newest_first=False)
             except StoreUnavailable:
                 yield b": the journal is away\n\n"
                 await asyncio.sleep(AWAY_S)
-                looked_at = await self._do.news(looked_at, 0.0)
+                looked_at = await self._see.news(looked_at, 0.0)
                 continue
             for event in events:
                 after = event["seq"]
@@ -253,4 +265,4 @@ class Admin:
                 yield b"id: %d\ndata: %s\n\n" % (after, self._without_paths(data) if role is Role.VIEWER else data)
             if len(events) < FOLLOWED_AT_ONCE:
                 yield b": alive\n\n"
-                looked_at = await self._do.news(max(looked_at, after), 10.0)
+                looked_at = await self._see.news(max(looked_at, after), 10.0)

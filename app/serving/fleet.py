@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from time import monotonic
+from typing import ParamSpec, TypeVar
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.repository import FoundModel, Repository
@@ -31,6 +32,8 @@ from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
 WATCH_S = 2.0
+P = ParamSpec("P")
+T = TypeVar("T")
 SWAPS = ("activated", "swapped", "settings", "failed")
 
 
@@ -172,6 +175,13 @@ class Fleet:
     def reconciler(self, model: str) -> ModelReconciler:
         self._service.slot(model)  # raises why there is none
         return self._reconcilers[model]
+
+    async def carry_out(self, command: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Run one blocking command off the event loop, then look at what it changed. Raises what the command raises."""
+        result = await asyncio.to_thread(command, *arguments, **named)
+        await self.refresh()
+        self.poke()
+        return result
 
     async def settle(self, model: str, reached: Callable[[Slot], bool], timeout_s: float) -> bool:
         """Wait until `reached(slot)` holds, bounded; True if it does. Who waits for a model that leaves meanwhile waits no longer."""
