@@ -24,10 +24,10 @@ from app.catalog.card_facts import BuiltCard
 from app.catalog.cards import Cards
 from app.catalog.state_folder import StateFolder
 from app.domain import Event
-from app.injection import MODEL, Traffic
 from app.settings import Settings
 from app.store.base import Journal
 from app.store.open import open_journal
+from app.traffic import MODEL, Traffic
 from benchmarks import machine, models, report
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
 from benchmarks.diagnosis import broken

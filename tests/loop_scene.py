@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.injection import Traffic
+from app.traffic import Traffic
 from tests.running_server import DEMO, Running, server
 
 GOLDEN = DEMO / "repository" / "digits" / "1" / "model.onnx"

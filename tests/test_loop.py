@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from app.faulty_models import free_size, not_a_number
-from app.injection import CAUSES, Traffic
+from app.injection import CAUSES
+from app.traffic import Traffic
 from tests.loop_scene import GOLDEN, deploy, running, told, traffic
 from tests.running_server import DEMO, Running
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.faulty_models import free_size, slower_twin
-from app.injection import Traffic
+from app.traffic import Traffic
 from tests.loop_scene import deploy, running, told, traffic
 from tests.running_server import Running
 
