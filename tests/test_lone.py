@@ -12,8 +12,8 @@ import pytest
 
 from app.domain import RuntimeSettings
 from app.errors import Conflict
-from app.serving.dispatcher import LONE_CALLS
 from app.serving.engine import BatchReport, Engine
+from app.serving.lone import LONE_CALLS, LONE_WITHIN_S, LoneCalls
 from app.serving.runners import Instance
 from tests import models
 from tests.engines import Start, anyio_backend, forkserver, request, start, until, values
@@ -26,6 +26,15 @@ ONES = np.ones((1, 4), np.float32)
 
 def lone(engine: Engine) -> Instance | None:
     return engine._dispatcher._lone
+
+
+def test_enough_calls_within_the_time_are_said_once_and_older_ones_do_not_count() -> None:
+    calls = LoneCalls()
+    assert not any(calls.another(float(at)) for at in range(LONE_CALLS))
+    late = LONE_WITHIN_S + 1
+    assert not calls.another(late), "it began too long ago"
+    said = [calls.another(late + 1) for _ in range(2 * LONE_CALLS)]
+    assert said.index(True) == LONE_CALLS - 1 and sum(said) == 1
 
 
 async def where(engine: Engine) -> Instance:

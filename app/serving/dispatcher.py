@@ -1,6 +1,7 @@
 """The queue and the instances of one version: takes batches, sends them to the runner, hands out the answers.
 
-It knows neither how a runner comes to life nor what to do when it dies: then it gives back what was in flight.
+It knows neither how a runner comes to life nor what to do when it dies: then it gives back what was in flight. What a reply means to those
+who share a batch is app.serving.answers'.
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from time import monotonic
 from typing import Final
 
-from app.domain import BYTES, OWN, InferenceRequest, InferenceResult, RuntimeSettings
-from app.errors import HoneError, InvalidRequest, ModelFailed, NotReady
+from app.domain import BYTES, OWN, InferenceRequest, RuntimeSettings
+from app.errors import HoneError, ModelFailed, NotReady
 from app.serving import deadlines
+from app.serving.answers import BatchReport, failure_of, hand_out
 from app.serving.at_work import Mark
 from app.serving.batcher import Queue, Work, key_of
 from app.serving.exchange import Batch, Exchange, Reply
-from app.serving.layout import Planner, Sizes, split
+from app.serving.layout import Planner, Sizes
 from app.serving.ledger import PATIENCE_S, CoreLedger
+from app.serving.lone import LoneCalls
 from app.serving.manners import Manners
 from app.serving.rates import ENOUGH, Rates
 from app.serving.room import Room
@@ -35,23 +37,7 @@ LATE_SHARE: Final = 0.125
 """A batch of those that are late anyway takes no more of what is promised to who comes while it runs."""
 LONG_CALL_S: Final = 0.001
 """Calls of one row that take longer gain little by company and make it wait; shorter ones are mostly overhead, which a batch shares."""
-LONE_CALLS: Final = 16
-LONE_WITHIN_S: Final = 60.0
-"""So many calls that found nobody else, within this time, open the second session: it holds the weights again, so it must be of use."""
 _log = logging.getLogger("hone.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchReport:
-    """What one finished batch cost, for those who count. Seconds; `queue_s` has one entry per request."""
-
-    rows: int
-    row_bytes: int
-    requests: int
-    compute_s: float
-    cpu_s: float
-    wait_s: float
-    queue_s: tuple[float, ...]
 
 
 class Dispatcher:
@@ -79,8 +65,8 @@ class Dispatcher:
         self.timely = Timely()
         self.room = Room(spec.name, self.queue, self.timely, self.rates, spec.settings)
         self._lone: Instance | None = None
-        self._lone_calls = 0
-        self._lone_since = 0.0
+        self._lone_calls = LoneCalls()
+        self._may_open_lone = False
         self._was_alone = False
         self._busy = 0
         self._solo = False
@@ -144,7 +130,7 @@ class Dispatcher:
 
     def attach(self, runner: Runner) -> None:
         self._runner = runner
-        self._free, self._lone, self._lone_calls = [], None, 0
+        self._free, self._lone, self._lone_calls = [], None, LoneCalls()
         self._busy = 0
         self._solo = False
         self.resize(self.settings)
@@ -152,6 +138,7 @@ class Dispatcher:
     def resize(self, settings: RuntimeSettings) -> None:
         """Take new live settings: instances are added at once and removed as they become free."""
         self.settings = self.room.settings = settings
+        self._may_open_lone = self._spec.second_session and settings.has_lone and self._spec.kind == "onnx"
         runner = self._runner
         if runner is None or not runner.alive:
             return
@@ -298,17 +285,12 @@ class Dispatcher:
         alone = not self._busy and self.queue.length == 1 and not self.suspects
         again = alone and self._was_alone
         self._was_alone = alone
-        if again and self._lone is None:
-            self._ask_for_lone(monotonic())
+        if again and self._lone is None and self._may_open_lone and self._lone_calls.another(monotonic()):
+            self._open_lone()
         return self._lone if again and self._lone is not None else self._free[-1]
 
-    def _ask_for_lone(self, now: float) -> None:
-        if not (self._spec.second_session and self.settings.has_lone and self._spec.kind == "onnx") or self._lone_calls > LONE_CALLS:
-            return
-        if not self._lone_calls or now - self._lone_since > LONE_WITHIN_S:
-            self._lone_calls, self._lone_since = 0, now
-        self._lone_calls += 1
-        if self._lone_calls > LONE_CALLS and self._runner is not None:
+    def _open_lone(self) -> None:
+        if self._runner is not None:
             with contextlib.suppress(OSError):
                 self._runner.open_lone(self._take_lone)
 
@@ -357,10 +339,13 @@ class Dispatcher:
         self._release(instance, batch, reply)
         self.pump()  # the runner first: it may compute while the answers are cut
         try:
-            if reply.failed:
-                self._failed(batch, reply)
+            if not reply.failed:
+                if not hand_out(self._spec, batch, reply, self._observer):
+                    self._rows_depend(batch)
+            elif len(batch.work) > 1:  # a request that the model cannot take must not fail its batch-mates: each is tried alone
+                self._again_alone(batch)
             else:
-                self._hand_out(batch, reply)
+                batch.work[0].fail(failure_of(self._spec.name, reply))
         except Exception as error:  # noqa: BLE001 - a callback of the loop: callers must not wait for an answer that never comes
             _log.exception("%s: a reply could not be understood", self._spec.name)
             for work in batch.work:
@@ -400,38 +385,6 @@ class Dispatcher:
         more = self.queue.length or self.suspects
         self._account.late = self._only_late
         self._account.give(batch.tokens, batch.expected_s, cpu_s, self.settings.intra_op_threads if more else 0)
-
-    def _hand_out(self, batch: Batch, reply: Reply) -> None:
-        answers = split(batch.work, reply.described, reply.data, batch.rows)
-        if answers is None:
-            self._rows_depend(batch)
-            return
-        spec, rows = self._spec, batch.rows
-        for work, outputs in zip(batch.work, answers, strict=True):
-            if work.future.done():
-                continue
-            share = work.rows / rows
-            cpu_s, wait_s = reply.cpu_s * share, reply.wait_s * share
-            work.future.set_result(
-                InferenceResult(outputs, spec.model, spec.version, spec.generation, work.queue_s, reply.compute_s, rows, cpu_s, wait_s)
-            )
-        if self._observer is not None and not (len(batch.work) == 1 and batch.work[0].request.caller == OWN):
-            queue_s = tuple([work.queue_s for work in batch.work])
-            row_bytes = batch.plan.end // (rows or 1)
-            self._observer(BatchReport(rows, row_bytes, len(batch.work), reply.compute_s, reply.cpu_s, reply.wait_s, queue_s))
-
-    def _failed(self, batch: Batch, reply: Reply) -> None:
-        """A request that the model cannot take must not fail its batch-mates: each is tried alone."""
-        if len(batch.work) > 1:
-            self._again_alone(batch)
-        elif reply.failed == "InvalidRequest":
-            batch.work[0].fail(InvalidRequest(reply.text))
-        elif reply.failed == "OutOfMemory":
-            batch.work[0].fail(
-                NotReady(f"{self._spec.name} had no memory left for this request ({reply.text}); try again, or send less at once")
-            )
-        else:
-            batch.work[0].fail(ModelFailed(f"{self._spec.name} failed on this request: {reply.text}"))
 
     def _rows_depend(self, batch: Batch) -> None:
         self.batchable = False

@@ -18,9 +18,10 @@ from typing import Final
 from app.domain import InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import Conflict, HoneError, NotReady, Quarantined, RunnerLost
 from app.serving import procfs
+from app.serving.answers import BatchReport
 from app.serving.at_work import Mark
 from app.serving.batcher import Work
-from app.serving.dispatcher import BatchReport, Dispatcher
+from app.serving.dispatcher import Dispatcher
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
 from app.serving.quarantine import Quarantine, hash_inputs, hash_of
