@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from time import monotonic, time
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.repository import FoundModel
-from app.domain import Event, Generation, ModelState, Signature, VersionState
+from app.domain import Event, Generation, ModelState, VersionState
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
-from app.serving.backoff import RETRY_MOST_S, Backoff
+from app.serving.backoff import Backoff
 from app.serving.loader import Loader
 from app.serving.mirror import Mirror
 from app.serving.past_deaths import PastDeaths
+from app.serving.reference import ReferenceFreezer, usual_classes
 from app.serving.reread import runs_as_told, takes_live
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Share, Slot, asked_alike
+from app.serving.warm import expired, known, surplus
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
@@ -32,28 +33,6 @@ Recorder = Callable[[Event], None]
 DRAIN_S = 30.0
 DEADLY_INPUTS = 3
 """So many different inputs that killed a runner count against the version; one alone counts against the input."""
-
-
-def _classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
-    """Shares of golden's top classes on the reference; empty where there is none, or nothing is classified."""
-    if not classifies or admitted.reference is None:
-        return {}
-    scores = next(iter(admitted.reference.outputs.values()))
-    if scores.dtype.kind != "f" or scores.ndim < 2:
-        return {}
-    best = scores.reshape(-1, scores.shape[-1]).argmax(-1).tolist()
-    return {group: best.count(group) / len(best) for group in set(best)}
-
-
-def _can_be_sampled(signature: Signature) -> bool:
-    """Whether inputs can differ at all: some models take none, or only empty ones."""
-    needed = [spec for spec in signature.inputs if not spec.optional]
-    return bool(needed) and all(0 not in spec.shape for spec in needed)
-
-
-def needed(want: ModelState) -> set[str]:
-    """Versions that stay loaded beside the active one: golden, the one that shares the traffic, and the rungs of the ladder."""
-    return {want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
 
 
 def _before(want: ModelState) -> str:
@@ -74,8 +53,7 @@ class ModelReconciler:
         self._backoff = Backoff()
         self._left_deadly: tuple[str, Generation] | None = None
         self._stopping: set[asyncio.Task[None]] = set()
-        self._freezing: asyncio.Task[None] | None = None
-        self._freeze_after = 0.0
+        self._reference = ReferenceFreezer(slot, admission, loader, record)
         self._prepared: tuple[str, ModelConfig] | None = None
         self._turn = asyncio.Lock()
         self._closed = False
@@ -114,13 +92,14 @@ class ModelReconciler:
         if want is None or found is None:
             return
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
-        slot.known = self._known(want, found)
+        slot.known = known(want, found)
         if want.unloaded:
             slot.active, slot.reason = None, ""
             for loaded in list(slot.versions.values()):
                 await self._stop(loaded)
             return
-        self._stop_expired(want)
+        for loaded in expired(slot, want, monotonic()):
+            self._later(self._stop(loaded))
         if bearable := self._bearable(want):
             await self._reach(want, found, bearable)
             if slot.active is None and bearable != want.golden:
@@ -133,7 +112,7 @@ class ModelReconciler:
             await asyncio.to_thread(slot.reservoir.store_pending)
         if slot.active is not None:
             self._leave_deadly(slot.active, want)
-            self._freeze_reference(found, want)
+            self._reference.freeze(found, want, self.changed.set)
         if slot.active is not None and slot.active.version != want.golden and want.golden not in slot.versions:
             await self._warm(want, found, want.golden)
 
@@ -165,8 +144,7 @@ class ModelReconciler:
     async def close(self) -> None:
         self._closed = True
         self.slot.active = None
-        if self._freezing is not None:
-            self._freezing.cancel()
+        self._reference.close()
         async with self._turn:
             pass  # a version that is being loaded on request is stopped with the others
         await asyncio.gather(*(self._stop(loaded) for loaded in list(self.slot.versions.values())))
@@ -294,7 +272,7 @@ class ModelReconciler:
         slot.processor = await self._admission.processor(found, admitted)
         classifies = slot.config.task == "classification"
         await asyncio.to_thread(slot.reservoir.configure, slot.config.capture, admitted.signature, classifies, admitted.golden_sha256)
-        slot.mirror = Mirror(*slot.config.quality.resolved(slot.config.task), usual=_classes(admitted, classifies))
+        slot.mirror = Mirror(*slot.config.quality.resolved(slot.config.task), usual=usual_classes(admitted, classifies))
         self._prepared = (admitted.golden_sha256, slot.config)
 
     def _swap(self, new: Loaded, want: ModelState, took_s: float) -> None:
@@ -367,55 +345,10 @@ class ModelReconciler:
         self._metrics.count("hone_rollbacks", self.slot.name, "killers")
         return True
 
-    def _freeze_reference(self, found: FoundModel, want: ModelState) -> None:
-        """Once, in the background: golden's answers on frozen samples, which every later version and host is held to."""
-        golden = self.slot.versions.get(want.golden)
-        busy = self._freezing is not None and not self._freezing.done()
-        if golden is None or golden.admitted.reference is not None or busy or golden.admitted.kind != "onnx":
-            return
-        if not _can_be_sampled(golden.admitted.signature):
-            return
-        if monotonic() < self._freeze_after:
-            return
-        self._freeze_after = monotonic() + RETRY_MOST_S
-        self._freezing = asyncio.create_task(self._freeze(found, golden), name=f"freeze-{self.slot.name}")
-
-    async def _freeze(self, found: FoundModel, golden: Loaded) -> None:
-        try:
-            reference = await self._admission.freeze_reference(found, golden.admitted)
-        except HoneError as error:
-            log.warning("model %s: its reference is not frozen yet: %s", self.slot.name, error)
-            return
-        golden.admitted = replace(golden.admitted, reference=reference)
-        data = {"version": golden.version, "samples": len(reference.samples), "origin": reference.meta.origin}
-        self._record(Event("reference.frozen", self.slot.name, golden.version, data=data))
-        golden.notes = await self._loader.compare(golden, self.slot.config)
-        self.changed.set()
-
-    # ---- warm versions
-    def _known(self, want: ModelState, found: FoundModel) -> tuple[str, ...]:
-        built = [b.version for b in want.built if not b.removed and b.golden_sha256 == want.golden_sha256]
-        return tuple(dict.fromkeys([*(v.number for v in found.versions), want.golden, *built]))
-
-    def _stop_expired(self, want: ModelState) -> None:
-        now = monotonic()
-        for loaded in list(self.slot.versions.values()):
-            kept = loaded is self.slot.active or loaded.version in needed(want) or loaded.pinned
-            if not kept and loaded.warm_until and now > loaded.warm_until:
-                self._later(self._stop(loaded))
-
+    # ---- versions that go
     async def _bound_warm(self, want: ModelState) -> None:
         """One previous version at most, and no more versions than model.yaml's runtime.warm_versions."""
-        keep = {*needed(want), *(v.version for v in (self.slot.active,) if v is not None)}
-        others = [v for v in self.slot.versions.values() if v.version not in keep]
-        gone = [v for v in others if v.version not in self.slot.known]
-        others = [v for v in others if v not in gone]
-        await asyncio.gather(*(self._stop(v) for v in gone))
-        previous = sorted((v for v in others if not v.pinned), key=lambda v: v.warm_until, reverse=True)
-        pinned = [v for v in others if v.pinned]
-        room = max(0, self.slot.config.runtime.warm_versions - len(keep & set(self.slot.versions)))
-        stay = [*previous[:1], *pinned][:room]
-        await asyncio.gather(*(self._stop(v) for v in others if v not in stay))
+        await asyncio.gather(*(self._stop(loaded) for loaded in surplus(self.slot, want)))
 
     async def _watch_drain(self, old: Loaded) -> None:
         began = monotonic()

@@ -1,0 +1,74 @@
+"""Golden's answers on frozen samples: computed once, in the background, and what every later version and host is held to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from time import monotonic
+
+from app.catalog.repository import FoundModel
+from app.domain import Event, ModelState, Signature
+from app.errors import HoneError
+from app.serving.admission import Admission, Admitted
+from app.serving.backoff import RETRY_MOST_S
+from app.serving.loader import Loader
+from app.serving.slot import Loaded, Slot
+
+log = logging.getLogger("hone.serving")
+
+
+class ReferenceFreezer:
+    """Of one model; at most one at work, and not again at once where it went wrong."""
+
+    def __init__(self, slot: Slot, admission: Admission, loader: Loader, record: Callable[[Event], None]) -> None:
+        self._slot, self._admission, self._loader, self._record = slot, admission, loader, record
+        self._task: asyncio.Task[None] | None = None
+        self._not_before = 0.0
+
+    def freeze(self, found: FoundModel, want: ModelState, then: Callable[[], None]) -> None:
+        """Once, in the background, where golden is loaded and has no reference yet; `then` is called when it has."""
+        golden = self._slot.versions.get(want.golden)
+        busy = self._task is not None and not self._task.done()
+        if golden is None or golden.admitted.reference is not None or busy or golden.admitted.kind != "onnx":
+            return
+        if not _can_be_sampled(golden.admitted.signature):
+            return
+        if monotonic() < self._not_before:
+            return
+        self._not_before = monotonic() + RETRY_MOST_S
+        self._task = asyncio.create_task(self._freeze(found, golden, then), name=f"freeze-{self._slot.name}")
+
+    async def _freeze(self, found: FoundModel, golden: Loaded, then: Callable[[], None]) -> None:
+        try:
+            reference = await self._admission.freeze_reference(found, golden.admitted)
+        except HoneError as error:
+            log.warning("model %s: its reference is not frozen yet: %s", self._slot.name, error)
+            return
+        golden.admitted = replace(golden.admitted, reference=reference)
+        data = {"version": golden.version, "samples": len(reference.samples), "origin": reference.meta.origin}
+        self._record(Event("reference.frozen", self._slot.name, golden.version, data=data))
+        golden.notes = await self._loader.compare(golden, self._slot.config)
+        then()
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+
+def usual_classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
+    """Shares of golden's top classes on the reference; empty where there is none, or nothing is classified."""
+    if not classifies or admitted.reference is None:
+        return {}
+    scores = next(iter(admitted.reference.outputs.values()))
+    if scores.dtype.kind != "f" or scores.ndim < 2:
+        return {}
+    best = scores.reshape(-1, scores.shape[-1]).argmax(-1).tolist()
+    return {group: best.count(group) / len(best) for group in set(best)}
+
+
+def _can_be_sampled(signature: Signature) -> bool:
+    """Whether inputs can differ at all: some models take none, or only empty ones."""
+    needed = [spec for spec in signature.inputs if not spec.optional]
+    return bool(needed) and all(0 not in spec.shape for spec in needed)
