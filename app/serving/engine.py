@@ -1,7 +1,7 @@
 """One loaded version: its runner, its queue, and what happens when the runner fails it.
 
-A runner that ends unasked is replaced; what was in it is tried again, one request at a time and alone, so that a row which kills runners
-is found and quarantined. It knows no HTTP, and nothing of other versions: cores are shared through the ledger alone.
+A runner that ends unasked is replaced; what was in it is tried again, as app.serving.inquest says. It knows no HTTP, and nothing of
+other versions: cores are shared through the ledger alone.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Final
 
@@ -23,9 +22,11 @@ from app.serving.at_work import Mark
 from app.serving.batcher import Work
 from app.serving.dispatcher import Dispatcher
 from app.serving.forkserver import ForkServer
+from app.serving.inquest import Death, Inquest
 from app.serving.ledger import CoreLedger
 from app.serving.quarantine import Quarantine, hash_inputs, hash_of
 from app.serving.runners import Ending, Opened, Runner, RunnerSpec
+from app.serving.upkeep import Upkeep
 from app.serving.watch import Patience, judge, look
 
 __all__ = ["BatchReport", "Death", "Engine", "Quarantine", "RunnerSpec", "hash_inputs"]
@@ -34,26 +35,10 @@ ANSWER_S: Final = 1.8
 """Callers whose runner was lost have their answer, or a 503, after this long."""
 _PAUSES_S: Final = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 """Before the n-th start in a row that no finished batch separates from the last end."""
-_TRIES: Final = 3
 WATCH_S: Final = 0.25
-_MEMORY_LOOK_S: Final = 2.0
-_TRIM_IDLE_S, _TRIM_BUSY_S = 2.0, 30.0
 _REST_S: Final = 30.0
 """After so long without a request a runner gives back what only batches need: it is there again after the first one (1 to 2 ms for a small model)."""
-_RECYCLE_S: Final = 60.0
-_SLACK_BYTES: Final = 64 << 20
-"""A runner may hold this much more than after its warm-up before it is asked to give freed memory back."""
 _log = logging.getLogger("hone.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """One unasked end of a runner and the hashes of the inputs that were in it."""
-
-    reason: str
-    pid: int
-    hashes: tuple[str, ...]
-    at: float
 
 
 class Engine:
@@ -75,12 +60,12 @@ class Engine:
         self.inflight = 0
         self.firm = False
         """It gives way to no other model: its time is being compared with another's."""
-        self.deaths: deque[Death] = deque(maxlen=64)
         self.killers: set[str] = killers if killers is not None else set()
-        self.restarts = 0
         self.quarantine = quarantine if quarantine is not None else Quarantine()
+        self._inquest = Inquest(spec.name, self.quarantine, self.killers, on_death)
+        self.deaths: Sequence[Death] = self._inquest.deaths
+        self.restarts = 0
         self._forkserver = forkserver
-        self._on_death = on_death
         self._dispatcher = Dispatcher(spec, ledger, observer, mark)
         self._runner: Runner | None = None
         self._recovery: asyncio.Task[None] | None = None
@@ -93,9 +78,7 @@ class Engine:
         self._watch: asyncio.TimerHandle | None = None
         self._rest: asyncio.TimerHandle | None = None
         self._patience = patience
-        self._memory_looked_at = 0.0
-        self._trimmed_at = -_TRIM_BUSY_S
-        self._recycled_at = -_RECYCLE_S
+        self._upkeep = Upkeep()
         self._recycling: asyncio.Task[None] | None = None
         self._endings: set[asyncio.Task[None]] = set()
         self.recycles = 0
@@ -315,7 +298,10 @@ class Engine:
         finally:
             self._end_soon(runner)
         try:
-            await self._judge(ending, runner.pid, lost)
+            if self._dispatcher.completed > self._completed_at_death:
+                self._failures = 0
+            self._completed_at_death = self._dispatcher.completed
+            self._dispatcher.retry(await self._inquest.hold(ending, runner.pid, lost))
         except Exception:  # noqa: BLE001 - a sink's fault must not keep the version from coming back; callers are answered by _give_up
             _log.exception("%s: the death of its runner could not be told", self.spec.name)
         while not self._closed:
@@ -356,8 +342,7 @@ class Engine:
             if judgement is not None:
                 runner.kill(judgement.reason, judgement.own_fault)
                 break
-        if now - self._memory_looked_at > _MEMORY_LOOK_S or not self.inflight:
-            self._memory_looked_at = now
+        if self._upkeep.due(self.inflight > 0, now):
             self._look_at_memory(runner, now)
         if self.inflight or self._dispatcher.busy or self._dispatcher.suspects:
             self._keep_watch()
@@ -378,13 +363,10 @@ class Engine:
 
     def _look_at_memory(self, runner: Runner, now: float) -> None:
         self._see_cpu(runner)
-        used = procfs.private_bytes(runner.pid) or 0
-        if used > runner.settled_bytes + _SLACK_BYTES and now - self._trimmed_at > (_TRIM_BUSY_S if self.inflight else _TRIM_IDLE_S):
-            self._trimmed_at = now
+        used, limit = procfs.private_bytes(runner.pid) or 0, self.spec.memory_limit_bytes
+        if self._upkeep.trims(used, runner.settled_bytes, self.inflight > 0, now):
             runner.trim()
-        limit = self.spec.memory_limit_bytes
-        if limit and used > limit and now - self._recycled_at > _RECYCLE_S:
-            self._recycled_at = now
+        if self._upkeep.recycles(used, limit, now):
             self._recycling = asyncio.get_running_loop().create_task(self._recycle(used), name=f"recycling of {self.spec.name}")
 
     async def _recycle(self, used: int) -> None:
@@ -415,27 +397,3 @@ class Engine:
         task = asyncio.get_running_loop().create_task(runner.end(), name=f"end of a runner of {self.spec.name}")
         self._endings.add(task)
         task.add_done_callback(self._endings.discard)
-
-    async def _judge(self, ending: Ending, pid: int, lost: list[list[Work]]) -> None:
-        """Write the death down, quarantine a row that was alone twice, and put the others up for another try."""
-        if self._dispatcher.completed > self._completed_at_death:
-            self._failures = 0
-        self._completed_at_death = self._dispatcher.completed
-        works = [work for group in lost for work in group]
-        hashes = tuple([await hash_of(work.request) for work in works])
-        self.deaths.append(Death(ending.reason, pid, hashes, monotonic()))
-        _log.warning("%s: %s (pid %d, %d requests in it)", self.spec.name, ending.reason, pid, len(works))
-        if self._on_death is not None:
-            self._on_death(ending.reason, pid, hashes)
-        again: list[Work] = []
-        for work, digest in zip(works, hashes, strict=True):
-            work.tries += 1
-            if len(works) == 1 and ending.own_fault and work.tries > 1:
-                self.killers.add(digest)
-                self.quarantine.add(digest, ending.reason)
-                work.fail(Quarantined(f"this input ended a runner of {self.spec.name} twice, the second time alone ({ending.reason})"))
-            elif work.tries >= _TRIES:
-                work.fail(RunnerLost(f"the runner of {self.spec.name} ended {work.tries} times with this request in it: {ending.reason}"))
-            elif not work.future.done() or ending.own_fault:
-                again.append(work)
-        self._dispatcher.retry(again)
