@@ -15,7 +15,8 @@ import numpy as np
 
 from app.catalog.model_config import ModelConfig
 from app.control.loop import TICK_S
-from app.control.suspicion import COST_LIMIT, LEAP_LIMIT, Kind, Normal, Seen, learned, suspicions
+from app.control.normal import Normal, learned
+from app.control.suspicion import COST_LIMIT, LEAP_LIMIT, Kind, Seen, suspicions
 from app.domain import Observation
 from app.telemetry.window import BLOCK_S as HONE_BLOCK_S
 from app.telemetry.window import Block, Track, Window

@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from app.catalog.model_config import ModelConfig
+from app.control.normal import LEAST_ROWS, Normal, learned, other_shapes, shape_shift, with_news
 from app.control.quality import sureness_shift, worst_class
-from app.control.suspicion import LEAST_ROWS, Kind, Normal, Seen, learned, other_shapes, shape_shift, suspicions, with_news
+from app.control.suspicion import Kind, Seen, suspicions
 from app.domain import InferenceRequest, InferenceResult
 from app.serving.mirror import Mirror
 from app.telemetry.likeness import Likeness, Row

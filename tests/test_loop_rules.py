@@ -10,13 +10,15 @@ import pytest
 
 from app.catalog.model_config import ModelConfig
 from app.control.choices import builds, quick_tries
-from app.control.diagnosis import Cause, Diagnosis, Findings, FreshRunner, Replay, diagnose, needs_probe, needs_replay
+from app.control.diagnosis import Cause, Diagnosis, diagnose, needs_probe, needs_replay
+from app.control.findings import Findings, FreshRunner, Replay
+from app.control.normal import Normal, learned
 from app.control.objectives import Burn, burn
 from app.control.patient import Incident, Looks, Patient
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.replay import _held_to
 from app.control.situation import situation_of
-from app.control.suspicion import Kind, Normal, Seen, Suspicion, leap_of_latency, learned, suspicions
+from app.control.suspicion import Kind, Seen, Suspicion, leap_of_latency, suspicions
 from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block, Cost

@@ -19,7 +19,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.applications import Starlette
 
 from app.api import docs
-from app.api.admin import Admin, Operations
+from app.api.admin import Admin, Operations, Uploads, Views
 from app.api.auth import Guard
 from app.api.docs import docs_routes
 from app.api.friendly import read_input, write_answer
@@ -100,7 +100,7 @@ def test_the_admin_side_is_described_as_it_is_routed(document: dict[str, Any]) -
     def nameless(path: str) -> str:
         return re.sub(r"{\w+}", "{}", path)
 
-    router = Admin(cast(Operations, None), cast(Guard, None)).router()
+    router = Admin(cast(Views, None), cast(Operations, None), cast(Uploads, None), cast(Guard, None)).router()
     routed = {(method.lower(), nameless(getattr(route, "path", ""))) for route in router.routes for method in getattr(route, "methods", ())}
     described = {(method, nameless(path)) for method, path, _ in each_operation(document) if path.startswith("/admin")}
     assert described == routed

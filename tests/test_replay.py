@@ -15,7 +15,7 @@ from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench
-from app.control.diagnosis import Replay
+from app.control.findings import Replay
 from app.control.replay import _question, replay
 from app.domain import Generation, ModelState, RuntimeSettings, Signature, TensorSpec
 from optimizers.samples import Samples

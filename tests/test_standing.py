@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from app.catalog.model_config import ModelConfig
+from app.control.normal import Normal
 from app.control.standing import begin_at_zero, prune, standing
-from app.control.suspicion import Normal
 from app.domain import ModelView, Observation, RuntimeSettings
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window

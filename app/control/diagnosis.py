@@ -6,28 +6,33 @@ came with it, or by golden's answers; a process only by a fresh one beside it (d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
-from app.control.suspicion import Kind, Normal, Suspicion, cost_ratio
+from app.control.findings import (
+    AT_THE_EDGE,
+    DECAYED_CPU,
+    FLAT,
+    PRESSED,
+    THROTTLED,
+    WAITING,
+    Findings,
+    as_proven,
+    decayed,
+    host_reasons,
+    is_crowded,
+    is_host,
+    is_load,
+    is_settings,
+    leaves_cores_idle,
+    mean_batch,
+    numbers,
+)
+from app.control.normal import cost_ratio
+from app.control.suspicion import Kind
 from app.domain import JSON
-from app.telemetry.hostfacts import HostFacts
-from app.telemetry.window import Block
 
-WAITING: Final = 0.25
-"""Share of a runner's time spent waiting for a core from which the host, not the model, makes it slow."""
-AT_THE_EDGE: Final = 0.4
-"""Share of a request's time, outside queue and runner, from which reading and writing it is what makes it slow."""
-PRESSED: Final = 0.10
-STOLEN: Final = 0.10
-THROTTLED: Final = 0.05
-QUEUED: Final = 0.5
-FLAT: Final = 1.10
-CROWDED: Final = 1.5
-DECAYED_CPU: Final = 1.15
-DECAYED_WALL: Final = 1.3
 DRIFTED: Final = 0.25
 """PSI of the predicted classes from which the traffic is another one."""
 
@@ -60,54 +65,6 @@ class Diagnosis:
         return isinstance(replayed, dict) and "inconclusive" in replayed["findings"]
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """What the paired replay found (optimizers.blame): (estimate, low, high) of ratios of CPU time per row."""
-
-    version: tuple[float, float, float] | None = None
-    """Live file over the file it is held to, on reference samples, over what the proof says that ratio is."""
-    recent: tuple[float, float, float] | None = None
-    """Live file, inputs that come now over `usual` ones."""
-    findings: tuple[str, ...] = ()
-    held_to: str = ""
-    usual: str = "frozen"
-    """`earlier`: captured before all this began; `frozen`: the reference's."""
-    report: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
-    """Why it was not possible, or not with the file that the live one is held to."""
-
-
-@dataclass(frozen=True, slots=True)
-class FreshRunner:
-    """The live runner over a fresh one: (estimate, low, high) of the ratios of CPU and of wall time."""
-
-    cpu: tuple[float, float, float]
-    wall: tuple[float, float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """All that a diagnosis may rest on. `others` are models that are suspected of the same at this moment."""
-
-    suspicions: Sequence[Suspicion]
-    block: Block
-    normal: Normal
-    host: HostFacts
-    cores: int
-    instances: int
-    threads: int
-    others: int = 0
-    models: int = 1
-    began_with_version: bool = False
-    drift: float | None = None
-    agreed_before: tuple[int, int] = (0, 0)
-    """(agreed with golden, compared) since the version serves, but for the last moments."""
-    replay: Replay | None = None
-    fresh: FreshRunner | None = None
-    event: str = ""
-    """What happened shortly before, where something did: start, swap, settings, host class, cores."""
-
-
 BEFORE_ANSWERS: Final = 40
 BEFORE_AGREED: Final = 0.98
 """A version that agreed with golden on so many live requests until a moment ago did not fall by itself."""
@@ -116,7 +73,7 @@ BEFORE_AGREED: Final = 0.98
 def needs_replay(found: Findings) -> bool:
     """Whether only an experiment can tell: where cost rose, or is not known to be what it was, and where time went to the calls themselves."""
     kinds = {one.kind for one in found.suspicions}
-    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE} or _is_settings(found):
+    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE} or is_settings(found):
         return False
     if kinds & {Kind.COST, Kind.EVENT}:
         return True
@@ -125,7 +82,7 @@ def needs_replay(found: Findings) -> bool:
     ratio = cost_ratio(found.block, found.normal)
     if found.event == "swap" or (ratio is not None and ratio > FLAT):
         return True  # a busy host or a full queue may hide a version that costs more
-    return not _is_load(found) and not _is_host(found)
+    return not is_load(found) and not is_host(found)
 
 
 def needs_probe(found: Findings) -> bool:
@@ -135,8 +92,8 @@ def needs_probe(found: Findings) -> bool:
         return False
     return (
         bool(kinds & {Kind.COST, Kind.LATENCY})
-        and not _is_load(found)
-        and not _is_settings(found)
+        and not is_load(found)
+        and not is_settings(found)
         and (found.host.throttled_ratio or 0.0) <= THROTTLED
     )
 
@@ -160,7 +117,7 @@ def diagnose(found: Findings) -> Diagnosis:
         diagnosis = rule(found)
         if diagnosis is not None:
             return _with_neighbours(diagnosis, found)
-    return _with_neighbours(Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", _numbers(found)), found)
+    return _with_neighbours(Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", numbers(found)), found)
 
 
 # ---- rules
@@ -172,18 +129,18 @@ def _by_faults(found: Findings) -> Diagnosis | None:
         return None
     text = "; ".join(one.text for one in faults)
     if found.host.memory_pressure is not None and found.host.memory_pressure > PRESSED:
-        return Diagnosis(Cause.HOST, 0.6, f"{text}, while the host is short of memory", _numbers(found))
+        return Diagnosis(Cause.HOST, 0.6, f"{text}, while the host is short of memory", numbers(found))
     if all(one.kind is Kind.DEATHS and one.numbers["from_outside"] >= one.numbers["deaths"] for one in faults):
         return Diagnosis(
-            Cause.HOST, 0.8, f"{text}: by a person, a limit or the kernel", _numbers(found), ("version: it did not end by itself",)
+            Cause.HOST, 0.8, f"{text}: by a person, a limit or the kernel", numbers(found), ("version: it did not end by itself",)
         )
     if all("failed_calls" in one.numbers for one in faults) and not found.began_with_version:
         return Diagnosis(
-            Cause.UNKNOWN, 0.5, f"{text}: it began without a new version, so that the requests may be what is wrong", _numbers(found)
+            Cause.UNKNOWN, 0.5, f"{text}: it began without a new version, so that the requests may be what is wrong", numbers(found)
         )
     if found.began_with_version:
-        return Diagnosis(Cause.VERSION, 0.95, f"{text}: began with this version", _numbers(found), ("load: faults are not slowness",))
-    return Diagnosis(Cause.VERSION, 0.6, f"{text}: this version's runner or answers, whatever began it", _numbers(found))
+        return Diagnosis(Cause.VERSION, 0.95, f"{text}: began with this version", numbers(found), ("load: faults are not slowness",))
+    return Diagnosis(Cause.VERSION, 0.6, f"{text}: this version's runner or answers, whatever began it", numbers(found))
 
 
 def _by_fidelity(found: Findings) -> Diagnosis | None:
@@ -194,13 +151,13 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     agreed, compared = found.agreed_before
     if compared >= BEFORE_ANSWERS and agreed >= BEFORE_AGREED * compared:
         text = f"{fidelity.text}, and did on {agreed} of the {compared} before: the inputs changed"
-        return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic before",))
+        return Diagnosis(Cause.INPUT, 0.8, text, numbers(found), ("version: it agreed on the traffic before",))
     if drift is not None and drift > DRIFTED and not found.began_with_version:
         text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"
-        return Diagnosis(Cause.INPUT, 0.8, text, _numbers(found), ("version: it agreed on the traffic it was proven with",))
+        return Diagnosis(Cause.INPUT, 0.8, text, numbers(found), ("version: it agreed on the traffic it was proven with",))
     if found.began_with_version:
-        return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first minutes on", _numbers(found))
-    return Diagnosis(Cause.INPUT, 0.7, f"{fidelity.text}, though it passed on reference samples: the inputs changed", _numbers(found))
+        return Diagnosis(Cause.VERSION, 0.9, f"{fidelity.text}, from this version's first minutes on", numbers(found))
+    return Diagnosis(Cause.INPUT, 0.7, f"{fidelity.text}, though it passed on reference samples: the inputs changed", numbers(found))
 
 
 def _by_confidence(found: Findings) -> Diagnosis | None:
@@ -210,8 +167,8 @@ def _by_confidence(found: Findings) -> Diagnosis | None:
         return None
     if found.drift is not None and found.drift > DRIFTED:
         text = f"{doubt.text}, and the traffic is another one (PSI of the predicted classes {found.drift:.2f})"
-        return Diagnosis(Cause.INPUT, 0.6, text, _numbers(found), ("version: it was as sure as golden when it was new",))
-    return Diagnosis(Cause.UNKNOWN, 0.4, f"{doubt.text}; the top answers agree and the predicted classes are as ever", _numbers(found))
+        return Diagnosis(Cause.INPUT, 0.6, text, numbers(found), ("version: it was as sure as golden when it was new",))
+    return Diagnosis(Cause.UNKNOWN, 0.4, f"{doubt.text}; the top answers agree and the predicted classes are as ever", numbers(found))
 
 
 def _by_labels(found: Findings) -> Diagnosis | None:
@@ -220,8 +177,8 @@ def _by_labels(found: Findings) -> Diagnosis | None:
     if labels is None:
         return None
     if found.drift is not None and found.drift > DRIFTED:
-        return Diagnosis(Cause.INPUT, 0.6, f"{labels.text}, and the traffic is another one (PSI {found.drift:.2f})", _numbers(found))
-    return Diagnosis(Cause.UNKNOWN, 0.4, f"{labels.text}; neither the inputs nor the agreement with golden changed", _numbers(found))
+        return Diagnosis(Cause.INPUT, 0.6, f"{labels.text}, and the traffic is another one (PSI {found.drift:.2f})", numbers(found))
+    return Diagnosis(Cause.UNKNOWN, 0.4, f"{labels.text}; neither the inputs nor the agreement with golden changed", numbers(found))
 
 
 def _by_memory(found: Findings) -> Diagnosis | None:
@@ -231,30 +188,30 @@ def _by_memory(found: Findings) -> Diagnosis | None:
     limit, usual = memory.numbers.get("limit_mb"), found.normal.memory_bytes
     if limit is not None and (not found.normal.known or usual > limit * (1 << 20)):
         text = f"{memory.text}, and held as much from the start: this version needs it"
-        return Diagnosis(Cause.VERSION, 0.8, text, _numbers(found), ("process: a fresh one holds as much",))
-    return Diagnosis(Cause.PROCESS, 0.8, f"{memory.text}: this process grew, a fresh one starts small", _numbers(found))
+        return Diagnosis(Cause.VERSION, 0.8, text, numbers(found), ("process: a fresh one holds as much",))
+    return Diagnosis(Cause.PROCESS, 0.8, f"{memory.text}: this process grew, a fresh one starts small", numbers(found))
 
 
 def _by_many(found: Findings) -> Diagnosis | None:
     """What happens to more than half of all models at once is no one model's doing, unless an experiment says so."""
-    if found.others < 1 or 2 * (found.others + 1) <= found.models or _is_load(found):
+    if found.others < 1 or 2 * (found.others + 1) <= found.models or is_load(found):
         return None
-    if found.fresh is not None and _decayed(found.fresh):
+    if found.fresh is not None and decayed(found.fresh):
         return None
     if found.replay is not None and "version_slower" in found.replay.findings:
         return None  # both files met the same host, in CPU time
     text = f"{found.others + 1} of {found.models} models are out of the ordinary at the same time"
-    return Diagnosis(Cause.HOST, 0.8, text, _numbers(found), ("version, settings, input: they belong to one model",))
+    return Diagnosis(Cause.HOST, 0.8, text, numbers(found), ("version, settings, input: they belong to one model",))
 
 
 def _by_fresh_runner(found: Findings) -> Diagnosis | None:
     fresh = found.fresh
-    if fresh is None or not _decayed(fresh):
+    if fresh is None or not decayed(fresh):
         return None
     which, ratio = ("CPU time", fresh.cpu) if fresh.cpu[1] > DECAYED_CPU else ("time", fresh.wall)
     text = f"the live runner takes {_ratio(ratio)} × the {which} of a fresh one beside it: the process decayed, not the model"
     return Diagnosis(
-        Cause.PROCESS, 0.95, text, _numbers(found), ("version: the fresh runner serves the same file", "host: both met the same")
+        Cause.PROCESS, 0.95, text, numbers(found), ("version: the fresh runner serves the same file", "host: both met the same")
     )
 
 
@@ -264,126 +221,57 @@ def _by_replay(found: Findings) -> Diagnosis | None:
         return None
     if "version_slower" in replay.findings and replay.version is not None:
         text = f"its file takes {_ratio(replay.version)} × the CPU time that version {replay.held_to} and its proof lead to expect"
-        return Diagnosis(Cause.VERSION, 0.95, text, _numbers(found), ("host, load: both files took turns on one core in CPU time",))
+        return Diagnosis(Cause.VERSION, 0.95, text, numbers(found), ("host, load: both files took turns on one core in CPU time",))
     if "input_costlier" in replay.findings and replay.recent is not None:
         text = f"the inputs that come now take {_ratio(replay.recent)} × the CPU time of {replay.usual} ones: the input changed"
-        return Diagnosis(Cause.INPUT, 0.9, text, _numbers(found), ("version: the same file, on both inputs",))
+        return Diagnosis(Cause.INPUT, 0.9, text, numbers(found), ("version: the same file, on both inputs",))
     return None
 
 
 def _by_host(found: Findings) -> Diagnosis | None:
-    reasons = _host_reasons(found)
+    reasons = host_reasons(found)
     if not reasons:
         return None
-    ruled = tuple(["version: as proven in the paired replay"] if _as_proven(found) else [])
-    return Diagnosis(Cause.HOST, 0.9 if ruled else 0.8, "; ".join(reasons), _numbers(found), ruled)
+    ruled = tuple(["version: as proven in the paired replay"] if as_proven(found) else [])
+    return Diagnosis(Cause.HOST, 0.9 if ruled else 0.8, "; ".join(reasons), numbers(found), ruled)
 
 
 def _by_load(found: Findings) -> Diagnosis | None:
-    if not _is_load(found):
+    if not is_load(found):
         return None
     block = found.block
     refused = "".join(f", {count} {how}" for count, how in ((block.refused, "refused"), (block.expired, "expired")) if count)
-    crowd = f", {_mean_batch(block):.1f} rows a call ({found.normal.mean_batch:.1f} when all was well)" if _is_crowded(found) else ""
+    crowd = f", {mean_batch(block):.1f} rows a call ({found.normal.mean_batch:.1f} when all was well)" if is_crowded(found) else ""
     text = f"queue {block.queue_ratio:.0%} of latency at {block.offered / block.seconds:.3g} requests/s{crowd}{refused}, cost as proven"
-    return Diagnosis(Cause.LOAD, 0.9, text, _numbers(found), ("version, process: a row costs what it always cost",))
+    return Diagnosis(Cause.LOAD, 0.9, text, numbers(found), ("version, process: a row costs what it always cost",))
 
 
 def _by_settings(found: Findings) -> Diagnosis | None:
     """Requests wait while cores stand idle, or calls of another size than the settings were measured for."""
     block, used = found.block, found.instances * found.threads
     slow = any(one.kind in (Kind.LATENCY, Kind.EVENT, Kind.REFUSALS) for one in found.suspicions)
-    if slow and _leaves_cores_idle(found) and (block.queue_ratio > 0.3 or block.refused or found.event == "settings"):
+    if slow and leaves_cores_idle(found) and (block.queue_ratio > 0.3 or block.refused or found.event == "settings"):
         text = f"requests wait ({block.queue_ratio:.0%} of latency) while {used} of {found.cores} cores may be used: the settings do not fit the traffic"
-        return Diagnosis(Cause.SETTINGS, 0.8, text, _numbers(found), ("version, process: a row costs what it always cost",))
-    before, now = found.normal.mean_batch, _mean_batch(block)
+        return Diagnosis(Cause.SETTINGS, 0.8, text, numbers(found), ("version, process: a row costs what it always cost",))
+    before, now = found.normal.mean_batch, mean_batch(block)
     if slow and found.normal.known and before and (now > 2 * before or now < before / 2) and found.event not in ("start", ""):
         text = f"calls have {now:.1f} rows on average, {before:.1f} when its settings were found"
-        return Diagnosis(Cause.SETTINGS, 0.6, text, _numbers(found))
+        return Diagnosis(Cause.SETTINGS, 0.6, text, numbers(found))
     return None
 
 
 def _as_ever(found: Findings) -> Diagnosis | None:
     """Nothing changed, and yet it takes more time than promised: it never was fast enough."""
     missed = next((one for one in found.suspicions if {"threshold_s", "objective_s"} & set(one.numbers)), None)
-    if missed is None or not _as_proven(found):
+    if missed is None or not as_proven(found):
         return None
     edge = found.block.edge_ratio
     if edge > AT_THE_EDGE and "threshold_s" in missed.numbers:
         text = f"{missed.text}, of which {edge:.0%} goes into reading and writing the request: the model itself is as quick as ever"
         advice = "send tensors by the binary protocol, or smaller requests"
-        return Diagnosis(Cause.UNKNOWN, 0.6, text, _numbers(found), ("version: another one would be read and written alike",), (advice,))
+        return Diagnosis(Cause.UNKNOWN, 0.6, text, numbers(found), ("version: another one would be read and written alike",), (advice,))
     text = f"{missed.text}, with cost as proven, a quiet host and {found.block.queue_ratio:.0%} of it in the queue: this version is slower than its objective"
-    return Diagnosis(Cause.VERSION, 0.7, text, _numbers(found), ("host, load, process, input: all as ever",))
-
-
-# ---- what the rules share
-
-
-def _is_load(found: Findings) -> bool:
-    """Queues grow (or refuse) while a row costs what it always did, and the runner gets its cores."""
-    block = found.block
-    queued = block.refused + block.expired > 0.02 * block.offered or block.queue_ratio > QUEUED or _is_crowded(found)
-    ratio = cost_ratio(block, found.normal)
-    used = min(found.cores, found.instances * found.threads)
-    return queued and (ratio is None or ratio < FLAT) and not _host_reasons(found) and (used >= found.cores or _saturated(found))
-
-
-def _leaves_cores_idle(found: Findings) -> bool:
-    return found.instances * found.threads < found.cores and (found.host.busy_ratio is None or found.host.busy_ratio < 0.85)
-
-
-def _is_settings(found: Findings) -> bool:
-    """It began with other settings, most of the time goes into waiting, and cores stand idle: no experiment tells more than to undo them does."""
-    others = {one.kind for one in found.suspicions} - {Kind.LATENCY, Kind.REFUSALS, Kind.EVENT}
-    return found.event == "settings" and not others and found.block.queue_ratio > QUEUED and _leaves_cores_idle(found)
-
-
-def _is_crowded(found: Findings) -> bool:
-    """More rows share a call than when all was well, since more come at once: a longer call is what each of them waits for."""
-    return found.normal.known and _mean_batch(found.block) > CROWDED * max(1.0, found.normal.mean_batch)
-
-
-def _mean_batch(block: Block) -> float:
-    return block.called_rows / block.calls if block.calls else 0.0
-
-
-def _saturated(found: Findings) -> bool:
-    """Whether the cores are busy, so that other settings could not use more of them."""
-    return found.host.busy_ratio is not None and found.host.busy_ratio >= 0.85
-
-
-def _is_host(found: Findings) -> bool:
-    return bool(_host_reasons(found))
-
-
-def _host_reasons(found: Findings) -> list[str]:
-    host, block = found.host, found.block
-    reasons = []
-    others = host.others_ratio
-    if block.waiting_ratio > WAITING and (others is None or others > 0.15):
-        reasons.append(f"its threads wait for a core {block.waiting_ratio:.0%} of the time")
-    if found.block.edge_ratio > AT_THE_EDGE and (host.server_waiting_ratio or 0.0) > WAITING and (others or 0.0) > 0.15:
-        reasons.append(
-            f"the server itself waits for a core {host.server_waiting_ratio:.0%} of the time, while others use {others:.0%} of all cores"
-        )
-    if host.throttled_ratio is not None and host.throttled_ratio > THROTTLED:
-        reasons.append(f"a CPU quota holds it back {host.throttled_ratio:.0%} of the time")
-    if host.steal_ratio is not None and host.steal_ratio > STOLEN:
-        reasons.append(f"{host.steal_ratio:.0%} of the cores' time is stolen by the hypervisor")
-    if host.memory_pressure is not None and host.memory_pressure > PRESSED:
-        reasons.append(f"the host is short of memory {host.memory_pressure:.0%} of the time")
-    if found.event in ("cores", "host class"):
-        reasons.append(f"the host changed: {found.event}")
-    return reasons
-
-
-def _decayed(fresh: FreshRunner) -> bool:
-    return fresh.cpu[1] > DECAYED_CPU or fresh.wall[1] > DECAYED_WALL
-
-
-def _as_proven(found: Findings) -> bool:
-    return found.replay is not None and "as_proven" in found.replay.findings
+    return Diagnosis(Cause.VERSION, 0.7, text, numbers(found), ("host, load, process, input: all as ever",))
 
 
 def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
@@ -401,31 +289,6 @@ def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
     return Diagnosis(
         diagnosis.cause, diagnosis.confidence, diagnosis.text, diagnosis.evidence, diagnosis.rules_out, (*diagnosis.beside, *beside)
     )
-
-
-def _numbers(found: Findings) -> JSON:
-    block = found.block
-    ratio = cost_ratio(block, found.normal)
-    numbers: JSON = {
-        "suspicions": [one.kind.value for one in found.suspicions],
-        "p95_s": block.total.quantile(0.95),
-        "requests": block.requests,
-        "refused": block.refused,
-        "expired": block.expired,
-        "queue_ratio": round(block.queue_ratio, 4),
-        "waiting_ratio": round(block.waiting_ratio, 4),
-        "cost_ratio": round(ratio, 4) if ratio is not None else None,
-        "drift": found.drift,
-        "host": found.host.to_json(),
-        "event": found.event,
-    }
-    if found.replay is not None:
-        numbers["replay"] = {
-            "version": found.replay.version, "recent": found.replay.recent, "findings": list(found.replay.findings), "why": found.replay.why,
-        }  # fmt: skip
-    if found.fresh is not None:
-        numbers["fresh"] = {"cpu": found.fresh.cpu, "wall": found.fresh.wall}
-    return numbers
 
 
 def _ratio(interval: tuple[float, float, float]) -> str:

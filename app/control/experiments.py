@@ -7,18 +7,8 @@ from time import monotonic, time
 from typing import Final, Protocol
 
 from app.control.bench import Bench
-from app.control.diagnosis import (
-    DECAYED_CPU,
-    DECAYED_WALL,
-    Cause,
-    Diagnosis,
-    Findings,
-    FreshRunner,
-    Replay,
-    diagnose,
-    needs_probe,
-    needs_replay,
-)
+from app.control.diagnosis import Cause, Diagnosis, diagnose, needs_probe, needs_replay
+from app.control.findings import DECAYED_CPU, DECAYED_WALL, Findings, FreshRunner, Replay
 from app.control.patient import EVENT_S, SETTLE_BLOCKS, Patient
 from app.control.replay import replay
 from app.control.suspicion import Kind, Suspicion

@@ -5,10 +5,11 @@ from __future__ import annotations
 from time import monotonic
 
 from app.catalog.model_config import ModelConfig
+from app.control.normal import LEAST_CALLS, other_shapes
 from app.control.objectives import burn
 from app.control.patient import EVENT_S, SHAPES, Patient
 from app.control.standing import LATELY_S
-from app.control.suspicion import LEAP_CALLS, LEAST_CALLS, Kind, Seen, Suspicion, leap_of_latency, other_shapes, suspicions
+from app.control.suspicion import LEAP_CALLS, Kind, Seen, Suspicion, leap_of_latency, suspicions
 from app.domain import ModelView
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block, Window

@@ -21,18 +21,13 @@ from app.control.diagnosis import Cause
 from app.control.expected import expected, harm_of, rank_of
 from app.control.experiments import Experiments
 from app.control.glance import glance, notice_shapes
+from app.control.normal import LEAST_CALLS, learned, with_news
 from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
 from app.control.planner import Action, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
-from app.control.suspicion import (
-    LEAST_CALLS,
-    Kind,
-    Suspicion,
-    learned,
-    with_news,
-)
+from app.control.suspicion import Kind, Suspicion
 from app.domain import JSON, Event, JobState, ModelState, ModelView, State
 from app.errors import HoneError
 from app.settings import Settings

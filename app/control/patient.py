@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Final
 
 from app.control.diagnosis import Cause, Diagnosis
+from app.control.normal import LEAST_CALLS, Normal
 from app.control.planner import Remedy
-from app.control.suspicion import LEAST_CALLS, Kind, Normal, Suspicion
+from app.control.suspicion import Kind, Suspicion
 
 SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""

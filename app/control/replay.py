@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from app.catalog.reservoir import captured_before
 from app.control.bench import Bench, Workpiece
-from app.control.diagnosis import Replay
+from app.control.findings import Replay
 from app.domain import JSON, ModelState, RuntimeSettings
 from app.errors import HoneError, NotFound
 from optimizers.samples import Samples

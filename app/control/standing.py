@@ -7,9 +7,10 @@ from typing import Final
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause
+from app.control.normal import LEAST_CALLS, Normal, cost_ratio, shape_shift
 from app.control.objectives import burn
 from app.control.quality import LEAST_OF_CLASS, LEAST_PAIRS
-from app.control.suspicion import LEAST_CALLS, Kind, Normal, cost_ratio, shape_shift
+from app.control.suspicion import Kind
 from app.domain import JSON, ModelView, Verdict
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Block, Window
