@@ -65,7 +65,7 @@ class Bed:
     def take(self) -> tuple[str, str, Any]:
         job = self.journal.state().jobs["j"]
         piece = SimpleNamespace(config=ModelConfig(), golden=GOLDEN)
-        taken: tuple[str, str, Any] = asyncio.run(self.keeper._take(job, piece, WINNER, None, {}, asyncio.Event()))
+        taken: tuple[str, str, Any] = asyncio.run(self.keeper._taking.take(job, piece, WINNER, None, {}, asyncio.Event()))
         return taken
 
 
@@ -102,7 +102,7 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
     async def taken(job: Any, version: str, since: int, report: Any) -> Any:
         return "promoted", version, report  # no data plane is here to say that it serves
 
-    keeper._taken = taken
+    keeper._taking._taken = taken
     yield Bed(journal, keeper, trial, metrics, cards)
     journal.close()
 

@@ -22,27 +22,25 @@ from app.control.endings import is_server_side, outcome_without_winner, summary_
 from app.control.expected import in_order
 from app.control.live_tune import Plane
 from app.control.rollout import Rollout
-from app.control.steps import is_recalibration, target_of
+from app.control.steps import is_recalibration
+from app.control.taking import Taking
 from app.control.tally import JobTally
 from app.control.tuning import Tuning
 from app.control.verification import (
     VERIFY_S,
     Judged,
     best,
-    held_back,
     judged,
-    may_promote_alone,
     proof_of,
     question,
 )  # fmt: skip
-from app.domain import JSON, Event, Job, JobState, ModelState, RuntimeSettings, State, Verdict
-from app.errors import Conflict, HoneError, NotAllowed
+from app.domain import JSON, Event, Job, JobState, RuntimeSettings, State, Verdict
+from app.errors import Conflict, HoneError
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.base import Progress
-from optimizers.host import parse_target
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
@@ -50,7 +48,6 @@ LEASE: Final = "control"
 LEASE_S: Final = 10.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
-ACTIVATION_S: Final = 180.0
 
 
 class JobKeeper:
@@ -62,13 +59,13 @@ class JobKeeper:
     ) -> None:  # fmt: skip
         self._journal, self._commands, self._bench = journal, commands, Bench(repository, state, cards)
         self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
-        self._window, self._rollout, self._plane, self._replica = window, rollout, plane, replica
+        self._window, self._replica = window, replica
+        self._taking = Taking(journal, commands, cards, host_class, rollout, metrics)
         self._leads_until = 0.0
         self.refused = ""
         """Why the store takes nothing, though it may well be read: full, read-only."""
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
         self._tally = JobTally(metrics)
-        self._seen = State()
         self._cpu_s: dict[str, float] = {}
         """CPU seconds of each open job's tasks here."""
         self._concluding: dict[str, asyncio.Task[None]] = {}
@@ -198,14 +195,14 @@ class JobKeeper:
         if seen:
             passed = all(one.verdict is Verdict.PASSED for one in seen)
             return "proven" if passed else seen[0].verdict.value, seen[0].version, {"verdicts": [told(one) for one in seen]}
-        if (resumed := await self._already_taken(job)) is not None:
+        if (resumed := await self._taking.already_taken(job)) is not None:
             return resumed
         seen = [await self._verify(job, piece, version, stop, proof_only=False) for version in job.candidates]
         winner = best(seen)
         report: JSON = {"verdicts": [told(one) for one in seen]}
         if winner is not None:
             settings = await self._tuned_candidate(job, piece, winner, stop, report)
-            return await self._take(job, piece, winner, settings, report, stop)
+            return await self._taking.take(job, piece, winner, settings, report, stop)
         if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):
             return await self._tune_active(job, piece, stop, report)
         outcome = outcome_without_winner(seen, job)
@@ -217,7 +214,7 @@ class JobKeeper:
 
     async def _verify(self, job: Job, piece: Workpiece, version: str, stop: asyncio.Event, proof_only: bool) -> Judged:
         """Judge one version here; its proof and the event are written before this returns."""
-        want = await self._want(job)
+        want = await self._taking.want(job)
         card = await asyncio.to_thread(self._bench.card, piece, version)
         lossless = isinstance(card, BuiltCard) and bool(card.draft.facts) and bool(card.draft.facts[-1].get("lossless"))
         with self._bench.scratch() as folder:
@@ -236,104 +233,6 @@ class JobKeeper:
             await asyncio.to_thread(self._journal.append, Event("version.verified", job.model, version, job.id, data=data))
         return found
 
-    async def _take(
-        self, job: Job, piece: Workpiece, winner: Judged, settings: RuntimeSettings | None, report: JSON, stop: asyncio.Event
-    ) -> tuple[str, str, JSON]:
-        """Promote the winner, or leave it for a person to."""
-        await self._want(job)
-        waits = may_promote_alone(winner, piece) if job.promote == "auto" else "promotion was asked to be manual"
-        waits = waits or await self._made_for_others(job, winner.version)
-        waits = waits or await self._held_back(job, piece)
-        if waits:
-            return "kept", winner.version, report | {"waits": waits}
-
-        def hindered() -> str:
-            return "the job was cancelled" if stop.is_set() else held_back(self._seen, job.model, piece.config)
-
-        promoted = None
-        try:
-            end = await self._rollout.run(job.model, winner.version, piece.config, job.id, hindered)
-            report["canary"] = end.text
-            if stop.is_set():
-                raise TaskFailed(Failure.CANCELLED, "cancelled during its canary")
-            if not end.skipped:
-                self._metrics.count("hone_verdicts", "canary", end.verdict.value)
-            if end.verdict is Verdict.FAILED:
-                return "refused", "", report | {"reason": f"canary: {end.text}"}
-            if waits := await self._held_back(job, piece):
-                return "kept", winner.version, report | {"waits": waits}
-            if end.verdict is not Verdict.PASSED:
-                waits = f"the canary stayed undecided ({end.text}); it is proven, promote it by hand"
-                return "kept", winner.version, report | {"waits": waits}
-            await self._want(job)
-            share = 0.0 if end.skipped else piece.config.rollout.watch_share
-            reason = f"job {job.id}: {winner.summary}"
-            try:
-                promoted = await asyncio.to_thread(
-                    self._commands.promote, job.model, winner.version, "hone", reason, False, settings, share
-                )  # fmt: skip
-            except NotAllowed as error:
-                return "kept", winner.version, report | {"waits": str(error)}
-        finally:
-            if promoted is None:
-                await self._rollout.clear(job.model, winner.version, job.id)
-        return await self._taken(job, winner.version, promoted.seq, report)
-
-    async def _held_back(self, job: Job, piece: Workpiece) -> str:
-        """`held_back`, by what the journal says at this moment."""
-        self._seen = await asyncio.to_thread(self._journal.state)
-        return held_back(self._seen, job.model, piece.config)
-
-    async def _made_for_others(self, job: Job, version: str) -> str:
-        """Why a version that was built for another class of hosts does not take over here by itself; '' where it was not."""
-        card = await asyncio.to_thread(self._cards.card, job.model, version)
-        target = target_of(job.tries[card.draft.try_index]) if isinstance(card, BuiltCard) else ""
-        if not target or parse_target(target).key == self._host_class:
-            return ""
-        return f"it was made for {target}, and is unproven there: run hone verify {job.model}:{version} on such a host"
-
-    async def _already_taken(self, job: Job) -> tuple[str, str, JSON] | None:
-        """The end of a job whose winner was promoted by an earlier holder of the lease, who did not live to say so."""
-        want = await self._want(job)
-        if want.desired not in job.candidates:
-            return None
-        for event in await asyncio.to_thread(self._journal.read, 0, 1000, job.model, True):
-            if event.kind == "desired.changed" and event.version == want.desired:
-                return await self._taken(job, want.desired, event.seq, await asyncio.to_thread(self._told_before, want))
-        return None
-
-    def _told_before(self, want: ModelState) -> JSON:
-        """The report on a version that was judged and promoted already, as its proof has it."""
-        proof = self._cards.proof(self._cards.card(want.name, want.desired), want.golden_sha256, self._host_class)
-        verdicts = [] if proof is None else [{"version": want.desired, "verdict": proof.verdict.value, "summary": proof.summary}]
-        return {"verdicts": verdicts, "notes": ["promoted before the server was started again"]}
-
-    async def _taken(self, job: Job, version: str, since: int, report: JSON) -> tuple[str, str, JSON]:
-        """Wait until the promoted version serves; where it does not, go back to the one before."""
-        if await self._activated(job.model, version, since):
-            return "promoted", version, report
-        await self._undo(job, version)
-        reason = f"version {version} passed, but did not load; the version before goes on serving"
-        return "failed", version, report | {"reason": reason}
-
-    async def _undo(self, job: Job, version: str) -> None:
-        want = await self._want(job)
-        if want.desired == version and want.previous:
-            await asyncio.to_thread(self._commands.leave, job.model, "hone", f"version {version} did not load")
-
-    async def _activated(self, model: str, version: str, since: int) -> bool:
-        """Wait, bounded, for the data plane to say, later than event `since`, that it serves `version`, or that it does not load."""
-        after, until = since, monotonic() + ACTIVATION_S
-        while monotonic() < until:
-            for event in await asyncio.to_thread(self._journal.read, after, 500, model):
-                after = event.seq
-                if event.version == version and event.kind == "version.activated":
-                    return True
-                if event.version == version and event.kind == "version.failed":
-                    return False
-            await asyncio.to_thread(self._journal.wait, after, 1.0)
-        return False
-
     # ---- tuning
     async def _tuned_candidate(
         self, job: Job, piece: Workpiece, winner: Judged, stop: asyncio.Event, report: JSON
@@ -343,22 +242,22 @@ class JobKeeper:
         recipe = job.tries[card.draft.try_index] if isinstance(card, BuiltCard) else ()
         if not recipe or recipe[-1]["method"] != "tune":
             return None
-        want = await self._want(job)
+        want = await self._taking.want(job)
         before = self._bench.settings(piece, want, winner.version, self._host_class, self._fallback)
         tuned, report["tune"] = await self._tune(job, piece, winner.version, before, recipe[-1], stop)
         return tuned
 
     async def _tune_active(self, job: Job, piece: Workpiece, stop: asyncio.Event, report: JSON) -> tuple[str, str, JSON]:
         """Better settings for what serves now: a new generation, not a new version."""
-        want = await self._want(job)
+        want = await self._taking.want(job)
         before = self._bench.settings(piece, want, want.desired, self._host_class, self._fallback)
         step = next(recipe[-1] for recipe in job.tries if recipe and recipe[-1]["method"] == "tune")
         tuned, report["tune"] = await self._tune(job, piece, want.desired, before, step, stop)
         if tuned is None or tuned == before:
             open_end = report["tune"].get("verdict") == "inconclusive"
             return "inconclusive" if open_end else "nothing_changed", want.desired, report
-        waits = "promotion was asked to be manual" if job.promote != "auto" else await self._held_back(job, piece)
-        if not waits and (await self._want(job)).desired != want.desired:
+        waits = "promotion was asked to be manual" if job.promote != "auto" else await self._taking.held_back(job, piece)
+        if not waits and (await self._taking.want(job)).desired != want.desired:
             waits = f"it was measured for version {want.desired}, which was replaced meanwhile"
         if waits:
             return "kept", want.desired, report | {"settings": asdict(tuned), "waits": waits}
@@ -373,7 +272,7 @@ class JobKeeper:
             return await self._task("tune", request, seconds, job, stop)
 
         async def serves() -> str:
-            return (await self._want(job)).desired
+            return (await self._taking.want(job)).desired
 
         return await self._tuning.tune(piece, version, before, step, ask, serves, stop.is_set)
 
@@ -408,19 +307,13 @@ class JobKeeper:
         while not stop.is_set():
             try:
                 held = await self._lead()
-                self._seen = await asyncio.to_thread(self._journal.state)
-                now = self._seen.jobs.get(job.id)
+                state = self._taking.seen = await asyncio.to_thread(self._journal.state)
+                now = state.jobs.get(job.id)
                 if not held or now is None or now.cancel_asked or now.state is JobState.FINISHED:
                     stop.set()
             except StoreUnavailable:
                 log.warning("the journal is away while %s is judged", job.id)
             await asyncio.sleep(1.0)
-
-    async def _want(self, job: Job) -> ModelState:
-        state = (await asyncio.to_thread(self._journal.state)).models.get(job.model)
-        if state is None or state.golden_sha256 != job.golden_sha256:
-            raise Conflict(f"golden of {job.model!r} changed or the model is gone while job {job.id} ran; nothing is published")
-        return state
 
     async def _say(self, kind: str, job: Job, **data: Any) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, job.model, "", job.id, data=data))
