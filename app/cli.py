@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 Command: TypeAlias = Callable[[argparse.Namespace], int]
 Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -83,19 +83,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_processes(commands: Parsers) -> None:
-    serve = _command(commands, "serve", "serve a folder of models", _serve, "hone serve --repository models --host 0.0.0.0 --port 8000")
-    worker = _command(commands, "worker", "claim jobs and build versions", _worker, "hone worker --state .hone")
+    serve = _here(commands, "serve", "serve a folder of models", "hone serve --repository models --host 0.0.0.0 --port 8000")
+    worker = _here(commands, "worker", "claim jobs and build versions", "hone worker --state .hone")
     for name, placeholder, text in SERVER_FLAGS:
         kind = int if name in ("port", "admin-port", "cores") else str
         serve.add_argument(f"--{name}", metavar=placeholder, type=kind, help=text)
         if name in WORKER_FLAGS:
             worker.add_argument(f"--{name}", metavar=placeholder, help=text)
     worker.add_argument("--port", metavar="PORT", type=int, dest="worker_port", help="port of the worker's own /metrics (HONE_WORKER_PORT)")
-    demo = _command(
+    demo = _here(
         commands,
         "demo",
         "a server, a worker and a model that reads digits",
-        _demo,
         "hone demo",
         "HONE_PORT=9000 hone demo",
         "hone demo --break version",
@@ -114,11 +113,11 @@ def _add_processes(commands: Parsers) -> None:
 
 
 def _add_files(commands: Parsers) -> None:
-    backup = _command(
-        commands, "backup", "write journal, cards, built versions and models to one file", _backup, "hone backup hone.tar", "hone backup hone.tar --state /var/lib/hone --repository /srv/models"
+    backup = _here(
+        commands, "backup", "write journal, cards, built versions and models to one file", "hone backup hone.tar", "hone backup hone.tar --state /var/lib/hone --repository /srv/models"
     )  # fmt: skip
-    restore = _command(
-        commands, "restore", "bring a backup back: its state counts from now on, with the loop frozen until hone unfreeze", _restore, "hone restore hone.tar", "hone restore hone.tar --store redis://10.0.0.5:6379/0",
+    restore = _here(
+        commands, "restore", "bring a backup back: its state counts from now on, with the loop frozen until hone unfreeze", "hone restore hone.tar", "hone restore hone.tar --store redis://10.0.0.5:6379/0",
     )  # fmt: skip
     restore.add_argument(
         "--overwrite", action="store_true", help="also replace files that differ; else they are named and nothing is changed"
@@ -129,8 +128,8 @@ def _add_files(commands: Parsers) -> None:
             if name in ("repository", "state", "store"):
                 command.add_argument(f"--{name}", metavar=placeholder, help=text)
         command.add_argument("--json", action="store_true", help="JSON for programs instead of text for people")
-    pack = _command(
-        commands, "pack", "write the packed form of an ONNX file: entropy-coded weights, the very file back", _pack, "hone pack .hone/models/digits/1.2/model.onnx models/digits/1/model.onnx.packed",
+    pack = _here(
+        commands, "pack", "write the packed form of an ONNX file: entropy-coded weights, the very file back", "hone pack .hone/models/digits/1.2/model.onnx models/digits/1/model.onnx.packed",
     )  # fmt: skip
     pack.add_argument("source", metavar="MODEL.onnx", help="one file, without external data")
     pack.add_argument("target", metavar="FILE", help="as NAME/1/model.onnx.packed in a repository it is unpacked once and served")
@@ -304,6 +303,18 @@ def _command(commands: Parsers, name: str, text: str, run: Command, *examples: s
     return command
 
 
+def _here(commands: Parsers, name: str, text: str, *examples: str) -> argparse.ArgumentParser:
+    """A sub-command that does its work itself."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        from app import local_actions
+
+        perform: Command = getattr(local_actions, name)
+        return perform(arguments)
+
+    return _command(commands, name, text, run, *examples)
+
+
 def _asking(commands: Parsers, name: str, text: str, action: str, *examples: str) -> argparse.ArgumentParser:
     """A sub-command that asks a running server."""
 
@@ -329,83 +340,6 @@ def _seconds(text: str) -> float:
     if not 0 < seconds <= MOST_TIMEOUT_S:
         raise argparse.ArgumentTypeError(f"{text} must lie above 0, and be at most {MOST_TIMEOUT_S}")
     return seconds
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    from app.main import run_server
-
-    return run_server(_settings(arguments)) or 0
-
-
-def _worker(arguments: argparse.Namespace) -> int:
-    from app.control.worker import run_worker
-
-    return run_worker(_settings(arguments)) or 0
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from app.demo import run_broken, run_demo
-
-    cause = vars(arguments).pop("cause")
-    return run_broken(_settings(arguments), cause) if cause else run_demo(_settings(arguments))
-
-
-def _backup(arguments: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
-    from app.control.backup import backup
-
-    given = vars(arguments)
-    file, as_json = Path(given.pop("file")), given.pop("json")
-    said = backup(_settings(arguments), file, lambda text: print(text, file=sys.stderr))
-    print(json.dumps(said) if as_json else "\n".join([*said["notes"], f"{file}: {said['files']} files, {said['bytes'] / 1e6:.1f} MB"]))
-    return 0
-
-
-def _restore(arguments: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
-    from app.control.backup import restore
-
-    given = vars(arguments)
-    file, overwrite, as_json = Path(given.pop("file")), given.pop("overwrite"), given.pop("json")
-    said = restore(_settings(arguments), file, overwrite, lambda text: print(text, file=sys.stderr))
-    models = ", ".join(said["models"]) or "no model"
-    text = f"restored {models} in epoch {said['epoch']}; the loop is frozen: look with hone status, then hone unfreeze"
-    print(json.dumps(said) if as_json else text)
-    return 0
-
-
-def _pack(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from app.errors import ModelRejected
-    from optimizers.base import Rejected
-    from optimizers.packed import pack
-
-    try:
-        packed = pack(Path(arguments.source), Path(arguments.target))
-    except Rejected as error:
-        raise ModelRejected(str(error)) from None
-    print(
-        f"{packed.path}: {packed.bytes / 1e6:.2f} MB of {packed.bytes_before / 1e6:.2f}, {packed.bytes_before / packed.bytes:.1f} x smaller"
-    )
-    return 0
-
-
-def _settings(arguments: argparse.Namespace) -> Any:
-    from app.settings import Settings
-
-    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "command")}
-    return Settings.from_env(os.environ, **_as_settings(given))
-
-
-def _as_settings(given: dict[str, Any]) -> dict[str, Any]:
-    from pathlib import Path
-
-    return {key: Path(value) if value is not None and key in ("repository", "state") else value for key, value in given.items()}
 
 
 def _is_told(error: Exception) -> bool:
