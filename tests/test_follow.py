@@ -22,7 +22,7 @@ from tests.running_server import free_port
 
 
 class Story:
-    """Operations whose journal is away at its first two readings; it ends when all was read."""
+    """Views whose journal is away at its first two readings; it ends when all was read."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -40,7 +40,8 @@ class Story:
 def followed(story: Any, after: int, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
     async def all_of_it() -> str:
         scope = {"type": "http", "headers": [(b"authorization", b"Bearer t"), *headers]}
-        answer: Any = await Admin(story, Guard("t", "", "")).timeline(Request(scope), after=after, follow=True)
+        nothing: Any = None  # is asked for
+        answer: Any = await Admin(story, nothing, nothing, Guard("t", "", "")).timeline(Request(scope), after=after, follow=True)
         return b"".join([part async for part in answer.body_iterator]).decode()
 
     return asyncio.run(all_of_it())

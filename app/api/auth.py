@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 import secrets
 from enum import StrEnum
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
+from app.bearer import bears
 from app.errors import NotAllowed, NotFound, Unauthorized
 from app.settings import Settings
 
@@ -23,18 +23,15 @@ class Guard:
     """Knows the tokens and which role a request has."""
 
     def __init__(self, admin_token: str, viewer_token: str = "", feedback_token: str = "") -> None:
-        self._admin = admin_token.encode()
-        self._viewer = viewer_token.encode()
-        self._feedback = feedback_token.encode()
+        self._admin, self._viewer, self._feedback = admin_token, viewer_token, feedback_token
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Guard:
         return cls(settings.admin_token or token_file(settings.state), settings.viewer_token, settings.feedback_token)
 
     def role(self, request: HTTPConnection) -> Role | None:
-        given = _bearer(request)
-        is_admin = hmac.compare_digest(given, self._admin)
-        is_viewer = bool(self._viewer) and hmac.compare_digest(given, self._viewer)
+        given = _authorization(request)
+        is_admin, is_viewer = bears(given, self._admin), bears(given, self._viewer)
         return Role.ADMIN if is_admin else Role.VIEWER if is_viewer else None
 
     def may_read(self, request: HTTPConnection) -> Role:
@@ -49,7 +46,7 @@ class Guard:
         """Raises Unauthorized without the feedback token, NotFound where the operator set none."""
         if not self._feedback:
             raise NotFound("this server takes no labels: its operator has set no HONE_FEEDBACK_TOKEN")
-        if not hmac.compare_digest(_bearer(request), self._feedback):
+        if not bears(_authorization(request), self._feedback):
             raise Unauthorized("labels need the feedback token: Authorization: Bearer … (HONE_FEEDBACK_TOKEN)")
 
     def may_change(self, request: HTTPConnection) -> str:
@@ -60,9 +57,8 @@ class Guard:
         return f"admin:{name[:64]}" if name.isprintable() and name else "admin"
 
 
-def _bearer(request: HTTPConnection) -> bytes:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip().encode() if scheme.lower() == "bearer" else b""
+def _authorization(request: HTTPConnection) -> str:
+    return request.headers.get("authorization", "")
 
 
 def token_file(state: Path) -> str:

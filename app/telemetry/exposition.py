@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
 import socket
 import threading
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from app.bearer import bears
 from app.telemetry.metrics import Metrics
 from app.telemetry.prometheus import Exporter
 
@@ -21,7 +21,8 @@ def serve_metrics(host: str, port: int, metrics: Metrics, tokens: Callable[[], S
             if self.path.partition("?")[0] != "/metrics":
                 self.send_error(404)
                 return
-            if tokens is not None and not _bears(self.headers.get("Authorization", ""), tokens()):
+            given = self.headers.get("Authorization", "")
+            if tokens is not None and not any(bears(given, token) for token in tokens()):
                 self.send_error(401)
                 return
             body, content_type = exporter.render(self.headers.get("Accept", ""))
@@ -42,8 +43,3 @@ def serve_metrics(host: str, port: int, metrics: Metrics, tokens: Callable[[], S
     server = Server((str(address[0]), port), Handler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server
-
-
-def _bears(header: str, tokens: Sequence[str]) -> bool:
-    scheme, _, given = header.partition(" ")
-    return scheme.lower() == "bearer" and any(hmac.compare_digest(given.strip().encode(), token.encode()) for token in tokens if token)
