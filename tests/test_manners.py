@@ -12,9 +12,9 @@ import pytest
 
 from app.serving.engine import Engine
 from app.serving.ledger import CoreLedger
-from app.serving.manners import AFTER_S, FIRM_S, STARVED_S, Manners
+from app.serving.manners import AFTER_S, FIRM_S, MOST_BETWEEN_S, STARVED_S, Manners
 from tests import models
-from tests.engines import Start, anyio_backend, forkserver, request, start
+from tests.engines import Start, anyio_backend, forkserver, request, start, until
 
 __all__ = ["anyio_backend", "forkserver", "start"]
 ROW = np.zeros((1, 4), np.float32)
@@ -45,6 +45,20 @@ def test_who_is_starved_stands_firm_for_a_while_and_then_for_longer() -> None:
         until = now + 2.0 + STARVED_S + times * FIRM_S
         assert not manners.look(1.5, True, True, until - 0.1)
         now = until
+
+
+def test_the_time_in_which_it_gave_way_is_counted_from_look_to_look_and_not_over_a_rest() -> None:
+    manners = Manners()
+    for now in (0.0, AFTER_S):
+        manners.look(1.5, True, True, now)
+    assert manners.yields and manners.yielded_s == 0.0
+    for look in range(1, 5):
+        manners.look(1.5, True, True, AFTER_S + 0.25 * look)
+    assert manners.yielded_s == 1.0
+    manners.look(1.5, False, True, 60.0)
+    assert manners.yielded_s == 1.0 + MOST_BETWEEN_S, "it had nothing to do meanwhile"
+    manners.look(1.5, False, True, 60.25)
+    assert manners.yielded_s == 1.0 + MOST_BETWEEN_S
 
 
 def test_shares_are_of_versions_and_company_is_another_model() -> None:
@@ -92,6 +106,8 @@ async def test_threads_of_a_heavy_model_are_idle_ones_while_a_light_one_is_activ
     try:
         assert await comes(os.SCHED_IDLE)
         assert policies(light) == [os.SCHED_OTHER]
+        await until(lambda: hot.yielded_s > 0)
+        assert light.yielded_s == 0
         hot.firm = True
         assert await comes(os.SCHED_OTHER), "while it is compared it gives way to nobody"
         hot.firm = False

@@ -29,6 +29,7 @@ LABELS = {
     "hone_rejections_total": {"model", "reason"},
     "hone_model_memory_bytes": {"model", "version"},
     "hone_model_cpu_seconds_total": {"model", "version"},
+    "hone_model_yielding_seconds_total": {"model", "version"},
     "hone_model_load_duration_seconds_bucket": {"model", "le"},
     "hone_swaps_total": {"model", "outcome"},
     "hone_swap_duration_seconds_bucket": {"model", "le"},

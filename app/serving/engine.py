@@ -45,17 +45,10 @@ class Engine:
     """Made by start(). `on_death(reason, pid, hashes)` is called for each unasked end of a runner."""
 
     def __init__(
-        self,
-        spec: RunnerSpec,
-        forkserver: ForkServer,
-        ledger: CoreLedger,
-        observer: Callable[[BatchReport], None] | None,
-        on_death: Callable[[str, int, tuple[str, ...]], None] | None,
-        quarantine: Quarantine | None,
-        patience: Patience,
-        killers: set[str] | None = None,
-        mark: Mark | None = None,
-    ) -> None:
+        self, spec: RunnerSpec, forkserver: ForkServer, ledger: CoreLedger, observer: Callable[[BatchReport], None] | None,
+        on_death: Callable[[str, int, tuple[str, ...]], None] | None, quarantine: Quarantine | None, patience: Patience,
+        killers: set[str] | None = None, mark: Mark | None = None,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.inflight = 0
         self.firm = False
@@ -152,6 +145,11 @@ class Engine:
         """What an operator should know of how it is served."""
         why = self._dispatcher.unbatchable_because
         return (f"served unbatched: {why}",) if why else ()
+
+    @property
+    def yielded_s(self) -> float:
+        """Seconds in which it gave way to lighter models (`manners.py`)."""
+        return self._dispatcher.manners.yielded_s
 
     def memory_bytes(self) -> int:
         """PSS of the runner; 0 while there is none. For polls, off the event loop."""

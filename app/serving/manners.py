@@ -23,14 +23,20 @@ FIRM_S: Final = 30.0
 MOST_FIRM_S: Final = 1800.0
 """How long it stands firm then; twice as long each time, at most this."""
 
+MOST_BETWEEN_S: Final = 1.0
+"""Between two looks that are further apart there was no work, and nobody it could have given way to."""
+
 
 class Manners:
     """One per engine. Looked at a few times a second while there is work."""
 
-    __slots__ = ("_firm_s", "_firm_until", "_heavy_since", "_starved_since", "yields")
+    __slots__ = ("_firm_s", "_firm_until", "_heavy_since", "_looked_at", "_starved_since", "yielded_s", "yields")
 
     def __init__(self) -> None:
         self.yields = False
+        self.yielded_s = 0.0
+        """So long it gave way until the last look, in all."""
+        self._looked_at = -math.inf
         self._firm_s = FIRM_S
         self._firm_until = -math.inf
         self._heavy_since = math.inf
@@ -38,6 +44,9 @@ class Manners:
 
     def look(self, of_share: float, company: bool, waits: bool, now: float) -> bool:
         """Whether to give way from now on. `of_share`: what it lately used of its share of the cores; `company`: somebody lighter is active."""
+        if self.yields:
+            self.yielded_s += min(now - self._looked_at, MOST_BETWEEN_S)
+        self._looked_at = now
         if not company or now < self._firm_until:
             self._stop()
             return False

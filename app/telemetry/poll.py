@@ -1,4 +1,4 @@
-"""Reads what is known only by asking: memory and CPU time of runners, queues, and how late the event loop is. Each few seconds, off the loop."""
+"""Reads what is known only by asking: memory and CPU time of runners, who gave way, queues, and how late the event loop is. Each few seconds, off the loop."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class EngineFacts(Protocol):
     def queued(self) -> int: ...
     @property
     def inflight(self) -> int: ...
+    @property
+    def yielded_s(self) -> float: ...
     def memory_bytes(self) -> int: ...
     def cpu_seconds(self) -> float: ...
 
@@ -39,7 +41,8 @@ class Poller:
 
     def __init__(self, watched: Watched, metrics: Metrics) -> None:
         self._watched, self._metrics = watched, metrics
-        self._seen_cpu: dict[tuple[Key, int], float] = {}
+        self._seen: dict[tuple[str, Key, int], float] = {}
+        """The totals of each engine that were counted already, by metric."""
         metrics.before_scrape.append(self.refresh)
 
     async def run(self) -> None:
@@ -67,9 +70,15 @@ class Poller:
         self._metrics.replace_gauge("hone_model_memory_bytes", [(key, float(memory)) for key, _, memory, _ in read])
         for key, identity, memory, cpu_s in read:
             self._watched.remember_memory(key, memory)
-            before = self._seen_cpu.get((key, identity))
-            if before is None or cpu_s > before:
-                self._metrics.count("hone_model_cpu_seconds", *key, by=cpu_s - (before or 0.0))
-                self._seen_cpu[(key, identity)] = cpu_s
+            self._count("hone_model_cpu_seconds", key, identity, cpu_s)
+        for key, _, _, engine in engines:
+            self._count("hone_model_yielding_seconds", key, id(engine), engine.yielded_s)
         alive = {(key, identity) for key, identity, _, _ in read}
-        self._seen_cpu = {known: value for known, value in self._seen_cpu.items() if known in alive}
+        self._seen = {known: total for known, total in self._seen.items() if known[1:] in alive}
+
+    def _count(self, name: str, key: Key, identity: int, total: float) -> None:
+        """Count what an engine's total grew by since it was read last."""
+        before = self._seen.get((name, key, identity))
+        if before is None or total > before:
+            self._metrics.count(name, *key, by=total - (before or 0.0))
+            self._seen[(name, key, identity)] = total

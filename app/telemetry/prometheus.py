@@ -19,6 +19,10 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_swaps": ("Changes of the active version or its settings.", ["model", "outcome"]),
     "hone_jobs": ("Finished jobs.", ["optimizer", "outcome"]),
     "hone_model_cpu_seconds": ("CPU time of the version's runner processes.", VERSION),
+    "hone_model_yielding_seconds": (
+        "Time in which the version gave way to lighter models, as it takes more than its share of the cores.",
+        VERSION,
+    ),
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
     "hone_nonfinite_outputs": ("Answers with NaN or infinity in them.", VERSION),
     "hone_store_errors": ("Calls of the journal that failed.", ["operation"]),
