@@ -1,9 +1,8 @@
-"""One loaded version under use and abuse: batching, deadlines, failures, deaths, hangs, and that everything returns to zero."""
+"""One loaded version under use: batching, settings, deadlines, memory, its end, and that everything returns to zero."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import random
 import signal
@@ -16,41 +15,15 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from app.domain import InferenceRequest, RuntimeSettings
-from app.errors import (
-    CannotMeetDeadline,
-    Conflict,
-    DeadlineExceeded,
-    HoneError,
-    ModelFailed,
-    NotReady,
-    Quarantined,
-    QueueFull,
-    RunnerLost,
-)
-from app.serving.engine import BatchReport, Engine, Quarantine, hash_inputs
-from app.serving.ledger import CoreLedger
-from app.serving.watch import Judgement, Patience, Sight, Usual, judge, seen
+from app.domain import RuntimeSettings
+from app.errors import CannotMeetDeadline, Conflict, DeadlineExceeded, HoneError, ModelFailed, NotReady, QueueFull
+from app.serving.engine import BatchReport
 from tests import models
+from tests.engine_load import ONES, busy, is_idle, short
 from tests.engines import Start, anyio_backend, forkserver, request, start, until, values
 
 __all__ = ["anyio_backend", "forkserver", "start"]
 pytestmark = pytest.mark.anyio
-
-ONES = np.ones((1, 4), np.float32)
-
-
-def is_idle(engine: Engine) -> bool:
-    dispatcher = engine._dispatcher
-    counts = (
-        engine.inflight,
-        engine.queued,
-        dispatcher.queue.rows,
-        dispatcher.busy,
-        dispatcher._account.running,
-        dispatcher._account.wanted,
-    )
-    return counts == (0,) * 6
 
 
 # ---- batching -------------------------------------------------------------------------------------------------------
@@ -151,20 +124,6 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(start: Start, tmp_p
     assert "4 of 4 requests wait" in str(refused[0])
     assert 0.05 <= refused[0].retry_after_s <= 60
     assert is_idle(engine)
-
-
-# ---- deadlines and leaving ------------------------------------------------------------------------------------------
-
-
-async def busy(engine: Engine, turns: int = 1_500_000) -> asyncio.Task[Any]:
-    """One call that keeps the runner of an `endless` model busy for a while."""
-    task = asyncio.create_task(engine.infer(request(x=np.ones(2, np.float32), n=np.array([turns]))))
-    await until(lambda: engine._dispatcher.busy == 1)
-    return task
-
-
-def short(**given: Any) -> InferenceRequest:
-    return request(x=np.ones(2, np.float32), n=np.array([1]), **given)
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_answered_at_once_and_never_run(start: Start, tmp_path: Path) -> None:
@@ -273,257 +232,6 @@ async def test_after_cancels_timeouts_and_refusals_every_count_is_zero_and_capac
     await until(lambda: engine.alive and is_idle(engine))
     answers = await asyncio.gather(*(engine.infer(request(index=np.array([2]))) for _ in range(64)))
     assert {tuple(values(answer).tolist()) for answer in answers} == {(20.0,)}
-
-
-# ---- death ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("when", ["idle", "in mid-batch"])
-async def test_killed_from_outside_callers_get_their_answer_and_nobody_is_blamed(when: str, start: Start, tmp_path: Path) -> None:
-    """Case 47: again and again; who waits gets the retry's answer or a 503 within two seconds, new requests wait for the new runner."""
-    deaths: list[tuple[str, int, tuple[str, ...]]] = []
-    engine = await start(models.endless(tmp_path / "m.onnx"), batch_limit=4, on_death=lambda *death: deaths.append(death))
-    longest = 0.0
-    turns = np.array([20_000])
-    for _ in range(10):
-        pid = engine.pid
-        tasks = []
-        if when == "in mid-batch":
-            tasks = [asyncio.create_task(engine.infer(request(x=np.ones(2, np.float32), n=turns))) for _ in range(6)]
-            await until(lambda: engine._dispatcher.busy == 1)
-        os.kill(pid, signal.SIGKILL)
-        began = monotonic()
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        longest = max(longest, monotonic() - began)
-        assert all(not isinstance(a, BaseException) or isinstance(a, RunnerLost) for a in answers), answers
-        assert values(await engine.infer(short())).tolist() == [1, 1]
-        assert engine.pid != pid
-    assert longest < 4.0
-    assert len(deaths) == 10
-    assert all("killed from outside" in reason for reason, _, _ in deaths)
-    assert engine.distinct_killers == 0
-    assert len(engine.quarantine) == 0
-    assert engine.restarts == 10
-    assert is_idle(engine)
-
-
-async def test_two_runners_at_once_and_while_the_batch_is_written(start: Start, tmp_path: Path) -> None:
-    engines = [await start(models.identity(tmp_path / f"{n}.onnx"), instances=2) for n in range(2)]
-    large = np.ones((1, 3_000_000), np.float32)
-    for _ in range(3):
-        tasks = [asyncio.create_task(engine.infer(request(x=large))) for engine in engines for _ in range(3)]
-        await asyncio.sleep(0.002)
-        for engine in engines:
-            if engine.pid:
-                os.kill(engine.pid, signal.SIGKILL)
-        answers = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(a, RunnerLost) or (not isinstance(a, BaseException) and np.array_equal(values(a), large)) for a in answers)
-        await until(lambda: all(engine.alive and is_idle(engine) for engine in engines))
-
-
-async def test_tokens_that_come_back_from_the_dead_do_not_send_work_after_them(start: Start, tmp_path: Path) -> None:
-    """Found under load: the ledger woke the very engine whose runner had just died, and its next batch was lost for good."""
-    ledger = CoreLedger(1)
-    engine = await start(models.endless(tmp_path / "m.onnx"), instances=2, batch_limit=1, ledger=ledger)
-    company = ledger.join("company", lambda: None)
-    company.give(company.take(1, 0.0), 0.0, 0.0)
-    long = await busy(engine)
-    waiting = asyncio.create_task(engine.infer(short()))
-    await until(lambda: engine._dispatcher._account.wanted == 1)
-    os.kill(engine.pid, signal.SIGKILL)
-    async with asyncio.timeout(30):
-        try:
-            assert (await waiting).outputs
-        except RunnerLost:
-            pass
-    await asyncio.gather(long, return_exceptions=True)
-    await until(lambda: engine.alive and is_idle(engine))
-
-
-async def test_a_sink_that_fails_does_not_keep_the_version_down(start: Start, tmp_path: Path) -> None:
-    def on_death(*_: Any) -> None:
-        raise OSError("the journal is full")
-
-    engine = await start(models.scaled(tmp_path / "m.onnx"), on_death=on_death)
-    os.kill(engine.pid, signal.SIGKILL)
-    await until(lambda: engine.restarts == 1 and engine.alive)
-    assert values(await engine.infer(request(x=ONES))).tolist() == [[2, 2, 2, 2]]
-
-
-async def test_a_row_that_kills_is_found_among_its_mates_and_quarantined(start: Start, tmp_path: Path) -> None:
-    deaths: list[tuple[str, int, tuple[str, ...]]] = []
-    engine = await start(models.killer(tmp_path / "m.onnx"), batch_limit=8, on_death=lambda *death: deaths.append(death))
-    killing = request(x=np.array([models.KILLING_ROW[0]], np.int64), d=np.array([models.KILLING_ROW[1]], np.int64))
-    good = [request(x=np.array([n], np.int64), d=np.array([1], np.int64)) for n in range(5)]
-    tasks = [asyncio.create_task(engine.infer(item)) for item in [*good[:3], killing, *good[3:]]]
-    answers = await asyncio.gather(*tasks, return_exceptions=True)
-    refused = answers.pop(3)
-    assert isinstance(refused, Quarantined | RunnerLost)
-    assert [values(answer).tolist() for answer in answers if not isinstance(answer, BaseException)] == [[n] for n in range(5)]
-    await until(lambda: len(engine.quarantine) == 1)
-    assert engine.distinct_killers == 1
-    assert len(deaths) == 2
-    assert all("SIGFPE" in reason for reason, _, _ in deaths)
-    assert deaths[1][2] == (hash_inputs(killing),), "the second time it was alone"
-    await until(lambda: engine.alive)
-    pid = engine.pid
-    with pytest.raises(Quarantined, match="very input ended a runner of m:1"):
-        await engine.infer(killing)
-    assert values(await engine.infer(good[2])).tolist() == [2]
-    assert engine.pid == pid
-    assert is_idle(engine)
-
-
-async def test_different_killers_are_counted_and_starts_in_a_row_are_paced(start: Start, tmp_path: Path) -> None:
-    engine = await start(models.killer(tmp_path / "m.onnx"), batch_limit=1)
-    for rows in (1, 2):
-        killing = request(
-            x=np.full(rows, models.KILLING_ROW[0], np.int64), d=np.full(rows, models.KILLING_ROW[1], np.int64)
-        )  # fmt: skip
-        with pytest.raises((Quarantined, RunnerLost)):
-            await engine.infer(killing)
-        await until(lambda rows=rows: engine.distinct_killers == rows and engine.alive)  # type: ignore[misc]
-    assert engine.restarts == 4
-    assert [len(death.hashes) for death in engine.deaths] == [1] * 4
-    assert values(await engine.infer(request(x=np.array([6], np.int64), d=np.array([3], np.int64)))).tolist() == [2]
-
-
-def test_the_quarantine_forgets_the_oldest() -> None:
-    quarantine = Quarantine(limit=2)
-    for name in "abc":
-        quarantine.add(name, f"because of {name}")
-    assert [quarantine.reason(name) for name in "abc"] == [None, "because of b", "because of c"]
-
-
-def test_the_hash_tells_names_types_shapes_and_values_apart() -> None:
-    base = {"x": np.zeros((1, 4), np.float32)}
-    others: list[dict[str, Any]] = [
-        {"y": base["x"]}, {"x": base["x"].astype(np.int32)}, {"x": base["x"].reshape(2, 2)}, {"x": base["x"] + 1}, base | {"y": base["x"]},
-    ]  # fmt: skip
-    hashes = {hash_inputs(request(**arrays)) for arrays in [base, *others]}
-    assert len(hashes) == 1 + len(others)
-    assert all(len(digest) == hashlib.sha256().digest_size * 2 for digest in hashes)
-
-
-async def test_a_runner_that_cannot_come_back_says_so_and_comes_back_when_it_can(start: Start, tmp_path: Path) -> None:
-    path = models.scaled(tmp_path / "m.onnx")
-    engine = await start(path)
-    content = path.read_bytes()
-    path.write_bytes(b"gone wrong" * 20)
-    os.kill(engine.pid, signal.SIGKILL)
-    await until(lambda: not engine.alive)
-
-    async def refused() -> bool:
-        try:
-            await engine.infer(request(x=ONES, deadline=monotonic() + 10))
-        except RunnerLost as error:
-            return error.retry_after_s > 0 and "refuses m.onnx" in str(error)
-        return False
-
-    for _ in range(200):
-        if await refused():
-            break
-        await asyncio.sleep(0.01)
-    else:
-        pytest.fail("the engine never said why it cannot answer")
-    path.write_bytes(content)
-    await until(lambda: engine.alive)
-    assert values(await engine.infer(request(x=ONES))).tolist() == [[2, 2, 2, 2]]
-
-
-# ---- hanging --------------------------------------------------------------------------------------------------------
-
-
-async def test_a_stopped_runner_is_replaced_and_its_caller_answered(start: Start, tmp_path: Path) -> None:
-    engine = await start(models.scaled(tmp_path / "m.onnx"))
-    pid = engine.pid
-    os.kill(pid, signal.SIGSTOP)
-    began = monotonic()
-    assert values(await engine.infer(request(x=ONES))).tolist() == [[2, 2, 2, 2]]
-    assert monotonic() - began < 10
-    assert engine.pid != pid
-    assert "was stopped (state T)" in engine.deaths[0].reason
-    assert engine.distinct_killers == 0
-
-
-async def test_cpu_time_far_beyond_the_worst_of_its_kind_is_a_hang_and_its_input_is_quarantined(start: Start, tmp_path: Path) -> None:
-    patience = Patience(cpu_floor_s=0.5, cpu_times=5)
-    engine = await start(models.endless(tmp_path / "m.onnx"), patience=patience)
-    for _ in range(6):
-        await engine.infer(short())
-    with pytest.raises((RunnerLost, Quarantined)):
-        await engine.infer(request(x=np.ones(2, np.float32), n=np.array([1 << 50])))
-    await until(lambda: engine.distinct_killers == 1 and engine.alive, 180)
-    assert "CPU seconds on a batch whose kind took" in engine.deaths[0].reason
-    assert values(await engine.infer(short())).tolist() == [1, 1]
-
-
-async def test_a_long_call_that_makes_progress_is_left_alone(start: Start, tmp_path: Path) -> None:
-    engine = await start(models.endless(tmp_path / "m.onnx"), patience=Patience(stalled_s=0.3, stalled_first_s=0.3))
-    pid = engine.pid
-    began = monotonic()
-    while monotonic() - began < 2.5:
-        await engine.infer(request(x=np.ones(2, np.float32), n=np.array([100_000])))
-    assert engine.pid == pid
-
-
-KNOWN = Usual(True, worst_wall_s=0.1, worst_cpu_s=0.05)
-
-
-def watched(states: str, cpu_step_s: float = 0.0, usual: Usual = KNOWN, step_s: float = 0.25) -> Judgement | None:
-    """The judgement after looking at a thread in these states, one look each `step_s`."""
-    patience, sight, now, cpu_s = Patience(), None, 0.0, 10.0
-    for state in states:
-        sight = seen(sight, cpu_s, state, 1, now)
-        judgement = judge(sight, usual, patience, now)
-        if judgement is not None:
-            return judgement
-        now, cpu_s = now + step_s, cpu_s + cpu_step_s
-    return None
-
-
-def test_asleep_without_progress_is_a_hang() -> None:
-    found = watched("S" * 8)
-    assert found is not None
-    assert found.own_fault
-    assert "no CPU progress for 1.0 s" in found.reason
-
-
-def test_waiting_for_a_core_or_throttled_is_not() -> None:
-    assert watched("R" * 400) is None
-    assert watched("SR" * 200) is None
-
-
-def test_progress_however_slow_is_not() -> None:
-    assert watched("S" * 400, cpu_step_s=0.0001) is None
-
-
-def test_a_kind_that_is_known_to_sleep_is_given_its_time() -> None:
-    assert watched("S" * 8, usual=Usual(True, worst_wall_s=5.0)) is None
-    assert watched("S" * 80, usual=Usual(True, worst_wall_s=5.0)) is not None
-
-
-def test_the_first_of_a_kind_is_given_more_time() -> None:
-    assert watched("S" * 8, usual=Usual()) is None
-    assert watched("S" * 80, usual=Usual()) is not None
-
-
-def test_stopped_is_somebody_else_s_doing() -> None:
-    found = watched("RRRR" + "T" * 8)
-    assert found is not None
-    assert not found.own_fault
-
-
-def test_reading_from_a_slow_disk_is_not_a_hang() -> None:
-    assert watched("D" * 40) is None
-
-
-def test_cpu_time_counts_from_the_first_look_and_is_shared_by_those_who_use_it() -> None:
-    sight: Sight | None = None
-    for turn in range(11):
-        sight = seen(sight, 100.0 + turn, "R", 2, float(turn))
-    assert sight is not None
-    assert sight.used_s == pytest.approx(5.0)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -1,36 +1,18 @@
-"""What the journal's events mean: every kind, every race, and what must hold after any story at all."""
+"""What the journal's events mean: every kind of a model, its versions, settings and traffic."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as how
-from hypothesis import strategies as st
 
-from app.domain import Event, Generation, Job, JobState, Mode, ModelState, RuntimeSettings, State, Verdict
+from app.domain import Event, Generation, Mode, RuntimeSettings, State, Verdict
 from app.errors import Conflict
-from app.store import merge
 from app.store.codec import dumps, loads, state_from_json
-from app.store.fold import KEPT_REMOVED_MODELS, KEPT_REMOVED_VERSIONS, fold, fold_all, generation_of, hold_to
-from app.store.fold_jobs import KEPT_FINISHED_JOBS, LOOK_EVERY
+from app.store.fold import KEPT_REMOVED_MODELS, KEPT_REMOVED_VERSIONS, fold, generation_of, hold_to
 from app.store.kinds import checked
-from tests.journal_story import OTHER_SHA, SHA, claimed, deployed, desired, job_event, published, requested, settings, told
-
-SLOW = {"intra_op_threads": 1, "batch_limit": 4}
-FAST = {"intra_op_threads": 2, "batch_limit": 16, "session_options": {"a": "1"}}
-
-
-def model_of(state: State, name: str = "m") -> ModelState:
-    return state.models[name]
-
-
-def job_of(state: State, identity: str = "j1") -> Job:
-    return state.jobs[identity]
-
-
-# Models
+from tests.folded import FAST, SLOW, model_of
+from tests.journal_story import OTHER_SHA, SHA, deployed, desired, job_event, published, requested, settings, told
 
 
 def test_a_first_deploy_desires_golden() -> None:
@@ -91,9 +73,6 @@ def test_removed_models_are_remembered_up_to_a_bound() -> None:
     assert "j2" not in state.jobs
 
 
-# Desired version
-
-
 def test_promotion_and_rollback_are_the_same_path() -> None:
     state = told(deployed(), published("1.1"), desired("1.1"))
     assert (model_of(state).desired, model_of(state).previous, model_of(state).generation.n) == ("1.1", "1", 2)
@@ -124,9 +103,6 @@ def test_a_change_is_held_to_its_generation() -> None:
         hold_to(Generation(1, 1), state, "m")
 
 
-# Settings
-
-
 def test_settings_are_undone_like_a_swap() -> None:
     state = told(deployed(), settings("1", SLOW), settings("1", FAST))
     model = model_of(state)
@@ -150,9 +126,6 @@ def test_settings_null_goes_back_to_the_proof() -> None:
 
 def test_equal_settings_are_no_new_generation() -> None:
     assert model_of(told(deployed(), settings("1", FAST), settings("1", FAST))).generation.n == 2
-
-
-# Built versions
 
 
 def test_a_published_version_gets_verdicts_per_host_class() -> None:
@@ -204,95 +177,6 @@ def test_names_of_removed_versions_stay_known_up_to_a_bound() -> None:
     kept = [built.version for built in model_of(state).built]
     assert len(kept) == KEPT_REMOVED_VERSIONS
     assert kept[-1] == f"1.{KEPT_REMOVED_VERSIONS + 4}"
-
-
-# Jobs
-
-
-def test_the_life_of_a_job() -> None:
-    state = told(deployed(), requested("j1"))
-    assert job_of(state) == Job(
-        "j1", "m", "1", SHA, (({"method": "graph"},), ({"method": "int8"},)), "test", "auto", "ann", JobState.REQUESTED, 1002.0
-    )
-    state = told(claimed("j1"), state=state)
-    assert (job_of(state).state, job_of(state).worker, job_of(state).attempt) == (JobState.BUILDING, "w1", 1)
-    state = told(job_event("built", "j1", candidates=["1.1", "1.2"], attempt=1), state=state)
-    assert (job_of(state).state, job_of(state).candidates) == (JobState.BUILT, ("1.1", "1.2"))
-    state = told(job_event("verifying", "j1"), state=state)
-    assert job_of(state).state is JobState.VERIFYING
-    state = told(job_event("finished", "j1", outcome="promoted", report={"gain": 0.5}, candidate="1.2"), state=state)
-    done = job_of(state)
-    assert (done.state, done.outcome, done.report, done.candidate, done.finished_at) == (
-        JobState.FINISHED,
-        "promoted",
-        {"gain": 0.5},
-        "1.2",
-        1006.0,
-    )
-
-
-def test_the_first_claim_of_an_attempt_wins() -> None:
-    state = told(deployed(), requested("j1"), claimed("j1", "w1"), claimed("j1", "w2"))
-    assert job_of(state).worker == "w1"
-
-
-def test_a_lost_job_is_claimed_by_the_next_attempt_and_the_former_worker_is_not_heard() -> None:
-    state = told(deployed(), requested("j1"), claimed("j1", "w1"), claimed("j1", "w2", 2))
-    assert (job_of(state).worker, job_of(state).attempt) == ("w2", 2)
-    late = told(job_event("built", "j1", candidates=["1.1"], attempt=1), state=state)
-    late = told(job_event("finished", "j1", outcome="failed", attempt=1), state=late)
-    assert job_of(late).state is JobState.BUILDING
-    assert job_of(told(claimed("j1", "w3", 4), state=state)).worker == "w2"
-
-
-def test_the_same_job_is_requested_once() -> None:
-    state = told(deployed(), requested("j1"), claimed("j1"), requested("j1"))
-    assert job_of(state).state is JobState.BUILDING
-
-
-def test_a_job_that_nobody_works_on_ends_with_its_cancellation() -> None:
-    waiting = told(deployed(), requested("j1"), job_event("cancel_asked", "j1"))
-    assert (job_of(waiting).state, job_of(waiting).outcome) == (JobState.FINISHED, "cancelled")
-    built = told(deployed(), requested("j1"), claimed("j1"), job_event("built", "j1", candidates=[]), job_event("cancel_asked", "j1"))
-    assert job_of(built).outcome == "cancelled"
-
-
-def test_a_running_job_is_asked_to_end_and_never_begun_again() -> None:
-    state = told(deployed(), requested("j1"), claimed("j1"), job_event("cancel_asked", "j1"))
-    assert (job_of(state).state, job_of(state).cancel_asked) == (JobState.BUILDING, True)
-    assert job_of(told(claimed("j1", "w2", 2), state=state)).outcome == "cancelled"
-    assert job_of(told(job_event("built", "j1", candidates=["1.1"]), state=state)).outcome == "cancelled"
-
-
-def test_finished_is_final() -> None:
-    state = told(deployed(), requested("j1"), claimed("j1"), job_event("finished", "j1", outcome="failed"))
-    for late in (claimed("j1", "w2", 2), job_event("built", "j1", candidates=[]), job_event("finished", "j1", outcome="promoted")):
-        assert job_of(told(late, state=state)).outcome == "failed"
-
-
-@pytest.mark.parametrize("end", [deployed("m", "2", OTHER_SHA), Event("model.removed", "m")])
-def test_jobs_end_with_the_golden_they_were_asked_for(end: Event) -> None:
-    state = told(deployed(), deployed("other"), requested("j1"), requested("j2"), claimed("j2"), requested("j3", "other"), end)
-    assert (job_of(state, "j1").outcome, job_of(state, "j2").outcome) == ("cancelled", "cancelled")
-    assert job_of(state, "j3").state is JobState.REQUESTED
-    assert job_of(state, "j2").report["reason"]
-
-
-def test_a_job_for_a_golden_that_is_gone_never_opens() -> None:
-    assert job_of(told(deployed(), requested("j1", golden_sha256=OTHER_SHA))).outcome == "cancelled"
-    assert job_of(told(requested("j1"))).outcome == "cancelled"
-
-
-def test_finished_jobs_are_kept_up_to_a_bound_and_open_ones_always() -> None:
-    state = told(deployed(), requested("open"))
-    for number in range(KEPT_FINISHED_JOBS + 2 * LOOK_EVERY):
-        state = told(requested(f"j{number}"), job_event("cancel_asked", f"j{number}"), state=state)
-    assert KEPT_FINISHED_JOBS <= len(state.jobs) <= KEPT_FINISHED_JOBS + LOOK_EVERY + 1
-    assert "open" in state.jobs
-    assert list(state.jobs)[-1] == f"j{KEPT_FINISHED_JOBS + 2 * LOOK_EVERY - 1}"
-
-
-# The loop, the journal itself, and what is not understood
 
 
 def test_freeze_and_its_reason() -> None:
@@ -350,172 +234,6 @@ def test_a_malformed_event_is_refused_when_written_and_harmless_when_read(event:
 def test_an_event_that_was_folded_is_not_folded_twice() -> None:
     state = told(deployed(), published("1.1"), desired("1.1"))
     assert fold(state, replace(desired("1"), seq=3)) is state
-
-
-# Loss and return
-
-
-def test_a_journal_begun_anew_is_frozen_in_another_epoch() -> None:
-    state = told(Event("journal.restarted", data={"reason": "damaged"}))
-    assert (state.epoch, state.frozen) == (2, True)
-    assert "damaged" in state.frozen_because
-
-
-def test_what_was_lost_comes_back_in_a_new_epoch_and_frozen() -> None:
-    known = told(deployed(), published("1.1"), desired("1.1"), requested("j1"), claimed("j1"))
-    assert merge.behind(State(), known)
-    after = merge.recovered(State(), known, "lost")
-    assert (after.epoch, after.frozen) == (2, True)
-    assert model_of(after) == replace(model_of(known), generation=Generation(2, 2))
-    assert after.jobs == known.jobs
-    assert not merge.behind(after, known)
-
-
-def test_the_highest_known_state_wins_in_whatever_order_it_comes_back() -> None:
-    early = told(deployed(), published("1.1"), deployed("other"))
-    late = told(desired("1.1"), Event("model.removed", "other"), requested("j1"), state=early)
-    for first, second in ((early, late), (late, early)):
-        state = merge.recovered(State(), first, "lost")
-        if merge.behind(state, second):
-            state = merge.recovered(state, second, "lost")
-        assert model_of(state).desired == "1.1"
-        assert list(state.models) == ["m"]
-        assert list(state.jobs) == ["j1"]
-
-
-def test_what_was_decided_since_is_not_undone_by_a_memory() -> None:
-    before = told(deployed(), published("1.1"), deployed("gone"))
-    more = told(desired("1.1"), state=before)
-    since = told(desired("1", settings=FAST), Event("model.removed", "gone"), state=replace(merge.recovered(State(), before, ""), seq=50))
-    assert merge.behind(since, more), "the memory has an event that the recovery lacked"
-    joined = merge.recovered(since, more, "")
-    assert model_of(joined).settings_of("1") is not None
-    assert "gone" not in joined.models
-
-
-def test_an_old_memory_of_a_healthy_store_is_not_taken_for_a_loss() -> None:
-    old = told(deployed(), requested("j1"))
-    new = told(claimed("j1"), job_event("finished", "j1", outcome="kept"), published("1.1"), desired("1.1"), state=old)
-    assert not merge.behind(new, old)
-    assert merge.behind(old, new)
-
-
-def test_a_fresh_store_that_overtook_the_memory_is_still_noticed() -> None:
-    known = told(deployed(), published("1.1"), desired("1.1"))
-    foreign = told(deployed(), *[Event("runner.died", "m")] * 10)
-    assert foreign.seq > known.seq
-    assert merge.behind(foreign, known)
-
-
-def test_a_finished_job_stays_finished_and_one_of_another_golden_ends() -> None:
-    running = told(deployed(), requested("j1"), claimed("j1"), requested("j2"))
-    finished = told(job_event("finished", "j1", outcome="kept"), state=running)
-    assert merge.recovered(running, finished, "").jobs["j1"].outcome == "kept"
-    renewed = told(*[Event("x.y")] * 9, deployed("m", "2", OTHER_SHA))
-    assert merge.recovered(renewed, running, "").jobs["j2"].outcome == "cancelled"
-
-
-def test_a_restored_backup_is_not_outranked_by_memories() -> None:
-    backup = told(deployed(), published("1.1"))
-    now = told(desired("1.1"), deployed("new"), state=backup)
-    after = replace(merge.restored(now, backup, 9, "restored"), seq=9)
-    assert (after.epoch, after.frozen, model_of(after).desired) == (2, True, "1")
-    assert not merge.behind(after, now)
-    assert list(after.models) == ["m"]
-
-
-# What holds after any story
-
-CALMLY = how(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-VERSIONS = st.sampled_from(["1", "2", "1.1", "1.2", "1.3"])
-MODELS = st.sampled_from(["m", "n"])
-SHAS = st.sampled_from([SHA, OTHER_SHA])
-JOBS = st.sampled_from(["j1", "j2", "j3"])
-SETTINGS = st.sampled_from([None, SLOW, FAST])
-KINDS = st.sampled_from(["verifying", "cancel_asked"])
-EVENTS = st.one_of(
-    st.builds(deployed, MODELS, st.sampled_from(["1", "2"]), SHAS),
-    st.builds(Event, st.sampled_from(["model.removed", "model.loaded", "model.unloaded", "loop.frozen", "loop.unfrozen", "x.y"]), MODELS),
-    st.builds(published, VERSIONS, MODELS, SHAS, JOBS),
-    st.builds(lambda version, model: Event("version.removed", model, version), VERSIONS, MODELS),
-    st.builds(
-        lambda version, model, verdict: Event("version.verified", model, version, data={"host_class": "h", "verdict": verdict}),
-        VERSIONS,
-        MODELS,
-        st.sampled_from(list(Verdict)),
-    ),
-    st.builds(desired, VERSIONS, MODELS),
-    st.builds(lambda version, model, value: desired(version, model, settings=value), VERSIONS, MODELS, SETTINGS),
-    st.builds(settings, VERSIONS, SETTINGS, MODELS),
-    st.builds(requested, JOBS, MODELS, SHAS),
-    st.builds(claimed, JOBS, st.sampled_from(["w1", "w2"]), st.integers(1, 3)),
-    st.builds(lambda job: job_event("built", job, candidates=["1.1"]), JOBS),
-    st.builds(job_event, KINDS, JOBS),
-    st.builds(lambda job: job_event("finished", job, outcome="kept", report={"a": 1}), JOBS),
-    st.just(Event("journal.restarted", data={"reason": "test"})),
-)
-STORIES = st.lists(EVENTS, max_size=60).map(lambda events: [replace(event, seq=n, at=float(n)) for n, event in enumerate(events, 1)])
-
-
-@CALMLY
-@given(STORIES, st.integers(0, 60))
-def test_folding_in_parts_is_folding_at_once(story: list[Event], cut: int) -> None:
-    one_by_one = State()
-    for event in story:
-        one_by_one = fold(one_by_one, event)
-    assert fold_all(fold_all(State(), story[:cut]), story[cut:]) == one_by_one
-
-
-@CALMLY
-@given(STORIES)
-def test_what_always_holds(story: list[Event]) -> None:
-    before = State()
-    for event in story:
-        after = fold(before, event)
-        for name, model in after.models.items():
-            assert model.previous != model.desired
-            assert all(not built.removed for built in model.built if built.version == model.desired != model.golden)
-            assert len({built.version for built in model.built}) == len(model.built)
-            earlier = generation_of(before, name)
-            assert (model.generation.epoch, model.generation.n) >= (earlier.epoch, earlier.n)
-            served = (model.desired, model.settings_of(model.desired), model.golden_sha256)
-            if name in before.models and served != _served(before.models[name]):
-                assert model.generation.n == earlier.n + 1
-        for identity, job in before.jobs.items():
-            assert after.jobs[identity].attempt >= job.attempt
-            if job.state is JobState.FINISHED:
-                assert after.jobs[identity] == job
-        for job in after.jobs.values():
-            held = job.model in after.models and after.models[job.model].golden_sha256 == job.golden_sha256
-            assert held or job.state is JobState.FINISHED
-        before = after
-
-
-def _served(model: ModelState) -> tuple[str, RuntimeSettings | None, str]:
-    return model.desired, model.settings_of(model.desired), model.golden_sha256
-
-
-@CALMLY
-@given(STORIES)
-def test_a_state_survives_being_written_down(story: list[Event]) -> None:
-    state = fold_all(State(), story)
-    assert state_from_json(loads(dumps(state))) == state
-
-
-@CALMLY
-@given(STORIES, st.integers(0, 60))
-def test_a_memory_never_loses_to_a_store_that_lost_its_tail(story: list[Event], cut: int) -> None:
-    known, cut_off = fold_all(State(), story), fold_all(State(), story[:cut])
-    assert merge.behind(cut_off, known) == (cut < len(story))
-    joined = merge.recovered(cut_off, known, "")
-    assert {name: replace(model, generation=Generation(), last_event=0) for name, model in joined.models.items()} == {
-        name: replace(model, generation=Generation(), last_event=0) for name, model in known.models.items()
-    }
-    assert joined.jobs == known.jobs
-    assert not merge.behind(joined, known)
-
-
-# Traffic, ladder and what was left
 
 
 def split(version: str, share: float, stage: str = "canary", **data: object) -> Event:

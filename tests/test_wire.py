@@ -9,10 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
-from app.api.wire import (
-    encode_response,
-    parse_infer,
-)
+from app.api.wire import encode_response, parse_infer
 from app.domain import Tensor
 from app.errors import Unsupported
 from tests.wire_bodies import JSON_DATATYPES, NUMPY, json_body, json_reply, refused, result

@@ -7,13 +7,7 @@ import math
 
 import pytest
 
-from app.api.wire import (
-    check_reply_form,
-    encode_response,
-    parse_header_length,
-    parse_infer,
-    validate,
-)
+from app.api.wire import check_reply_form, encode_response, parse_header_length, parse_infer, validate
 from app.domain import DATATYPE_SIZES, InferenceRequest, Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest
 from tests.wire_bodies import TWO, binary_body, elements, json_body, json_reply, one, refused, result

@@ -10,15 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.api.wire import (
-    choose_encoding,
-    decompress,
-    encode_response,
-    parse_content_encoding,
-    parse_header_length,
-    parse_infer,
-    validate,
-)
+from app.api.wire import choose_encoding, decompress, encode_response, parse_content_encoding, parse_header_length, parse_infer, validate
 from app.domain import DATATYPE_SIZES, Signature, Tensor
 from app.errors import HoneError
 from tests.wire_bodies import JSON_DATATYPES, NUMPY, TWO, binary_body, elements, json_body, json_reply, one, result

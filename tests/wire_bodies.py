@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.api.wire import (
-    ParsedRequest,
-    encode_response,
-    parse_infer,
-)
+from app.api.wire import ParsedRequest, encode_response, parse_infer
 from app.domain import InferenceResult, Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest
 
