@@ -21,9 +21,9 @@ from app.telemetry.window import Block
 from optimizers.stats import wilson
 
 COST_LIMIT: Final = 1.15
-"""CPU time per row against the bucket's normal. Neighbours move it by up to 8 % (shared measurements); two blocks in a row beyond 15 % are rare."""
+"""CPU time per row against the bucket's normal. Neighbours move it by up to 8 % (docs/loop.md); two blocks in a row beyond 15 % are rare."""
 LEAP_LIMIT: Final = 1.5
-"""One block, and be it the open one, is enough where the middle call costs so much more. Neighbours come near that only for models that live off memory (shared measurements)."""
+"""One block, and be it the open one, is enough where the middle call costs so much more. Neighbours come near that only for models that live off memory (docs/loop-detection.md)."""
 LEAP_CALLS: Final = 40
 LEAP_MISSED: Final = 0.25
 """Share of 40 answers that are late from which a leap of their time is looked into at once, where LEAP_ALONE holds as well."""
