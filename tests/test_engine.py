@@ -126,6 +126,9 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(start: Start, tmp_p
     assert is_idle(engine)
 
 
+# ---- deadlines and leaving ------------------------------------------------------------------------------------------
+
+
 async def test_a_deadline_that_passes_in_the_queue_is_answered_at_once_and_never_run(start: Start, tmp_path: Path) -> None:
     reports: list[BatchReport] = []
     engine = await start(models.endless(tmp_path / "m.onnx"), observer=reports.append)

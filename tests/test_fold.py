@@ -14,6 +14,8 @@ from app.store.kinds import checked
 from tests.folded import FAST, SLOW, model_of
 from tests.journal_story import OTHER_SHA, SHA, deployed, desired, job_event, published, requested, settings, told
 
+# Models
+
 
 def test_a_first_deploy_desires_golden() -> None:
     model = model_of(told(deployed()))
@@ -73,6 +75,9 @@ def test_removed_models_are_remembered_up_to_a_bound() -> None:
     assert "j2" not in state.jobs
 
 
+# Desired version
+
+
 def test_promotion_and_rollback_are_the_same_path() -> None:
     state = told(deployed(), published("1.1"), desired("1.1"))
     assert (model_of(state).desired, model_of(state).previous, model_of(state).generation.n) == ("1.1", "1", 2)
@@ -103,6 +108,9 @@ def test_a_change_is_held_to_its_generation() -> None:
         hold_to(Generation(1, 1), state, "m")
 
 
+# Settings
+
+
 def test_settings_are_undone_like_a_swap() -> None:
     state = told(deployed(), settings("1", SLOW), settings("1", FAST))
     model = model_of(state)
@@ -126,6 +134,9 @@ def test_settings_null_goes_back_to_the_proof() -> None:
 
 def test_equal_settings_are_no_new_generation() -> None:
     assert model_of(told(deployed(), settings("1", FAST), settings("1", FAST))).generation.n == 2
+
+
+# Built versions
 
 
 def test_a_published_version_gets_verdicts_per_host_class() -> None:
@@ -177,6 +188,9 @@ def test_names_of_removed_versions_stay_known_up_to_a_bound() -> None:
     kept = [built.version for built in model_of(state).built]
     assert len(kept) == KEPT_REMOVED_VERSIONS
     assert kept[-1] == f"1.{KEPT_REMOVED_VERSIONS + 4}"
+
+
+# The loop, the journal itself, and what is not understood
 
 
 def test_freeze_and_its_reason() -> None:
@@ -234,6 +248,9 @@ def test_a_malformed_event_is_refused_when_written_and_harmless_when_read(event:
 def test_an_event_that_was_folded_is_not_folded_twice() -> None:
     state = told(deployed(), published("1.1"), desired("1.1"))
     assert fold(state, replace(desired("1"), seq=3)) is state
+
+
+# Traffic, ladder and what was left
 
 
 def split(version: str, share: float, stage: str = "canary", **data: object) -> Event:

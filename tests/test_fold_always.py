@@ -15,6 +15,8 @@ from app.store.fold import fold, fold_all, generation_of
 from tests.folded import FAST, SLOW, model_of
 from tests.journal_story import OTHER_SHA, SHA, claimed, deployed, desired, job_event, published, requested, settings, told
 
+# Loss and return
+
 
 def test_a_journal_begun_anew_is_frozen_in_another_epoch() -> None:
     state = told(Event("journal.restarted", data={"reason": "damaged"}))
@@ -83,6 +85,9 @@ def test_a_restored_backup_is_not_outranked_by_memories() -> None:
     assert (after.epoch, after.frozen, model_of(after).desired) == (2, True, "1")
     assert not merge.behind(after, now)
     assert list(after.models) == ["m"]
+
+
+# What holds after any story
 
 
 CALMLY = how(deadline=None, suppress_health_check=[HealthCheck.too_slow])

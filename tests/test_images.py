@@ -40,6 +40,9 @@ def picture() -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
 
 
+# -- images: the numbers
+
+
 def test_a_picture_of_the_right_size_becomes_its_own_pixels_scaled(picture: np.ndarray[Any, Any]) -> None:
     array = encode(image_processor(), file_of(picture))
     assert array.dtype == np.float32
@@ -88,6 +91,9 @@ def test_without_resizing_a_wrong_size_is_refused_and_a_free_one_kept(picture: n
         encode(image_processor((-1, 3, 8, 8), resize="none"), file_of(picture))
     with pytest.raises(InvalidRequest, match="too small"):
         encode(image_processor((-1, 3, 8, 8), resize="none", crop=8), file_of(picture))
+
+
+# -- images: the files that people send
 
 
 SHOWN = {
@@ -160,6 +166,9 @@ def test_an_animated_png_is_refused() -> None:
     frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
     with pytest.raises(InvalidRequest, match="animated"):
         encode(image_processor(), file_of(frames[0], save_all=True, append_images=frames[1:]))
+
+
+# -- images: hostile files
 
 
 def png_header(width: int, height: int, rows: int = 0) -> bytes:

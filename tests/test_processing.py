@@ -18,6 +18,8 @@ from app.domain import Signature, Tensor, TensorSpec
 from app.errors import InvalidRequest, ModelFailed, ModelRejected
 from tests.pictures import image_processor, image_signature
 
+# -- images: a section that does not fit
+
 
 @pytest.mark.parametrize(
     ("shape", "datatype", "section", "says"),
@@ -59,6 +61,9 @@ def test_a_model_that_wants_more_than_an_image_is_rejected() -> None:
 def test_typos_and_silent_conversions_in_sections_are_errors(section: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Preprocess.model_validate(section)
+
+
+# -- answers
 
 
 def scores(values: Any, datatype: str = "FP32", name: str = "scores") -> list[Tensor]:

@@ -25,6 +25,9 @@ from tests.stores import Opener, another, journal, redis_server, url
 __all__ = ["another", "journal", "redis_server", "url"]
 
 
+# Events
+
+
 def test_an_empty_store_has_an_empty_state(journal: Journal) -> None:
     assert journal.state() == State()
     assert list(journal.read()) == []
@@ -70,6 +73,9 @@ def test_an_event_too_large_for_a_journal_is_refused(journal: Journal) -> None:
 def test_numbers_that_are_not_finite_become_null(journal: Journal) -> None:
     journal.append(Event("x.y", "m", data={"gain": math.nan, "all": [math.inf, 1.0]}))
     assert journal.read()[0].data == {"gain": None, "all": [None, 1.0]}
+
+
+# State
 
 
 def test_state_is_the_fold_of_what_is_read_in_every_process(journal: Journal, another: Opener) -> None:
@@ -177,6 +183,9 @@ def test_processes_that_claim_the_same_jobs_agree_on_who_won(journal: Journal, u
     assert all(job.state is JobState.BUILDING for job in journal.state().jobs.values())
 
 
+# Waiting
+
+
 def test_wait_sees_what_is_there_and_gives_up_in_time(journal: Journal) -> None:
     journal.append(deployed())
     assert journal.wait(0, 0.0)
@@ -217,6 +226,9 @@ def test_wait_ends_when_the_journal_is_closed(another: Opener) -> None:
     assert results == [False]
 
 
+# Leases
+
+
 def test_a_lease_has_one_holder_until_it_is_released(journal: Journal, another: Opener) -> None:
     other = another()
     assert journal.acquire("controller", "a", 60)
@@ -252,6 +264,9 @@ def test_a_wall_clock_that_jumps_moves_no_lease_no_board_and_no_order(
         assert other.acquire("short", f"{jump_s}", 0.05)
         time.sleep(0.1)
     assert [event.data.get("jump") for event in journal.read()] == [None, 3600.0, -3600.0, -86400.0]
+
+
+# The board
 
 
 def test_the_board_keeps_the_latest_value_of_a_name(journal: Journal, another: Opener) -> None:

@@ -39,6 +39,9 @@ def history(journal: Journal) -> State:
     return journal.state()
 
 
+# Loss and return
+
+
 def test_a_store_that_lost_what_was_seen_is_not_believed(journal: Journal, empty_store: Callable[[], None]) -> None:
     history(journal)
     empty_store()
@@ -140,6 +143,9 @@ def test_nothing_is_put_back_where_nothing_is_lost(journal: Journal, another: Op
 
 def test_an_empty_store_without_memory_begins_empty(journal: Journal) -> None:
     assert catch_up(journal, None) == State()
+
+
+# Backup
 
 
 def test_a_backup_restores_into_an_empty_store(journal: Journal, another: Opener, empty_store: Callable[[], None], tmp_path: Path) -> None:

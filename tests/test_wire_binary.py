@@ -144,6 +144,9 @@ def test_a_raw_body_whose_shape_is_unknown_is_refused(signature: Signature | Non
     refused(bytes(size), 0, signature)
 
 
+# ---- fitness for a model ---------------------------------------------------------------------------------------------
+
+
 def request(*tensors: tuple[str, str, tuple[int, ...]], outputs: tuple[str, ...] | None = None) -> InferenceRequest:
     return InferenceRequest([Tensor(n, d, s, bytes(math.prod(s) * DATATYPE_SIZES[d])) for n, d, s in tensors], outputs=outputs)
 
