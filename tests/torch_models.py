@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +232,21 @@ def factory(folder: Path, name: str) -> str:
 
 
 def artifact(folder: Path, name: str, seed: int = 0, steps: int = 60) -> Artifact:
-    """The model called `name`, trained a little on `rows`, with its source and its ONNX file."""
+    """The model called `name`, trained a little on `rows`, with its source and its ONNX file; made once in a process, and copied into `folder`."""
+    made = _made(name, seed, steps)
+    shutil.copytree(made, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("factories.py"))
+    return Artifact(folder / name / "model.onnx", "classification", source=Source(factory(folder, name), folder / f"{name}.safetensors"))
+
+
+@cache
+def _made(name: str, seed: int, steps: int) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="hone-test-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _make(folder, name, seed, steps)
+    return folder
+
+
+def _make(folder: Path, name: str, seed: int, steps: int) -> None:
     import torch
     from safetensors.torch import save_model
 
@@ -247,10 +265,8 @@ def artifact(folder: Path, name: str, seed: int = 0, steps: int = 60) -> Artifac
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    weights = folder / f"{name}.safetensors"
-    save_model(module.eval(), str(weights))
-    path = export(module, Signature(("x",), ("y",), {"x": (0,)}), data, folder / name / "model.onnx")
-    return Artifact(path, "classification", source=Source(factory(folder, name), weights))
+    save_model(module.eval(), str(folder / f"{name}.safetensors"))
+    export(module, Signature(("x",), ("y",), {"x": (0,)}), data, folder / name / "model.onnx")
 
 
 def rows(name: str, count: int = 64, seed: int = 1, labels: bool = True) -> Samples:
