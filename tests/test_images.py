@@ -132,6 +132,38 @@ def test_transparency_shows_the_background() -> None:
     assert black[:, 1, 1].tolist() == [0, 0, 0]
 
 
+def keyed_png(depth: int, colour_type: int, row: bytes, key: bytes) -> bytes:
+    """A PNG of one row of two pixels that names a see-through grey or colour (tRNS), whatever its depth; Pillow writes few of these."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "row", "key", "second"),
+    [
+        (1, 0, bytes([0b01000000]), [0], [255] * 3),
+        (2, 0, bytes([0b01100000]), [1], [170] * 3),
+        (4, 0, bytes([0x5C]), [5], [204] * 3),
+        (8, 0, bytes([5, 200]), [5], [200] * 3),
+        (16, 0, struct.pack(">2H", 0x0102, 0x0103), [0x0102], [1] * 3),
+        (8, 2, bytes([1, 2, 3, 1, 2, 4]), [1, 2, 3], [1, 2, 4]),
+        (16, 2, struct.pack(">6H", 0x0201, 0x0302, 0x0403, 0x0201, 0x0302, 0x0404), [0x0201, 0x0302, 0x0403], [2, 3, 4]),
+    ],
+)
+def test_a_see_through_grey_or_colour_is_one_at_every_depth(
+    depth: int, colour_type: int, row: bytes, key: list[int], second: list[int]
+) -> None:
+    """The first pixel is the key, the second differs from it, in the 16-bit ones by their lower byte alone."""
+    data = keyed_png(depth, colour_type, row, struct.pack(f">{len(key)}H", *key))
+    pixels = encode(image_processor((1, 1, 2, 3), layout="NHWC", divide_by=1, background=[250, 251, 252]), data)
+    assert pixels[0, 0].tolist() == [[250, 251, 252], second]
+
+
 def test_palette_two_level_and_cmyk_pictures_are_taken(picture: np.ndarray[Any, Any]) -> None:
     image = Image.fromarray(picture)
     palette = image.quantize(4)

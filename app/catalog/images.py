@@ -25,6 +25,8 @@ MAX_JPEG_SCANS: Final = 100
 DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 """What Pillow's readers raise on broken files."""
 ORIENTATION_TAG: Final = 0x0112
+KEY_SCALES: Final = {"L;2": (3, 85), "L;4": (15, 17)}
+"""Two and four bits of grey, and by what they are stretched to eight."""
 
 
 def image_format(data: bytes | memoryview) -> str:
@@ -109,8 +111,11 @@ class ImageEncoder:
                 self._check_pixels(image.size)
                 if kind == "PNG" and getattr(image, "is_animated", False):
                     raise InvalidRequest("the PNG is animated; send a single picture")
+                packing = str(image.tile[0].args) if image.tile else ""
+                turn = _turn(image)
                 image.load()
-                return self._shape(self._colour(_oriented(image)))
+                opaque = self._colour(_with_key_as_alpha(image, packing, data))
+                return self._shape(opaque if turn is None else opaque.transpose(turn))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
             raise PayloadTooLarge(f"the image is too large: {e}; the limit is {self.config.max_pixels:,} pixels") from None
         except DECODE_ERRORS as e:
@@ -205,15 +210,50 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
-def _oriented(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as the camera's EXIF tag says; a tag that cannot be read changes nothing."""
+def _with_key_as_alpha(image: Image.Image, packing: str, data: bytes | memoryview) -> Image.Image:
+    """A PNG may name one grey or colour as see-through, at its own depth; Pillow holds that against samples scaled or cut to eight bits.
+
+    `packing` is how the file holds its samples, in Pillow's words ("L;4": four bits of grey), which it forgets once they are loaded.
+    """
+    from PIL import Image
+
+    key = image.info.get("transparency")
+    if key is None or (packing not in KEY_SCALES and packing not in ("I;16B", "RGB;16B")):
+        return image
+    if packing in KEY_SCALES:
+        bits, scale = KEY_SCALES[packing]
+        image.info["transparency"] = (key & bits) * scale
+        return image
+    samples: Array = np.asarray(image)
+    if packing == "I;16B":
+        hidden = samples == key
+    else:
+        wanted = np.asarray(key, np.uint16)
+        hidden = (samples == wanted >> 8).all(-1) & (_low_bytes(data) == wanted & 255).all(-1)
+    del image.info["transparency"]
+    image = _eight_bits(image)
+    image.putalpha(Image.fromarray(np.where(hidden, np.uint8(0), np.uint8(255))))
+    return image
+
+
+def _low_bytes(data: bytes | memoryview) -> Array:
+    """Of the 16-bit samples of an RGB PNG, whose upper bytes are all that Pillow keeps; the other byte order's reader takes these."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.tile = [image.tile[0]._replace(args="RGB;16L")]
+        return np.asarray(image)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What the camera's EXIF tag asks for; a tag that cannot be read asks for nothing."""
     from PIL import Image
 
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
     except DECODE_ERRORS:
-        return image
-    turn = {
+        return None
+    return {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -222,4 +262,3 @@ def _oriented(image: Image.Image) -> Image.Image:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }.get(orientation or 1)
-    return image if turn is None else image.transpose(turn)
