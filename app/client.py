@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -25,6 +25,8 @@ CONNECT_TIMEOUT_S: Final = 5.0
 FOLLOW_TIMEOUT_S: Final = 30.0
 """A followed timeline shows a sign of life every ten seconds."""
 TOKEN_FILE: Final = "admin-token"
+ANYWHERE: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""What is listened to, and not called, by what is called instead."""
 NO_TOKEN: Final = (
     "give the token with --token or HONE_TOKEN, or name the server's state folder with --state or HONE_STATE (it holds admin-token)"
 )
@@ -49,14 +51,15 @@ class Address:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], url: str | None = None, token: str | None = None, state: str | None = None) -> Address:
-        """Arguments win over HONE_URL, HONE_TOKEN, HONE_ADMIN_TOKEN, HONE_STATE, HONE_HOST, HONE_PORT and HONE_ADMIN_PORT."""
+        """Arguments win over HONE_URL, HONE_TOKEN, HONE_ADMIN_TOKEN, HONE_STATE, HONE_HOST, HONE_PORT and HONE_ADMIN_PORT.
+
+        HONE_ADMIN_PORT is a port of the host that HONE_URL names, unless HONE_ADMIN_HOST names another; `url` has both sides.
+        """
         env = {name: text.strip() for name, text in env.items() if name.startswith(PREFIX) and not discovered(name, text.strip())}
         base = (url or env.get("HONE_URL") or f"http://{_host(env.get('HONE_HOST'))}:{env.get('HONE_PORT') or 8000}").rstrip("/")
         if "://" not in base:
             base = f"http://{base}"
-        own_port = env.get("HONE_ADMIN_PORT") or "0"
-        own_host = env.get("HONE_ADMIN_HOST") or env.get("HONE_HOST")
-        admin = base if own_port == "0" or url else f"http://{_host(own_host)}:{own_port}"
+        admin = base if url else _admin_url(base, env)
         given = (token or "").strip() or env.get("HONE_TOKEN") or env.get("HONE_ADMIN_TOKEN") or ""
         if not is_token(given):
             raise ClientError("the token has characters that no token has (blanks, or other than ASCII); was it copied whole?")
@@ -65,9 +68,25 @@ class Address:
         return cls(base, admin, *_token_of(Path(state or env.get("HONE_STATE") or ".hone")))
 
 
+def _admin_url(base: str, env: Mapping[str, str]) -> str:
+    """Where the admin side is, of a server whose inference is at `base`. Raises ClientError."""
+    port = env.get("HONE_ADMIN_PORT") or "0"
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise ClientError(f"HONE_ADMIN_PORT is {port!r}; it is a port's number, from 1 to 65535 (0 or empty: the same as HONE_PORT)")
+    if int(port) == 0:
+        return base
+    try:
+        parts = urlsplit(base)
+        named = parts.hostname
+    except ValueError:
+        return base  # asking there says that it is no address
+    listens = env.get("HONE_ADMIN_HOST") or ""
+    return f"{parts.scheme}://{_host(named if listens in ANYWHERE else listens)}:{int(port)}"
+
+
 def _host(host: str | None) -> str:
     """A name that can be called: 0.0.0.0 and :: listen everywhere, so this machine's own address does."""
-    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host or "", host or "")
+    name = ANYWHERE.get(host or "", host or "")
     return f"[{name}]" if ":" in name else name
 
 
@@ -252,9 +271,8 @@ def _told_plainly(url: str) -> Iterator[None]:
     try:
         yield
     except httpx.ConnectError:
-        raise ClientError(
-            f"no server answers at {_base(url)}: start one with `hone serve` or `hone demo`, or name it with --url or HONE_URL"
-        ) from None
+        where = "name it with --url, HONE_URL or, where its admin side has a port of its own, HONE_ADMIN_PORT"
+        raise ClientError(f"no server answers at {_base(url)}: start one with `hone serve` or `hone demo`, or {where}") from None
     except httpx.TimeoutException:
         raise ClientError(f"{_base(url)} did not answer in time; --timeout waits longer") from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):

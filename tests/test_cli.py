@@ -194,6 +194,14 @@ def test_the_address_comes_from_arguments_then_from_the_environment() -> None:
     assert Address.from_env({"HONE_TOKEN": "t", "HONE_URL": "x"}, url="box:1").url == "http://box:1"
     with_port = Address.from_env({"HONE_TOKEN": "t", "HONE_ADMIN_PORT": "9001"})
     assert (with_port.url, with_port.admin) == ("http://127.0.0.1:8000", "http://127.0.0.1:9001")
+    elsewhere = {"HONE_TOKEN": "t", "HONE_URL": "https://box.example:8000", "HONE_ADMIN_PORT": "9001"}
+    assert Address.from_env(elsewhere).admin == "https://box.example:9001", "a port of the machine that HONE_URL names, not of this one"
+    assert Address.from_env(elsewhere | {"HONE_ADMIN_HOST": "0.0.0.0"}).admin == "https://box.example:9001"
+    assert Address.from_env(elsewhere | {"HONE_ADMIN_HOST": "10.0.0.7"}).admin == "https://10.0.0.7:9001"
+    assert Address.from_env(elsewhere, url="http://other:8000").admin == "http://other:8000"
+    for port in ("9001x", "70000", "-1"):
+        with pytest.raises(ClientError, match=r"HONE_ADMIN_PORT is .*from 1 to 65535"):
+            Address.from_env(elsewhere | {"HONE_ADMIN_PORT": port})
     in_kubernetes = {"HONE_PORT": "tcp://10.96.0.7:8000", "HONE_PORT_8000_TCP_ADDR": "10.96.0.7", "HONE_TOKEN": "t\n"}
     found = Address.from_env(in_kubernetes)
     assert (found.url, found.token) == ("http://127.0.0.1:8000", "t")

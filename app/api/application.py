@@ -53,6 +53,14 @@ class Surfaces:
     inference: bool = True
     admin: bool = True
 
+    def elsewhere(self, path: str) -> str:
+        """What to say of a path that the server's other port may have; empty where there is none."""
+        if not self.admin and path.startswith((ADMIN_PREFIX, REPOSITORY_PREFIX)):
+            return " on this port: the admin side of this server has a port of its own; ask there (`hone` finds it by HONE_ADMIN_PORT, or by --url)"
+        if not self.inference and path.startswith(("/v2", "/models/")):
+            return " on this port, the admin side's; inference is on the server's other one (HONE_PORT)"
+        return ""
+
 
 def build_app(
     surfaces: Surfaces, service: InferenceService, offload: Offload, protocol: Protocol2, admin: Admin, guard: Guard, exporter: Exporter,
@@ -80,7 +88,7 @@ def build_app(
     app.router.redirect_slashes = False  # Gate takes a path with a slash at its end for the one without
     if surfaces.admin:
         app.include_router(admin.router())
-    _answer_errors_as_json(app)
+    _answer_errors_as_json(app, surfaces)
     return Gate(app, guard, surfaces, doors)
 
 
@@ -165,7 +173,7 @@ def _read_as_json(scope: Scope) -> Scope:
     return {**scope, "headers": [*((n, v) for n, v in headers if n != b"content-type"), (b"content-type", b"application/json")]}
 
 
-def _answer_errors_as_json(app: FastAPI) -> None:
+def _answer_errors_as_json(app: FastAPI, surfaces: Surfaces) -> None:
     async def known(request: Request, error: Exception) -> Response:
         assert isinstance(error, HoneError)
         return response_of(error)
@@ -179,7 +187,7 @@ def _answer_errors_as_json(app: FastAPI) -> None:
         if error.status_code == 400 and text == _UNPARSED:
             text = "the body cannot be read as JSON; send an object that is not nested so deeply"
         if error.status_code == 404 and text == HTTPStatus.NOT_FOUND.phrase:
-            text = f"nothing is at {request.url.path[:200]}; /docs describes all there is"
+            text = f"nothing is at {request.url.path[:200]}{surfaces.elsewhere(request.url.path) or '; /docs describes all there is'}"
         if error.status_code == 405:
             text = f"{request.method} is not possible at {request.url.path[:200]}; /docs describes what is"
         return error_response(error.status_code, str(text), dict(error.headers or {}))
