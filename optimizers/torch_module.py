@@ -18,10 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+DATATYPES = {
+    "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8", "int16": "INT16",
+    "int32": "INT32", "int64": "INT64", "float16": "FP16", "bfloat16": "BF16", "float32": "FP32", "float64": "FP64",
+}  # fmt: skip
+"""torch's names of what a tensor may hold, as the Open Inference Protocol names them."""
 
 
 class NotLoadable(ValueError):
     """A factory or its weights cannot be used; the text names the file and what is wrong with it."""
+
+
+class Misdeclared(TypeError):
+    """forward() returns something else than its source says; the text names the output, what came and what was declared."""
 
 
 class TorchMissing(ImportError):
@@ -56,7 +65,7 @@ class TorchModule:
 
     def __init__(self, source: TorchSource, weights: str, threads: int) -> None:
         self._torch = import_torch()
-        self._inputs, self._outputs = source.inputs, tuple(name for name, _ in source.outputs)
+        self._inputs, self._outputs = source.inputs, source.outputs
         self._torch.set_num_threads(max(1, threads))
         module = make(source.factory)
         load_weights(module, weights)
@@ -64,12 +73,15 @@ class TorchModule:
         self._module = module.eval()
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """The wanted outputs (None: all) in the order of the source's. BF16 comes out as uint16, which numpy has. Raises what the module raises."""
+        """The wanted outputs (None: all) in the order of the source's. BF16 comes out as uint16, which numpy has.
+
+        Raises what the module raises, and Misdeclared.
+        """
         tensors = [self._tensor(feeds[name], datatype) for name, datatype in self._inputs if name in feeds]
         with self._torch.inference_mode():
             result = self._module(*tensors)
         named = self._named(result)
-        return {name: self._back(named[name]) for name in self._outputs if outputs is None or name in outputs}
+        return {name: self._back(name, datatype, named[name]) for name, datatype in self._outputs if outputs is None or name in outputs}
 
     def _tensor(self, array: NDArray[Any], datatype: str) -> Any:
         tensor = self._torch.from_numpy(array)
@@ -79,15 +91,23 @@ class TorchModule:
 
     def _named(self, result: Any) -> Mapping[str, Any]:
         if isinstance(result, dict):
+            for name, _ in self._outputs:
+                if name not in result:
+                    raise Misdeclared(f"forward() returns no output {name!r}, only {', '.join(map(repr, result))[:500]}")
             return result
         values = result if isinstance(result, tuple | list) else (result,)
         if len(values) < len(self._outputs):
-            raise TypeError(f"the module returned {len(values)} outputs, its signature names {len(self._outputs)}")
-        return dict(zip(self._outputs, values, strict=False))
+            raise Misdeclared(f"forward() returns {len(values)} outputs, of which {len(self._outputs)} are declared")
+        return dict(zip((name for name, _ in self._outputs), values, strict=False))
 
-    def _back(self, tensor: Any) -> NDArray[Any]:
+    def _back(self, name: str, datatype: str, tensor: Any) -> NDArray[Any]:
+        if not isinstance(tensor, self._torch.Tensor):
+            raise Misdeclared(f"output {name!r} is a {type(tensor).__name__}, not a tensor")
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if DATATYPES.get(kind) != datatype:
+            raise Misdeclared(f"output {name!r} is {DATATYPES.get(kind, kind)}, but declared as {datatype}")
         tensor = tensor.detach().contiguous()
-        if tensor.dtype == self._torch.bfloat16:
+        if datatype == "BF16":
             tensor = tensor.view(self._torch.uint16)
         array: NDArray[Any] = tensor.numpy()
         return array

@@ -100,6 +100,32 @@ async def test_a_factory_that_fails_is_refused_with_its_words(function: str, mes
         await start(weights, signature=torch_signature(), spec={"kind": "torch", "factory": f"{factory}:{function}"})
 
 
+@pytest.mark.needs("torch")
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([("logits", "INT64", [-1, 50])], "output 'logits' is FP32, but declared as INT64"),
+        ([("logits", "FP32", [-1, 49])], r"output 'logits' has shape \[1, 50\], but is declared as \[-1, 49\]"),
+        ([("logits", "FP32", [-1])], r"has shape \[1, 50\], but is declared as \[-1\]"),
+        ([("logits", "FP32", [-1, 50]), ("more", "FP32", [-1])], "forward\\(\\) returns 1 outputs, of which 2 are declared"),
+    ],
+)
+def test_outputs_of_a_torch_model_that_are_not_as_declared_are_refused(
+    outputs: list[tuple[str, str, list[int]]], message: str, tmp_path: Path
+) -> None:
+    """Their bytes would be read as something that they are not."""
+    from app.serving.runner_torch import TorchModel
+
+    weights, factory, _ = torch_model(tmp_path)
+    signature = {
+        "inputs": [{"name": "tokens", "datatype": "INT64", "shape": [-1, 3]}],
+        "outputs": [dict(zip(("name", "datatype", "shape"), one, strict=True)) for one in outputs],
+    }
+    model = TorchModel({"signature": signature, "factory": f"{factory}:tied", "path": str(weights), "settings": {"intra_op_threads": 1}})
+    with pytest.raises(ModelRejected, match=f"{message}.*; correct source.outputs"):
+        model.run(None, {"tokens": np.zeros((1, 3), np.int64)})
+
+
 def test_without_torch_the_remedy_is_named(tmp_path: Path) -> None:
     """In an interpreter that cannot find torch, the runner's own opening says what to install."""
     code = textwrap.dedent("""

@@ -25,7 +25,7 @@ source:
 
 
 @pytest.mark.needs("torch")
-def test_a_pytorch_model_is_served_and_an_undeclared_one_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_pytorch_model_is_served_as_model_yaml_declares_it_also_when_that_changes(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -49,3 +49,8 @@ def test_a_pytorch_model_is_served_and_an_undeclared_one_says_what_is_missing(tm
         assert meta["platform"].startswith("pytorch") and meta["inputs"][0]["name"] == "x"
         refused = running.call("POST", "/v2/models/mute/infer", json=body)
         assert refused.status_code == 503 and "declare source.inputs and source.outputs" in refused.json()["error"]
+        renamed = [{**body["inputs"][0], "name": "features"}]
+        declared = tmp_path / "models" / "net" / "model.yaml"
+        declared.write_text(CONFIG.replace("name: x", "name: features"))
+        running.until(lambda: running.call("POST", "/v2/models/net/infer", json={"inputs": renamed}).status_code == 200)
+        assert running.call("GET", "/v2/models/net").json()["inputs"][0]["name"] == "features"

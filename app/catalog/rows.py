@@ -1,16 +1,23 @@
-"""Whether requests may share a call of a version: what was proven of its rows, and the owner's word in model.yaml. Pure."""
+"""The owner's word in model.yaml beside what a card says: whether requests may share a call of a version, and what a PyTorch model takes. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from app.catalog.card_facts import RowsProof
+from app.catalog.card_facts import GoldenCard, RowsProof
 from app.catalog.model_config import ModelConfig
 from app.domain import Signature
 
 
 def with_rows(signature: Signature, rows: RowsProof) -> Signature:
     return replace(signature, batchable=rows.independent, rows_reason=rows.reason)
+
+
+def as_declared(card: GoldenCard, config: ModelConfig) -> GoldenCard:
+    """A PyTorch model takes and gives what model.yaml says now, which may change beside the same weights. Raises ModelRejected."""
+    if card.kind != "torch" or config.source is None:
+        return card
+    return replace(card, signature=config.source.signature())
 
 
 def dependent_by_word(config: ModelConfig) -> RowsProof | None:

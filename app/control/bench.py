@@ -15,7 +15,7 @@ from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard
 from app.catalog.model_config import ModelConfig
 from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel, Repository, factory_file
-from app.catalog.rows import rows_by_word, with_rows
+from app.catalog.rows import as_declared, rows_by_word, with_rows
 from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import Reference, References, SampleSets, Spent, assemble
 from app.catalog.state_folder import StateFolder
@@ -66,6 +66,7 @@ class Bench:
         if version is None or version.path is None or card is None or card.sha256 != golden_sha256:
             raise Conflict(f"golden {golden} of {model!r} changed or is gone; ask for the job again")
         config = found.config or ModelConfig()
+        card = as_declared(card, config)
         signature = with_rows(card.signature, rows_by_word(card.rows, card.signature, config))
         processor = Processor(signature, config.preprocess, config.postprocess, found.folder, config.task)
         reader = SampleReader(
@@ -96,7 +97,7 @@ class Bench:
 
         Raises NotAllowed or ModelRejected where its factory lies in no folder that the operator allowed, NotFound without a card.
         """
-        card = self.cards.card(piece.found.name, version)
+        card = piece.golden if version == piece.golden.version else self.cards.card(piece.found.name, version)
         first = str(card.facts.get("factory") or "") if as_deployed and isinstance(card, GoldenCard) else ""
         file, function = self._factory(piece.config, first)
         inputs, outputs = ([[one.name, one.datatype] for one in each] for each in (card.signature.inputs, card.signature.outputs))

@@ -20,7 +20,7 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.model_files import ModelFile
 from app.catalog.processing import Processor
 from app.catalog.repository import ONNX_NAME, FoundModel, FoundVersion, Repository
-from app.catalog.rows import dependent_by_word, rows_by_word, with_rows
+from app.catalog.rows import as_declared, dependent_by_word, rows_by_word, with_rows
 from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import Reference, References, reference_inputs
 from app.catalog.state_folder import StateFolder
@@ -115,6 +115,7 @@ class Admission:
         card = await asyncio.to_thread(self._cards.golden, found.name, version.number)
         if card is None or card.sha256 != sha256:
             card = await self._inspected(found, version, path, sha256, config)
+        card = as_declared(card, config)
         rows = rows_by_word(card.rows, card.signature, config)
         proof = await asyncio.to_thread(self._cards.proof, card, sha256, self._host_class)
         reference = await asyncio.to_thread(self._reference, found.name, sha256)

@@ -101,7 +101,7 @@ class Loader:
         loaded = Loaded(admitted, engine, settings, generation, 0.0, run_by=config.run_by, memory_mb=config.limits.memory_mb)
         self._taken[id(engine)] = self._taken.pop(key)
         try:
-            loaded.notes = await self._agrees(loaded, config)
+            loaded.notes = (*_takes_what_it_says(loaded), *await self._agrees(loaded, config))
             loaded.memory_bytes = await asyncio.to_thread(engine.memory_bytes)
             self._taken[id(engine)] = max(loaded.memory_bytes, self._taken[id(engine)] if lone else 0) or self._taken[id(engine)]
         except BaseException:
@@ -225,6 +225,18 @@ class Loader:
     def _one(self, loaded: Loaded, name: str, values: Any) -> Tensor:
         spec = next(spec for spec in loaded.admitted.signature.inputs if spec.name == name)
         return to_tensor(name, spec.datatype, values)
+
+
+def _takes_what_it_says(loaded: Loaded) -> tuple[str, ...]:
+    """A note where a PyTorch model failed on what model.yaml says that it takes; with free sizes, 1 may just be too small for it."""
+    inputs = loaded.admitted.signature.inputs
+    errors = [run["error"] for run in loaded.engine.opened.warm_up if run["rows"] == 1]
+    if loaded.admitted.kind != "torch" or not errors or not all(errors) or any(-1 in spec.shape[1:] for spec in inputs):
+        return ()
+    taken = ", ".join(f"{spec.name!r} {spec.datatype} {list(spec.shape)}" for spec in inputs)
+    note = f"it failed on ones and on zeros as its inputs ({taken}): {errors[0]}; is source.inputs in model.yaml right?"
+    log.warning("%s:%s: %s", loaded.admitted.model, loaded.version, note)
+    return (note,)
 
 
 def _row(array: Any, stacked: bool, row_shape: tuple[int, ...]) -> Any:

@@ -294,7 +294,8 @@ def _too_large(spec: dict[str, Any]) -> str:
 
 
 def _warm_up(model: Model, spec: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Array] | None]:
-    """Run once at batch 1 and once at the batch limit, on ones (else zeros). Data that a model cannot take is no reason to refuse it.
+    """Run once at batch 1 and once at the batch limit, on ones (else zeros). Data that a model cannot take is no reason to refuse it;
+    outputs that are not as declared are (ModelRejected).
 
     Also the single row that it took, where that was quick.
     """
@@ -318,6 +319,8 @@ def _warm_up(model: Model, spec: dict[str, Any]) -> tuple[list[dict[str, Any]], 
 def _tried(model: Model, feeds: dict[str, Array]) -> str:
     try:
         model.run(None, feeds)
+    except ModelRejected:
+        raise
     except Exception as error:  # a model's own complaint about made-up data
         if isinstance(error, MemoryError) or is_memory(str(error)):
             raise MemoryError from error
