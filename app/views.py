@@ -123,7 +123,7 @@ class ServerViews:
         return {
             "name": slot.name,
             "state": state,
-            "reason": slot.trouble if state == "ready" else slot.reason,
+            "reason": (slot.trouble or slot.misfit) if state == "ready" else slot.reason,
             "task": slot.config.task,
             "mode": (want.mode if want is not None and want.mode is not None else slot.config.mode).value,
             "golden": slot.golden,

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from app.catalog.deploy import deploy
+from app.catalog.model_config import ModelConfig
 from app.catalog.model_files import FileHashes, FileLimits
 from app.catalog.model_names import check_name, is_name
 from app.catalog.repository import Repository
@@ -160,6 +161,10 @@ def test_the_configuration_is_read_again_when_it_changes(repository: Repository)
     put(repository.root, "m/model.yaml", b"task: embedding")
     second = repository.find("m").config
     assert second is not None and second.task == "embedding"
+    put(repository.root, "m/model.yaml", b"")
+    assert repository.find("m").config is second, "emptied by whoever is about to write it"
+    os.utime(repository.root / "m/model.yaml", (0, 0))
+    assert repository.find("m").config == ModelConfig(), "empty, and nobody is writing"
 
 
 # ---- links

@@ -117,6 +117,29 @@ def test_a_model_yaml_that_changes_how_versions_run_holds_for_those_that_run(run
     assert set(load.statuses) == {200} and not load.wrong
 
 
+def test_processing_that_model_yaml_or_a_file_beside_it_changes_is_taken_or_told(running: Running) -> None:
+    folder = running.folder / "models" / "m"
+    width = running.call("GET", "/v2/models/m").json()["outputs"][0]["shape"][1]
+
+    def first_label() -> str:
+        answer = running.call("POST", "/models/m/predict", json=[[float(at) for at in range(width)]]).json()
+        return str(answer["predictions"][0][0]["label"]) if "predictions" in answer else ""
+
+    (folder / "labels.txt").write_text("\n".join(f"a{at}" for at in range(width)))
+    (folder / "model.yaml").write_text("task: classification\npostprocess: {labels: labels.txt}\n")
+    running.until(lambda: first_label() == f"a{width - 1}")
+    (folder / "labels.txt").write_text("\n".join(f"b{at}" for at in range(width)))
+    running.until(lambda: first_label() == f"b{width - 1}")
+    (folder / "labels.txt").write_text("alone")
+    running.until(lambda: "labels has 1 names" in running.admin("GET", "/admin/models/m")["reason"])
+    assert first_label() == f"b{width - 1}", "what fitted goes on"
+    before = len(runners(running.process.pid))
+    scaled(running.folder / "models" / "n" / "1" / "model.onnx", 2.0)
+    (running.folder / "models" / "n" / "model.yaml").write_text("task: classification\npostprocess: {labels: [alone]}\n")
+    running.until(lambda: "labels has 1 names" in running.call("GET", "/v2/models/n").text)
+    assert len(runners(running.process.pid)) == before, "a model that never served leaves no process"
+
+
 @pytest.mark.parametrize("victim", ["server", "runner"])
 def test_a_kill_in_the_midst_of_swaps_is_repaired(running: Running, victim: str) -> None:
     stop = threading.Event()

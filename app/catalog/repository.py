@@ -6,6 +6,7 @@ One broken model never hides another: what is wrong stands in its `error`. What 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from app.catalog.state_folder import GOLDEN_VERSION
 from app.errors import HoneError, ModelRejected, NotAllowed, NotFound, NotReady
 
 ONNX_NAME: Final = "model.onnx"
+BEING_WRITTEN_S: Final = 2.0
 _IGNORED: Final = frozenset({"lost+found", "__pycache__"})
 
 
@@ -45,7 +47,10 @@ class FoundVersion:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """One model as it lies there; servable when `error` is empty. `versions` are in ascending order, the last is golden."""
+    """One model as it lies there; servable when `error` is empty. `versions` are in ascending order, the last is golden.
+
+    `beside` tells one state of the files that model.yaml names (labels, tokenizer) from another.
+    """
 
     name: str
     folder: Path
@@ -53,6 +58,7 @@ class FoundModel:
     config: ModelConfig | None = None
     error: str = ""
     notes: tuple[str, ...] = ()
+    beside: tuple[object, ...] = ()
 
     @property
     def golden(self) -> FoundVersion | None:
@@ -159,7 +165,8 @@ class Repository:
         except (HoneError, OSError) as error:
             return FoundModel(name, folder, config=config, error=_told(error), notes=notes)
         error_text = versions[-1].error if versions else _no_version(folder)
-        return FoundModel(name, folder, versions, config, error_text, notes)
+        beside = tuple(_stamp(folder / side) for side in config.side_files)
+        return FoundModel(name, folder, versions, config, error_text, notes, beside)
 
     def _config(self, path: Path) -> ModelConfig:
         """model.yaml, parsed again only when it changed."""
@@ -168,9 +175,10 @@ class Repository:
         real = self.policy.resolve(path)
         if not real.is_file():
             raise ModelRejected(f"{path} is no regular file")
-        found = real.stat()
-        stamp = (real, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        stamp = (real, _stamp(real))
         known = self._configs.get(path)
+        if known is not None and known[0] != stamp and _is_being_written(real):
+            return known[1]
         if known is None or known[0] != stamp:
             known = (stamp, load_model_config(path))
             self._configs[path] = known
@@ -204,6 +212,21 @@ def factory_file(factory: str, factories: Sequence[Path]) -> tuple[Path, str]:
                 raise NotAllowed(f"source.factory = {factory!r} ends in {real}, outside HONE_FACTORIES ({_listed(factories)})")
             return real, function
     raise ModelRejected(f"source.factory = {factory!r}: no such file in HONE_FACTORIES ({_listed(factories)})")
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file does; None where it cannot be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether a file was emptied just now, as editors and shells do before they write it: for all that is known its text is on the way."""
+    found = path.stat()
+    return not found.st_size and abs(time.time() - found.st_mtime) < BEING_WRITTEN_S
 
 
 def _numbers(folder: Path) -> list[str]:

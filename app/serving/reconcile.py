@@ -12,6 +12,7 @@ from collections.abc import Callable
 from time import monotonic, time
 
 from app.catalog.model_config import ModelConfig
+from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel
 from app.domain import Event, Generation, ModelState, VersionState
 from app.errors import Conflict, HoneError, ModelRejected, NotFound
@@ -39,6 +40,11 @@ def _before(want: ModelState) -> str:
     return want.previous if want.previous and want.previous != want.desired else want.golden
 
 
+def _surroundings(found: FoundModel, admitted: Admitted) -> tuple[object, ...]:
+    """What pre- and post-processing depend on."""
+    return admitted.golden_sha256, found.config, found.beside
+
+
 class ModelReconciler:
     """Brings one model to its desired state; its passes never overlap, and other models never notice them."""
 
@@ -54,7 +60,8 @@ class ModelReconciler:
         self._left_deadly: tuple[str, Generation] | None = None
         self._stopping: set[asyncio.Task[None]] = set()
         self._reference = ReferenceFreezer(slot, admission, loader, record)
-        self._prepared: tuple[str, ModelConfig] | None = None
+        self._prepared: tuple[object, ...] | None = None
+        self._unfit: tuple[object, ...] | None = None
         self._turn = asyncio.Lock()
         self._closed = False
         self.changed = asyncio.Event()
@@ -106,8 +113,8 @@ class ModelReconciler:
                 await self._reach(want, found, want.golden)
         await self._follow_model_yaml(want, found)
         await self._share(want, found)
-        if slot.active is not None and self._prepared != (want.golden_sha256, slot.config):
-            await self._prepare(found, slot.active.admitted)
+        if slot.active is not None:
+            await self._follow_processing(found, slot.active.admitted)
         if slot.reservoir.pending:
             await asyncio.to_thread(slot.reservoir.store_pending)
         if slot.active is not None:
@@ -174,12 +181,12 @@ class ModelReconciler:
             else:
                 self._activated(current, want, 0.0)
             return
-        identity = (want.golden_sha256, want.generation, given, slot.config)
+        identity = (want.golden_sha256, want.generation, given, slot.config, found.beside)
         if self._backoff.blocked(version, identity):
             return
         began = monotonic()
         try:
-            loaded = await self._load(want, found, version)
+            loaded = await self._load(want, found, version, serves=True)
         except HoneError as error:
             self._failed(want, version, identity, error)
             return
@@ -234,7 +241,7 @@ class ModelReconciler:
 
     async def _warm(self, want: ModelState, found: FoundModel, version: str) -> None:
         """Load a version beside the active one, where memory allows: golden answers under /versions too."""
-        identity = (want.golden_sha256, "warm", self.slot.config, want.split)
+        identity = (want.golden_sha256, "warm", self.slot.config, found.beside, want.split)
         if self._backoff.blocked(version, identity):
             return
         if deaths := self._past.took_all_down(self.slot.name, version):
@@ -247,7 +254,8 @@ class ModelReconciler:
             self.slot.failed[version] = self._told(str(error))
             log.warning("model %s: version %s is not kept warm: %s", self.slot.name, version, error)
 
-    async def _load(self, want: ModelState, found: FoundModel, version: str) -> Loaded:
+    async def _load(self, want: ModelState, found: FoundModel, version: str, serves: bool = False) -> Loaded:
+        """`serves`: it is about to be the active one, so what surrounds it must be there."""
         slot = self.slot
         slot.loading = version
         if slot.active is None:
@@ -256,24 +264,41 @@ class ModelReconciler:
         try:
             admitted = await self._admission.admit(found, want, version)
             settings = want.settings_of(version) or admitted.settings
+            known = self._prepared is not None and self._prepared[0] == admitted.golden_sha256
+            processor = await self._admission.processor(found, admitted) if serves and not known else None
             loaded = await self._loader.load(admitted, settings, want.generation.n, found.config or ModelConfig())
+            if processor is not None:
+                try:
+                    await self._surround(found, admitted, processor)
+                except BaseException:
+                    await self._loader.stop(loaded, 0.0)
+                    raise
         finally:
             slot.loading = ""
         slot.failed.pop(version, None)
         loaded.took_s = monotonic() - began
         self._metrics.time("hone_model_load_duration_seconds", slot.name, seconds=loaded.took_s)
-        if self._prepared != (admitted.golden_sha256, slot.config):
-            await self._prepare(found, admitted)
         return loaded
 
-    async def _prepare(self, found: FoundModel, admitted: Admitted) -> None:
+    async def _follow_processing(self, found: FoundModel, admitted: Admitted) -> None:
+        """What model.yaml, or a file that it names, says otherwise now; where that does not fit the model, what was there goes on and it is told."""
+        key = _surroundings(found, admitted)
+        if key in (self._prepared, self._unfit):
+            return
+        try:
+            await self._surround(found, admitted, await self._admission.processor(found, admitted))
+        except HoneError as error:
+            self._unfit, self.slot.misfit = key, self._told(str(error))
+            log.warning("model %s goes on as it was: %s", self.slot.name, self.slot.misfit)
+
+    async def _surround(self, found: FoundModel, admitted: Admitted, processor: Processor) -> None:
         """What surrounds the model for this golden and this model.yaml: pre- and post-processing, and the reservoir of live inputs."""
-        slot = self.slot
-        slot.processor = await self._admission.processor(found, admitted)
-        classifies = slot.config.task == "classification"
-        await asyncio.to_thread(slot.reservoir.configure, slot.config.capture, admitted.signature, classifies, admitted.golden_sha256)
-        slot.mirror = Mirror(*slot.config.quality.resolved(slot.config.task), usual=usual_classes(admitted, classifies))
-        self._prepared = (admitted.golden_sha256, slot.config)
+        slot, config = self.slot, found.config or ModelConfig()
+        classifies = config.task == "classification"
+        await asyncio.to_thread(slot.reservoir.configure, config.capture, admitted.signature, classifies, admitted.golden_sha256)
+        slot.processor = processor
+        slot.mirror = Mirror(*config.quality.resolved(config.task), usual=usual_classes(admitted, classifies))
+        self._prepared, self._unfit, slot.misfit = _surroundings(found, admitted), None, ""
 
     def _swap(self, new: Loaded, want: ModelState, took_s: float) -> None:
         """The pointer's change: from here on new requests go to `new`, and the old one answers what it has."""

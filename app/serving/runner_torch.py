@@ -24,7 +24,9 @@ class TorchModel:
     def __init__(self, spec: dict[str, Any]) -> None:
         inputs, outputs = (tuple((one["name"], one["datatype"]) for one in spec["signature"][key]) for key in ("inputs", "outputs"))
         self._texts = {name for name, datatype in inputs if datatype == BYTES}
-        self._outputs = [(name, datatype, one["shape"]) for (name, datatype), one in zip(outputs, spec["signature"]["outputs"], strict=True)]
+        self._outputs = [
+            (name, datatype, one["shape"]) for (name, datatype), one in zip(outputs, spec["signature"]["outputs"], strict=True)
+        ]
         try:
             self._module = TorchModule(TorchSource(spec["factory"], inputs, outputs), spec["path"], spec["settings"]["intra_op_threads"])
         except TorchMissing as error:

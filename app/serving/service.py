@@ -165,7 +165,8 @@ class InferenceService:
         """Pre- and post-processing of the model's golden, shared by all its versions."""
         slot = self.slot(model)
         slot.lease(None)
-        assert slot.processor is not None
+        if slot.processor is None:
+            raise NotReady(f"model {model!r} is not ready: {slot.misfit or 'its pre- and post-processing is being read'}")
         return slot.processor
 
     # ---- for those who watch

@@ -85,6 +85,8 @@ class Slot:
     unloaded: bool = False
     trouble: str = ""
     """Why what lies in the repository now is not taken: what was read before goes on holding."""
+    misfit: str = ""
+    """Why pre- and post-processing are not as model.yaml says now: those from before go on."""
     failed: dict[str, str] = field(default_factory=dict)
     processor: Processor | None = None
     split: Share | None = None
