@@ -29,7 +29,7 @@ WON: Final = frozenset({"promoted", "kept", "proven"})
 def status(arguments: argparse.Namespace) -> int:
     with _client(arguments) as client:
         if arguments.health:
-            return _health(client, arguments.health)
+            return _health(arguments, client)
         if arguments.model:
             return _show(arguments, client.model(arguments.model), overview.model)
         return _show(arguments, client.status(), overview.server)
@@ -50,6 +50,8 @@ def timeline(arguments: argparse.Namespace) -> int:
         events = client.timeline(arguments.model, limit=arguments.limit)["events"]
         for event in events:
             _print_event(arguments, event)
+        if arguments.model and not events:
+            print(f"nothing has happened with {arguments.model!r}; hone status lists the models", file=sys.stderr)
         if arguments.follow:
             last = events[-1]["seq"] if events else 0
             for event in _following(client, arguments.model, last):
@@ -194,15 +196,20 @@ def _show(arguments: argparse.Namespace, found: Any, as_text: Callable[[Any], st
     return 0
 
 
-def _health(client: Client, wanted: str) -> int:
+def _health(arguments: argparse.Namespace, client: Client) -> int:
     """One line and 0 or 1, whatever happens."""
+    is_live = is_ready = False
+    trouble = ""
     try:
         is_live, is_ready = client.live(), client.ready()
     except ClientError as error:
-        print(f"not live: {error}")
-        return FAILED
-    print("ready" if is_ready else "live, but not ready" if is_live else "not live")
-    return 0 if (is_ready if wanted == "ready" else is_live) else FAILED
+        trouble = str(error)
+    if arguments.json:
+        print(json.dumps({"live": is_live, "ready": is_ready} | ({"error": trouble} if trouble else {})))
+    else:
+        said = "ready" if is_ready else "live, but not ready" if is_live else "not live"
+        print(f"{said}: {trouble}" if trouble else said)
+    return 0 if (is_ready if arguments.health == "ready" else is_live) else FAILED
 
 
 def _answer_text(answer: dict[str, Any]) -> str:

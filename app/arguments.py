@@ -106,6 +106,8 @@ def files_to_deploy(path: Path, name: str | None, config: str | None) -> tuple[s
             raise ClientError(f"{flag} is empty; leave it out, or say what was meant")
     if not path.exists():
         raise ClientError(f"{path} does not exist; give an .onnx file, or a folder with 1/model.onnx")
+    if not (path.is_file() or path.is_dir()):
+        raise ClientError(f"{path} is neither a file nor a folder; give an .onnx file, or a folder with 1/model.onnx")
     model, found_config = (path, None) if path.is_file() else _model_in(path)
     if model.suffix == ".packed":
         files = {"model.onnx.packed": model}

@@ -7,6 +7,7 @@ Exit status: 0 done, 1 refused or failed, 2 wrong arguments, 3 a job ended witho
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,10 +42,13 @@ SERVER_FLAGS: Final = (
     ("log-level", "LEVEL", "debug, info, warning or error (HONE_LOG_LEVEL, info)"),
 )
 MOST_TIMEOUT_S: Final = 86_400
+MOST_EVENTS: Final = 1000
 WORKER_FLAGS: Final = frozenset({"repository", "state", "store", "log-level"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it cannot write as \uXXXX
     arguments = parser().parse_args(argv)
     os.environ.setdefault(
         "ORT_DISABLE_TELEMETRY", "1"
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_told(error):
             raise
-        print(f"hone: {error}", file=sys.stderr)
+        print(f"hone: {_told(error)}", file=sys.stderr)
         return 1
 
 
@@ -156,7 +160,7 @@ def _add_reading(commands: Parsers) -> None:
     )
     timeline.add_argument("model", nargs="?", default="", metavar="MODEL")
     timeline.add_argument("-f", "--follow", action="store_true", help="go on with events as they happen, until Ctrl-C")
-    timeline.add_argument("-n", "--limit", type=int, default=50, metavar="N", help="the newest N events (50)")
+    timeline.add_argument("-n", "--limit", type=_events, default=50, metavar="N", help="the newest N events (50)")
     infer = _asking(
         commands,
         "infer",
@@ -336,10 +340,20 @@ def _asking(commands: Parsers, name: str, text: str, action: str, *examples: str
 
 def _seconds(text: str) -> float:
     """How long to wait, for argparse."""
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
     if not 0 < seconds <= MOST_TIMEOUT_S:
         raise argparse.ArgumentTypeError(f"{text} must lie above 0, and be at most {MOST_TIMEOUT_S}")
     return seconds
+
+
+def _events(text: str) -> int:
+    """How many events to show, for argparse."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MOST_EVENTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST_EVENTS}")
+    return int(text)
 
 
 def _is_told(error: Exception) -> bool:
@@ -350,6 +364,12 @@ def _is_told(error: Exception) -> bool:
         return True
     client = sys.modules.get("app.client")
     return client is not None and isinstance(error, client.ClientError)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 class _Version(argparse.Action):

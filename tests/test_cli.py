@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -225,6 +227,40 @@ def test_without_a_server_one_line_says_how_to_start_one(capsys: pytest.CaptureF
 def test_the_health_check_fails_quietly_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--health", "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().out.startswith("not live: no server answers")
+    assert main(["status", "--health", "--json", "--url", "http://127.0.0.1:9"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["live"], told["ready"]) == (False, False) and "no server answers" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["timeline", "-n", "0"], "'0' is no number from 1 to 1000"),
+        (["timeline", "-n", "1001"], "'1001' is no number from 1 to 1000"),
+        (["status", "--timeout", "abc"], "'abc' is no number of seconds"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_as_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_named_in_plain_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["infer", "digits", str(tmp_path / "nope.png")]) == 1
+    assert capsys.readouterr().err == f"hone: {tmp_path / 'nope.png'}: No such file or directory\n"
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(ClientError, match="neither a file nor a folder"):
+        files_to_deploy(tmp_path / "pipe.onnx", None, None)
+
+
+def test_a_terminal_of_another_encoding_is_written_to(tmp_path: Path) -> None:
+    """The figures of a status hold signs such as \u2264; a traceback is no way to say that a terminal lacks them."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys; from app.cli import main; main(['status', '--health', '--url', 'http://\u2264:9'])"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False,
+    )  # fmt: skip
+    assert "not live" in run.stdout and "Traceback" not in run.stderr
 
 
 def test_a_wrong_setting_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

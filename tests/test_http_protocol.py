@@ -38,6 +38,13 @@ def test_a_head_up_to_the_limit_is_allowed_in_any_pieces(served: Running) -> Non
             assert json.loads(answer(client)[2]) == {"size": 5}
 
 
+def test_blanks_around_a_value_are_no_part_of_it(served: Running) -> None:
+    with served.connect() as client:
+        client.sendall(post("/echo", b"x", b"X-Padded: \t a b \t \r\n"))
+        assert answer(client)[0] == 200
+    assert (b"x-padded", b"a b") in served.app.headers[-1]
+
+
 def test_a_large_body_right_behind_its_head_is_not_taken_for_headers(served: Running) -> None:
     with served.connect() as client:
         client.sendall(post("/echo", bytes(200_000)) + post("/echo", bytes(300_000)) + post("/echo", b""))

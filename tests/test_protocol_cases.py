@@ -314,6 +314,39 @@ def test_nan_and_infinity_do_not_come_in_as_json(running: Running, word: str) ->
     assert answer.status_code == 400 and "binary" in answer.json()["error"]
 
 
+@pytest.mark.parametrize("element", ["1", "NaN"])
+def test_what_has_no_json_form_says_so_also_where_the_json_is_none(running: Running, element: str) -> None:
+    document = '{"inputs":[{"name":"x","datatype":"BF16","shape":[1],"data":[' + element + "]}]}"
+    answer = running.call("POST", "/v2/models/sum16/infer", content=document)
+    assert answer.status_code == 400 and "'x': BF16 has no JSON form; send it as binary" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("most", [2**63, 2**64 - 1])
+def test_priority_and_timeout_are_64_bit_numbers_as_clients_have_them(running: Running, most: int) -> None:
+    parameters = {"priority": most, "timeout": most}
+    assert outputs(infer(running, "plain", json_input("x", "FP32", [1, 1], [1]), parameters=parameters))["y"]["data"] == [1]
+    refused = infer(running, "plain", json_input("x", "FP32", [1, 1], [1]), parameters={"timeout": -1})
+    assert refused.status_code == 400 and "timeout is -1; it is an integer of 64 bits: microseconds" in refused.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("5", "the body is 5; it must be a JSON object"), ("", "the body is missing"), ('{"version": 5}', "version is 5; it should be a"),
+        ('{"version": "1", "why": 1}', "why is nothing that this takes"), ("{}", "version is missing"),
+    ],
+)  # fmt: skip
+def test_admin_bodies_say_what_is_wrong_with_which_value(running: Running, body: str, said: str) -> None:
+    assert said in running.admin("POST", "/admin/models/plain/promote", 400, content=body)["error"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", "application/xml"])
+def test_admin_bodies_are_json_whatever_their_type_says(running: Running, kind: str) -> None:
+    headers = {"Authorization": f"Bearer {running.token}", "Content-Type": kind}
+    answer = running.call("POST", "/admin/models/plain/promote", content='{"version": "1"}', headers=headers)
+    assert answer.status_code == 409 and "is the desired one already" in answer.json()["error"]
+
+
 def test_texts_return_unchanged(running: Running) -> None:
     texts = ["accused’s", "模型", "𝛑", "", "a\0b", "e\u0301"]
     items = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts)

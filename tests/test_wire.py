@@ -166,7 +166,7 @@ def test_priority_and_timeout() -> None:
         {"priority": "1"},
         {"timeout": -5},
         {"timeout": 0.5},
-        {"timeout": 2**63},
+        {"timeout": 2**64},
         {"binary_data_output": 1},
         [1],
     ):

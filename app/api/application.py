@@ -32,6 +32,7 @@ from app.api.offload import Offload
 from app.api.oip import Protocol2
 from app.api.openapi import build_openapi
 from app.api.predict import PATHS, Predict
+from app.api.wire.tensors import show
 from app.errors import HoneError, NotReady
 from app.serving.service import InferenceService
 from app.store.base import StoreUnavailable
@@ -40,6 +41,7 @@ from app.telemetry.prometheus import Exporter
 log = logging.getLogger("hone.http")
 ADMIN_PREFIX: Final = "/admin"
 REPOSITORY_PREFIX: Final = "/v2/repository/models/"
+UPLOAD_PATH: Final = "/admin/models"
 _UNPARSED: Final = "There was an error parsing the body"
 _MODEL: Final = r"([^/]+)(?:/versions/([^/]+))?"
 INFER_PATH: Final = re.compile(rf"/v2/models/{_MODEL}/infer")
@@ -141,7 +143,8 @@ class Gate:
             except HoneError as error:
                 await response_of(error)(scope, receive, send_with_id)
                 return
-            scope = _read_as_json(scope)
+            if path != UPLOAD_PATH:
+                scope = _read_as_json(scope)
         await self._app(scope, receive, send_with_id)
 
     def _door(self, scope: Scope, path: str) -> ASGIApp | None:
@@ -165,12 +168,9 @@ class Gate:
 
 
 def _read_as_json(scope: Scope) -> Scope:
-    """Admin bodies are JSON whatever their type says, since curl -d calls everything a form; only uploads are forms."""
-    headers = scope["headers"]
-    kinds = [value for name, value in headers if name == b"content-type"]
-    if kinds and not kinds[0].startswith(b"application/x-www-form-urlencoded"):
-        return scope
-    return {**scope, "headers": [*((n, v) for n, v in headers if n != b"content-type"), (b"content-type", b"application/json")]}
+    """Admin bodies are JSON whatever their type says, since curl -d calls everything a form; only an upload is one."""
+    others = [header for header in scope["headers"] if header[0] != b"content-type"]
+    return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
 
 
 def _answer_errors_as_json(app: FastAPI, surfaces: Surfaces) -> None:
@@ -211,5 +211,12 @@ def _problem(problem: dict[str, Any]) -> str:
     if problem.get("type") == "json_invalid":
         why = problem.get("ctx", {}).get("error", "it cannot be read")
         return f"the body is not JSON: {why} at character {problem.get('loc', ('?',))[-1]}; it must be an object"
-    place = ".".join(str(part) for part in problem.get("loc", ()) if part != "body")
-    return f"{place or 'body'}: {problem.get('msg', 'is wrong')}"
+    place = ".".join(str(part) for part in problem.get("loc", ()) if part not in ("body", "query", "path"))
+    kind, rule = str(problem.get("type")), str(problem.get("msg", "is wrong"))
+    if kind == "missing":
+        return f"{place or 'the body'} is missing; /docs shows what this takes"
+    if kind == "extra_forbidden":
+        return f"{place} is nothing that this takes; /docs shows what is"
+    if not place:
+        return f"the body is {show(problem.get('input'))}; it must be a JSON object, as /docs shows"
+    return f"{place} is {show(problem.get('input'))}; {rule.replace('Input should', 'it should', 1)}"

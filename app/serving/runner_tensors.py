@@ -53,7 +53,8 @@ def strings(data: Buffer, name: str, shape: Sequence[int]) -> Array:
         try:
             items.append(str(data[position : position + length], "utf-8"))
         except UnicodeDecodeError as error:
-            raise InvalidRequest(f"input {name!r}: element {index} is not UTF-8 ({error.reason} at byte {error.start})") from None
+            what = f"input {name!r}: element {index} is not UTF-8 ({error.reason} at byte {error.start})"
+            raise InvalidRequest(f"{what}; texts of a model are UTF-8, so encode this one before sending") from None
         position += length
     if position != end:
         raise InvalidRequest(f"input {name!r}: {end - position} bytes follow its last element")

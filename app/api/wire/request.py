@@ -196,8 +196,8 @@ def _with_options(document: dict[str, Any], tensors: list[Tensor], now: float) -
 
 
 def _natural(what: str, value: Any, rule: str) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise InvalidRequest(f"parameter {what} is {show(value)}; it is an integer: {rule}")
+    if type(value) is not int or not 0 <= value < 2**64:
+        raise InvalidRequest(f"parameter {what} is {show(value)}; it is an integer of 64 bits: {rule}")
     return value
 
 

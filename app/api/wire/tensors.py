@@ -63,7 +63,7 @@ def pack_json(name: str, datatype: str, shape: tuple[int, ...], count: int, data
         if not set(map(type, items)) <= {bool, int} or not set(items) <= {0, 1}:
             raise InvalidRequest(_fault(name, datatype, items))
         return bytes(items)
-    raise InvalidRequest(f"input {show(name)}: {datatype} has no JSON form; {BINARY_REMEDY}")
+    raise InvalidRequest(_no_json_input(name, datatype))
 
 
 def unpack_json(tensor: Tensor) -> tuple[list[str] | np.ndarray[Any, Any], int]:
@@ -105,6 +105,10 @@ def check_raw(name: str, datatype: str, shape: tuple[int, ...], count: int, data
 def bytes_element(data: Buffer) -> bytes:
     """One BYTES element: its length, then itself."""
     return _LENGTH.pack(len(data)) + data
+
+
+def _no_json_input(name: str, datatype: str) -> str:
+    return f"input {show(name)}: {datatype} has no JSON form; {BINARY_REMEDY}"
 
 
 def no_json_output(name: str, datatype: str) -> str:
@@ -154,6 +158,8 @@ def _fault(name: str, datatype: str, items: list[Any]) -> str:
 
 def find_fault(name: str, datatype: str, data: Any) -> str | None:
     """The first wrong element of flat or nested data that could not be packed at all, for an error text; None where none is found."""
+    if datatype in ONLY_BINARY:
+        return _no_json_input(name, datatype)
     items = data if type(data) is list else [data]
     while items and type(items[0]) is list:
         items = list(chain.from_iterable(part for part in items if type(part) is list))
