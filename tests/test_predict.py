@@ -291,7 +291,7 @@ def test_what_a_body_has_become_counts_against_the_budget_until_it_is_answered(d
         ("shades", {"text": "hello"}, "no input 'text'"),
         ("pair", [[1, 2, 3]], "2 inputs: name them"),
         ("pair", {"a": [[1, 2, 3]]}, "'b' is missing"),
-        ("pair", {"a": [[1, 2, 3]], "b": [[1, 2, 70000]]}, "FP16 takes numbers up to"),
+        ("pair", {"a": [[1, 2, 3]], "b": [[1, 2, 70000]]}, "element 2 is 70000; FP16 takes numbers up to"),
         ("pair", {"a": [[1, 2, 3]], "b": [[1, 2, 3], [1, 2, 3]]}, "rows"),
         ("lengths", {"texts": "good"}, "list of strings"),
         ("lengths", {"texts": ["good", 1]}, "list of strings"),
@@ -303,6 +303,18 @@ def test_what_a_body_has_become_counts_against_the_budget_until_it_is_answered(d
 def test_wrong_json_is_refused_with_what_is_wrong(door: Door, model: str, document: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         door.post(model, orjson.dumps(document), "application/json")
+
+
+def test_an_image_that_has_company_is_told_also_where_the_models_input_is_called_image() -> None:
+    signature = Signature((TensorSpec("image", "FP32", (-1, 1, 4, 4)),), (TensorSpec("y", "FP32", (-1, 2)),), batchable=True)
+    processor = Processor(signature, Preprocess.model_validate({"image": {"colour": "GRAY"}}))
+    for body, said in (
+        (b'{"image": "aGk=", "top_k": 1}', "`image` comes alone"),
+        (b'{"image": [[NaN]]}', "NaN and infinity have no JSON form"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            read_input(body, "application/json", processor, signature)
+    assert read_input(b'{"image": [[[[1,2,3,4],[1,2,3,4],[1,2,3,4],[1,2,3,4]]]]}', "application/json", processor, signature).tensors
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ INLINE_BYTES: Final = 65536
 MAX_JSON_BYTES: Final = 4 << 20
 MAX_IMAGE_JSON_BYTES: Final = 32 << 20
 """Reading JSON holds the interpreter's lock, so that everything waits: tensors of this size have better forms. One long string is read fast."""
+NO_JSON_FORM: Final = "NaN and infinity have no JSON form; POST them to /v2/models/{model}/infer as binary"
 CHARSETS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "ascii", "iso-8859-1": "latin-1", "latin-1": "latin-1"}
 ANY_BODY: Final = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
 """Types that say nothing (curl --data-binary sends the last): the first bytes decide."""
@@ -155,7 +156,8 @@ def _from_json(body: bytes, processor: Processor, signature: Signature) -> Encod
     try:
         document: Any = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}; send {_takes(processor)}") from None
+        remedy = NO_JSON_FORM if b"NaN" in body or b"Infinity" in body else f"send {_takes(processor)}"
+        raise InvalidRequest(f"the body is not JSON: {error}; {remedy}") from None
     if type(document) is dict and len(document) == 1:
         ((key, value),) = document.items()
         if key == "text" and type(value) is str and processor.text is not None:
@@ -177,7 +179,8 @@ def _refuse_other_forms(document: dict[str, Any], processor: Processor, signatur
         ("text", '{"text": "..."}', processor.text),
         ("texts", '{"texts": ["...", "..."]}', processor.text),
     ):
-        if key in document and key not in names and taken is not None:
+        meant = key not in names or (key == "image" and type(document[key]) is str)  # an input of that name takes no text
+        if key in document and meant and taken is not None:
             raise InvalidRequest(f"`{key}` comes alone, as in {form}; this JSON has {show(document)}")
     inputs = document.get("inputs")
     if "inputs" not in names and type(inputs) is list and inputs and type(inputs[0]) is dict:

@@ -76,8 +76,10 @@ def _tensor(spec: TensorSpec, data: Any) -> tuple[Tensor, bool]:
     if spec.datatype not in _HALF:
         return Tensor(spec.name, spec.datatype, full, pack_json(spec.name, spec.datatype, full, count, flat)), single
     values = np.frombuffer(pack_json(spec.name, "FP32", full, count, flat), "<f4").reshape(full)
-    if count and float(np.abs(values).max()) > _HALF[spec.datatype]:
-        raise InvalidRequest(f"input {show(spec.name)}: {spec.datatype} takes numbers up to ±{_HALF[spec.datatype]:.6g}")
+    too_large = np.flatnonzero(np.abs(values) > _HALF[spec.datatype])
+    if too_large.size:
+        element = f"element {too_large[0]} is {values.flat[too_large[0]]:.9g}"
+        raise InvalidRequest(f"input {show(spec.name)}: {element}; {spec.datatype} takes numbers up to ±{_HALF[spec.datatype]:.6g}")
     return to_tensor(spec.name, spec.datatype, values), single
 
 
