@@ -205,6 +205,25 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(served: Running) -> None
     served.wait_until(lambda: served.app.left.count("/wait") == before + 1)
 
 
+def test_a_client_that_leaves_with_requests_behind_the_one_it_waits_for_is_no_error_of_ours(served: Running) -> None:
+    before = served.app.left.count("/wait")
+    with served.connect() as client:
+        client.sendall(post("/wait", b"") + post("/echo", b"x") * 3)
+        served.wait_until(lambda: served.app.running == 1)
+    served.wait_until(lambda: served.app.left.count("/wait") == before + 1 and not served.app.running)
+    assert "without starting response" not in served.log.text and "never retrieved" not in served.log.text
+
+
+def test_whole_requests_before_junk_are_answered_and_then_the_connection_ends(served: Running) -> None:
+    broken = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n"
+    for junk in (b"\x16\x03\x01\r\n\r\n", broken):
+        for count in (1, 2, 3):
+            with served.connect() as client:
+                client.sendall(post("/echo", b"12345") * count + junk)
+                assert [json.loads(body)["size"] for _, _, body in answers(client, count)] == [5] * count
+                assert closed(client)
+
+
 def test_a_lame_duck_closes_after_each_answer() -> None:
     with serving() as served, served.connect() as client, served.connect() as other:
         client.sendall(post("/echo", b""))

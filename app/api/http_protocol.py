@@ -75,6 +75,8 @@ class HoneProtocol(HttpToolsProtocol):
         self.url = b""
         self.lost = False
         self.on_lost: Callable[[], object] | None = None
+        self._running: RequestResponseCycle | None = None
+        """Whose answer is being made; `cycle` is the newest, which may wait behind it (pipelining)."""
         self._stage = _AWAITED
         self._since = self.loop.time()
         self._head_bytes = 0
@@ -198,6 +200,7 @@ class HoneProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         cycle.__class__ = OneWriteCycle  # uvicorn makes its own; this one only sends otherwise
+        self._running = cycle
         HttpToolsProtocol._start_asgi_task(self, cycle, app)
 
     def on_chunk_header(self) -> None:
@@ -240,8 +243,10 @@ class HoneProtocol(HttpToolsProtocol):
         self._since = self.loop.time()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
+            if self.pipeline and cycle.more_body:  # it was still to come, behind others that are whole
+                self.pipeline.popleft()
+                self.cycle = cycle = self.pipeline[0][0] if self.pipeline else self._running or cycle
             if self.pipeline or not cycle.more_body:
-                self.pipeline.clear()
                 cycle.keep_alive = False
                 return
             cycle.disconnected = True
@@ -332,6 +337,9 @@ class HoneProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         HttpToolsProtocol.connection_lost(self, exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn tells the newest only
+            self._running.message_event.set()
         self._tell_lost()
 
     def _tell_lost(self) -> None:
