@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import io
 import struct
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -26,7 +28,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from app.api.bodies import Body, BodyBudget, Grant
-from app.api.exchange import Exchange
+from app.api.exchange import Exchange, until_done_or_gone
 from app.api.friendly import MAX_JSON_BYTES, read_input, write_answer
 from app.api.json_tensors import tensors_of
 from app.api.multipart import parse_multipart
@@ -34,7 +36,7 @@ from app.api.predict import Predict
 from app.catalog.processing import Postprocess, Preprocess, Processor
 from app.catalog.tensors import elements, to_array, to_tensor
 from app.domain import InferenceRequest, InferenceResult, Signature, Tensor, TensorSpec
-from app.errors import HoneError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
+from app.errors import Cancelled, HoneError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -328,6 +330,20 @@ def test_broken_json_is_refused_never_an_accident(door: Door, body: bytes) -> No
 def test_json_over_its_limit_names_the_better_form(door: Door) -> None:
     with pytest.raises(PayloadTooLarge, match=r"/v2/models/.*binary"):
         door.post("pair", b"[" + b"1," * (MAX_JSON_BYTES // 2) + b"1]", "application/json")
+
+
+def test_a_client_that_left_before_its_request_was_queued_leaves_no_work_behind() -> None:
+    async def work() -> None:
+        raise AssertionError("nobody waits for it")
+
+    async def gone(*_: Any) -> None:
+        raise AssertionError("nobody is there")
+
+    scope: Any = {"headers": [], "path_params": {"model": "m"}, "hone.connection": SimpleNamespace(lost=True, on_lost=None)}
+    coroutine = work()
+    with pytest.raises(Cancelled):
+        asyncio.run(until_done_or_gone(Exchange(scope, gone, gone, False), coroutine))
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 
 
 # -- texts

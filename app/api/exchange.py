@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from itertools import count
 from time import perf_counter
 from typing import Any, Final, Protocol
@@ -127,7 +127,7 @@ class Exchange:
         return Observation(model, version, status, total, 0.0, 0.0, 0.0, 0.0, 0, self.rows, 0.0, 0.0, limited)
 
 
-async def until_done_or_gone(exchange: Exchange, work: Awaitable[Any]) -> Any:
+async def until_done_or_gone(exchange: Exchange, work: Coroutine[Any, Any, Any]) -> Any:
     """Await `work` in this task; when the client's connection is lost meanwhile, drop it and raise Cancelled.
 
     The protocol class calls `on_lost` (app.api.http_protocol); no second task waits per request.
@@ -140,6 +140,7 @@ async def until_done_or_gone(exchange: Exchange, work: Awaitable[Any]) -> Any:
     connection.on_lost = task.cancel
     try:
         if connection.lost:
+            work.close()
             raise errors.Cancelled("the client left before its request could be queued")
         return await work
     except asyncio.CancelledError:
