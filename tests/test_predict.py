@@ -336,7 +336,7 @@ def test_a_client_that_left_before_its_request_was_queued_leaves_no_work_behind(
     async def work() -> None:
         raise AssertionError("nobody waits for it")
 
-    async def gone(*_: Any) -> None:
+    async def gone(*_: Any) -> Any:
         raise AssertionError("nobody is there")
 
     scope: Any = {"headers": [], "path_params": {"model": "m"}, "hone.connection": SimpleNamespace(lost=True, on_lost=None)}

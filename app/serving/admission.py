@@ -175,7 +175,10 @@ class Admission:
         except TaskFailed as failure:
             text = failure.text.strip() or failure.kind.value
             if failure.kind is Failure.OUT_OF_MEMORY:
-                raise InsufficientStorage(f"the model takes more memory than it may: {text}") from None
+                raise InsufficientStorage(
+                    f"the model takes more memory to be checked than it may: {text}; serve a smaller one, or raise the bound on the server "
+                    "(HONE_JOB_MEMORY_BYTES, at most the memory for models)"
+                ) from None
             raise ModelRejected(text) from None
 
     async def _golden_outputs(self, admitted: Admitted, folder: Path, stacked: bool) -> dict[str, Any]:
