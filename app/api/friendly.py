@@ -179,7 +179,7 @@ def _refuse_other_forms(document: dict[str, Any], processor: Processor, signatur
         ("text", '{"text": "..."}', processor.text),
         ("texts", '{"texts": ["...", "..."]}', processor.text),
     ):
-        meant = key not in names or (key == "image" and type(document[key]) is str)  # an input of that name takes no text
+        meant = key not in names or (key == "image" and type(document.get(key)) is str)  # an input of that name takes no text
         if key in document and meant and taken is not None:
             raise InvalidRequest(f"`{key}` comes alone, as in {form}; this JSON has {show(document)}")
     inputs = document.get("inputs")
