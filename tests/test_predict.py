@@ -311,6 +311,7 @@ def test_an_image_that_has_company_is_told_also_where_the_models_input_is_called
     signature = Signature((TensorSpec("image", "FP32", (-1, 1, 4, 4)),), (TensorSpec("y", "FP32", (-1, 2)),), batchable=True)
     processor = Processor(signature, Preprocess.model_validate({"image": {"colour": "GRAY"}}))
     for body, said in (
+        (b"{}", "object is empty"),
         (b'{"image": "aGk=", "top_k": 1}', "`image` comes alone"),
         (b'{"image": [[NaN]]}', "NaN and infinity have no JSON form"),
     ):
