@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
@@ -11,15 +10,13 @@ import time
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
-from app.faulty_models import slower_twin
 from app.serving.at_work import PLACES, AtWork, Unfinished
 from app.serving.past_deaths import PastDeaths
 from app.store.open import open_journal
-from tests.loop_scene import GOLDEN
 from tests.running_server import server
+from tests.test_swap_faults import LONG, dawdling
 
 KILLED = """
 import os, signal, sys
@@ -107,19 +104,16 @@ def test_a_golden_without_a_version_before_waits_only_where_that_helps_others(tm
 
 
 def test_a_version_that_takes_the_whole_server_down_is_left_at_the_next_start(tmp_path: Path) -> None:
-    with np.load(GOLDEN.parent.parent / "samples" / "judging.npz") as samples:
-        rows = np.repeat(samples["image"][:64], 4, axis=0).astype(np.float32)
-    request = {"inputs": [{"name": "image", "datatype": "FP32", "shape": list(rows.shape), "data": rows.reshape(-1).tolist()}]}
-    with server(tmp_path, demo=True) as running:
-        running.ready("digits")
-        folder = tmp_path / "models" / "digits" / "2"
-        folder.mkdir()
-        slower_twin(GOLDEN, folder / "model.part", times=3)
-        os.replace(folder / "model.part", folder / "model.onnx")
-        running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "2")
+    dawdling(tmp_path / "models" / "m" / "1" / "model.onnx", 1)
+    request = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [LONG]}]}
+    with server(tmp_path) as running:
+        running.ready("m")
+        dawdling(tmp_path / "made" / "model.onnx", 2)
+        (tmp_path / "made").rename(tmp_path / "models" / "m" / "2")
+        running.until(lambda: running.admin("GET", "/admin/models/m")["active"] == "2")
         for _ in range(3):
-            running.ready("digits")
-            assert running.admin("GET", "/admin/models/digits")["active"] == "2"
+            running.ready("m")
+            assert running.admin("GET", "/admin/models/m")["active"] == "2"
             asked = threading.Event()
             threads = [threading.Thread(target=_ask, args=(running.url, request, asked)) for _ in range(4)]
             for thread in threads:
@@ -129,17 +123,17 @@ def test_a_version_that_takes_the_whole_server_down_is_left_at_the_next_start(tm
             running.restart(kill=True)
             for thread in threads:
                 thread.join()
-        running.ready("digits")
-        running.until(lambda: running.admin("GET", "/admin/models/digits")["active"] == "1", 30)
-        told = running.admin("GET", "/admin/timeline?model=digits&limit=200")["events"]
+        running.ready("m")
+        running.until(lambda: running.admin("GET", "/admin/models/m")["active"] == "1", 30)
+        told = running.admin("GET", "/admin/timeline?model=m&limit=200")["events"]
         died = [event for event in told if event["kind"] == "runner.died"]
         assert len(died) == 3 and {event["version"] for event in died} == {"2"}
         left = [event for event in told if event["kind"] == "desired.changed"][-1]["data"]
         assert left["version"] == "1" and "the whole server died with it 3 times" in left["reason"]
         running.restart()
-        running.ready("digits")
-        assert running.admin("GET", "/admin/models/digits")["active"] == "1"
-        told = running.admin("GET", "/admin/timeline?model=digits&limit=200")["events"]
+        running.ready("m")
+        assert running.admin("GET", "/admin/models/m")["active"] == "1"
+        told = running.admin("GET", "/admin/timeline?model=m&limit=200")["events"]
         assert [event["kind"] for event in told].count("runner.died") == 3, "this time it was asked to end"
 
 
@@ -147,7 +141,7 @@ def _ask(url: str, request: object, answered: threading.Event) -> None:
     """Until the server is gone."""
     while True:
         try:
-            httpx.post(f"{url}/v2/models/digits/infer", json=request, timeout=30)
+            httpx.post(f"{url}/v2/models/m/infer", json=request, timeout=30)
             answered.set()
         except httpx.HTTPError:
             if answered.is_set():
