@@ -1,24 +1,34 @@
-"""A model on disk as the optimizers see it: one ONNX file (with external data beside it, if any), and how it came to be."""
+"""A model on disk as the optimizers see it: one ONNX file (with external data beside it, if any) or a PyTorch golden, and how it came to be."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+
+Declared = tuple[str, str, tuple[int, ...]]
+"""Name, datatype of the Open Inference Protocol and shape (-1: any size) of one input or output of a module."""
+WEIGHTS_SUFFIX: Final = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Source:
-    """PyTorch source of a model: `factory` is 'path/to/file.py:function', `weights` a .safetensors file."""
+    """PyTorch source of a model: `factory` is 'path/to/file.py:function', `weights` a .safetensors file.
+
+    `inputs` and `outputs`, in the order of forward(), where no ONNX file says them.
+    """
 
     factory: str
     weights: Path
+    inputs: tuple[Declared, ...] = ()
+    outputs: tuple[Declared, ...] = ()
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """`path` is the ONNX file. `recipe` holds the configs (as JSON) that led from golden to here; `facts` what each step reports."""
+    """`path` is the ONNX file, or the .safetensors of a PyTorch golden, which `export` makes one of. `recipe` holds the configs (as JSON) that led from golden to here; `facts` what each step reports."""
 
     path: Path
     task: str = "generic"
@@ -28,6 +38,10 @@ class Artifact:
     golden: Path | None = None
     """The golden ONNX file, the reference for quality and the teacher; None means that this is it."""
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_torch(self) -> bool:
+        return self.path.suffix == WEIGHTS_SUFFIX
 
     def derived(self, path: Path, step: dict[str, Any], facts: dict[str, Any], source: Source | None = None) -> Artifact:
         """The artifact one step further: `path` was made from self by `step`."""

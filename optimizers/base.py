@@ -31,7 +31,7 @@ class Rejected(Exception):
 
 
 class Need(StrEnum):
-    """What a method needs beside the ONNX file."""
+    """What a method needs. PYTORCH alone says that it starts from no ONNX file."""
 
     ONNX = "ONNX file"
     SOURCE = "PyTorch source"
@@ -41,6 +41,7 @@ class Need(StrEnum):
     TRAINING = "inputs to train on (labelled or not)"
     TEACHER = "a teacher"
     HERE = "the host that serves"
+    PYTORCH = "PyTorch golden"
 
 
 class Gain(StrEnum):
@@ -158,6 +159,10 @@ def optimize(artifact: Artifact, config: Config, samples: Samples, budget: Budge
         raise NotApplicable(
             f"{config.method or type(config).__name__}: its implementation is not imported; see optimizers.catalogue()"
         ) from None
+    if artifact.is_torch and Need.PYTORCH not in config.needs:
+        raise NotApplicable(
+            f"{config.method} works on ONNX files, and {artifact.path.name} holds the weights of a PyTorch model: let export come first"
+        )
     budget.tick(config.method, "start", 0.0)
     return chosen(artifact, config, samples, budget)
 

@@ -59,7 +59,8 @@ class Order:
     """What to build from what, as it comes as JSON. `recipe`: the steps (method names, or objects with 'method').
 
     `samples`: calibration | train | unlabelled to an .npz, `origins` where each came from; other sets judge, and are not looked at.
-    `scratch`: the folder that gets the result, under `built/`. `source`: {"factory", "weights"}. `settings`: how the parent is served.
+    `scratch`: the folder that gets the result, under `built/`. `source`: {"factory", "weights"}, and where `path` itself is a .safetensors also
+    "inputs" and "outputs", each [name, datatype, shape]. `settings`: how the parent is served.
     `keep`: as in Budget, for checkpoints. `done` and `facts`: the steps that led to `path`, and what they reported. `golden` empty: `path` is golden.
     """
 
@@ -71,7 +72,7 @@ class Order:
     samples: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
     stacked: bool = True
-    source: Mapping[str, str] | None = None
+    source: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     done: tuple[Mapping[str, Any], ...] = ()
@@ -120,7 +121,7 @@ def build(order: Order, budget: Budget) -> Built:
     shutil.rmtree(work, ignore_errors=True)
     report = inspect(Inspection(str(path), samples=order.samples.get("calibration", ""), stacked=order.stacked), budget)
     files = read(path).files
-    source = {"factory": artifact.source.factory, "weights": str(path.parent / WEIGHTS)} if artifact.source else None
+    source = {"factory": artifact.source.factory, "weights": str(path.parent / WEIGHTS)} if _own_weights(artifact) else None
     return Built(
         str(path), tuple(file.name for file in files), sha256_of(*files), report.bytes, artifact.recipe, artifact.facts,
         dict(artifact.extra.get("settings", {})), source, {**plain(report), "batchable": report.batchable}, time.monotonic() - started,
@@ -145,7 +146,9 @@ def run_steps(artifact: Artifact, configs: Sequence[Config], sets: Mapping[str, 
         made.facts[-1].setdefault("lossless", config.lossless)
         artifact = _moved(made, scratch / f"made{index}")
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(scratch / f"made{index - 1}", ignore_errors=True)
+        before = scratch / f"made{index - 1}"
+        if artifact.golden is None or artifact.golden.parent != before:  # an export is golden for all that follow
+            shutil.rmtree(before, ignore_errors=True)
     return artifact
 
 
@@ -162,7 +165,10 @@ def samples_for(config: Config, sets: Mapping[str, Samples]) -> Samples:
 
 
 def _start(order: Order) -> Artifact:
-    source = Source(order.source["factory"], Path(order.source["weights"])) if order.source else None
+    source = None
+    if order.source:
+        declared = (tuple((n, kind, tuple(shape)) for n, kind, shape in order.source.get(key, ())) for key in ("inputs", "outputs"))
+        source = Source(order.source["factory"], Path(order.source["weights"]), *declared)
     extra = {**order.extra, **({"settings": dict(order.settings)} if order.settings else {})}
     golden = Path(order.golden) if order.golden else None
     return Artifact(Path(order.path), order.task, tuple(map(dict, order.done)), tuple(map(dict, order.facts)), source, golden, extra)
@@ -189,11 +195,18 @@ def _moved(artifact: Artifact, folder: Path) -> Artifact:
     if source is not None:
         shutil.copyfile(source.weights, folder / WEIGHTS)
         source = Source(source.factory, folder / WEIGHTS)
-    return replace(artifact, path=path, source=source)
+    golden = path if artifact.golden == artifact.path else artifact.golden
+    return replace(artifact, path=path, source=source, golden=golden)
+
+
+def _own_weights(artifact: Artifact) -> Source | None:
+    """The PyTorch form, where a step made it: what was only exported is golden's, which lies where it was deployed."""
+    return None if artifact.golden == artifact.path else artifact.source
 
 
 def _delivered(artifact: Artifact, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
-    for file in (*read(artifact.path).files, *([artifact.source.weights] if artifact.source else [])):
+    source = _own_weights(artifact)
+    for file in (*read(artifact.path).files, *([source.weights] if source else [])):
         shutil.copyfile(file, out / file.name)
     return out / MODEL

@@ -41,20 +41,24 @@ class TorchMissing(ImportError):
 class TorchSource:
     """What a .safetensors file lacks to be run: FILE.py:FUNCTION (an absolute path), and what forward() takes and returns.
 
-    `inputs` and `outputs` are (name, datatype of the Open Inference Protocol), in the order of its arguments and results.
+    `inputs` and `outputs` are (name, datatype of the Open Inference Protocol), in the order of its arguments and results. Their shapes, -1 for
+    any size, are needed only by who compares what two versions take.
     """
 
     factory: str
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    output_shapes: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Self | None:
-        """None for None. Raises TypeError, ValueError or KeyError where it is no such thing."""
+        """None for None; a shape may follow on name and datatype. Raises TypeError, ValueError or KeyError where it is no such thing."""
         if data is None:
             return None
-        inputs, outputs = (tuple((str(name), str(datatype)) for name, datatype in data[key]) for key in ("inputs", "outputs"))
-        return cls(str(data["factory"]), inputs, outputs)
+        inputs, outputs = (tuple((str(name), str(datatype)) for name, datatype, *_ in data[key]) for key in ("inputs", "outputs"))
+        shapes = (tuple(tuple(int(size) for size in shape) for _, _, *rest in data[key] for shape in rest) for key in ("inputs", "outputs"))
+        return cls(str(data["factory"]), inputs, outputs, *shapes)
 
 
 class TorchModule:

@@ -196,12 +196,15 @@ def counted(path: Path, rows: Samples) -> dict[str, Any]:
 def export(module: nn.Module, signature: Signature, rows: Samples, path: Path) -> Path:
     """Write `module` as ONNX with the parent's names and free axes. Raises NotApplicable where the file does not answer as the module."""
     module = contiguous(module)
-    example = tensors_of(_repeated(rows, 2), signature)
-    free = tuple(dict.fromkeys(signature.free[name], torch.export.Dim.AUTO) or None for name in signature.inputs)
+    tried = _tried(rows, signature)
+    example = tensors_of(_repeated(rows, 2) if rows.stacked else tried[0], signature)
+    free: Any = tuple(dict.fromkeys(signature.free[name], torch.export.Dim.AUTO) or None for name in signature.inputs)
+    wrapped = _in_order(module, example, signature)
+    free = free if wrapped is module else (free,)
     try:
         with quiet():
             program = torch.onnx.export(
-                module, example, dynamo=True, input_names=list(signature.inputs), output_names=list(signature.outputs),
+                wrapped, example, dynamo=True, input_names=list(signature.inputs), output_names=list(signature.outputs),
                 dynamic_shapes=free, opset_version=OPSET, external_data=False, verbose=False,
             )  # fmt: skip
     except Exception as error:
@@ -215,12 +218,47 @@ def export(module: nn.Module, signature: Signature, rows: Samples, path: Path) -
     if weight_bytes(model) > LIMIT:
         raise NotApplicable(f"the module has {weight_bytes(model)} bytes of weights; more than {LIMIT} are not exported")
     save(model, path)
-    batches = TRIED_BATCHES if all(0 in axes for axes in signature.free.values()) else (len(next(iter(rows.inputs.values()))),)
-    for batch in batches:
-        apart = difference(module, path, signature, _repeated(rows, batch))
+    for some in tried:
+        apart = difference(module, path, signature, some)
         if apart > SAME:
-            raise NotApplicable(f"the exported file differs from the module by {apart:.2g} of its largest output at batch {batch}")
+            raise NotApplicable(f"the exported file differs from the module by {apart:.2g} of its largest output at batch {len(some)}")
     return path
+
+
+def _tried(rows: Samples, signature: Signature) -> list[Samples]:
+    """Batches that an export is tried on; whole calls as they are."""
+    if not rows.stacked:
+        return [Samples({name: values[at] for name, values in rows.inputs.items()}) for at in range(min(3, len(rows)))]
+    free = all(0 in axes for axes in signature.free.values())
+    return [_repeated(rows, batch) for batch in (TRIED_BATCHES if free else (len(rows),))]
+
+
+class _InOrder(nn.Module):
+    """A module that gives a dict, or more than is declared, as one that gives the declared outputs in their order."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *inputs: Tensor) -> Outputs:
+        return outputs_of(self.module(*inputs), self.names)
+
+
+@torch.no_grad()
+def _in_order(module: nn.Module, example: Outputs, signature: Signature) -> nn.Module:
+    """`module` itself where its results are the declared outputs already. Raises NotApplicable where it does not take the inputs."""
+    result = answered(module, example, signature)
+    plain = isinstance(result, Tensor) or (isinstance(result, tuple | list) and len(result) == len(signature.outputs))
+    return module if plain else _InOrder(module, signature.outputs).eval()
+
+
+def answered(module: nn.Module, inputs: Outputs, signature: Signature) -> Any:
+    """What the module returns. Raises NotApplicable where it does not take the inputs."""
+    try:
+        return module.eval()(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise_if_memory(error)
+        raise NotApplicable(f"the module does not take the model's inputs ({', '.join(signature.inputs)}): {brief(error)}") from None
 
 
 def _tidy(model: ModelProto) -> None:
@@ -253,11 +291,7 @@ def difference(module: nn.Module, path: Path, signature: Signature, rows: Sample
     except (*ORT_ERRORS, RunRefused) as error:
         raise_if_memory(error)
         raise NotApplicable(f"{path.name} does not run at batch {len(rows)}: {brief(error)}") from None
-    try:
-        answers = outputs_of(module.eval()(*tensors_of(rows, signature)), signature.outputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise_if_memory(error)
-        raise NotApplicable(f"the module does not take the model's inputs ({', '.join(signature.inputs)}): {brief(error)}") from None
+    answers = outputs_of(answered(module, tensors_of(rows, signature), signature), signature.outputs)
     return max(_apart(answer.numpy(), np.asarray(value)) for answer, value in zip(answers, seen, strict=True))
 
 
