@@ -154,6 +154,8 @@ class ModelView:
     """Bytes of each loaded version's runner."""
     kind: str = "onnx"
     """What the active version is: onnx or torch."""
+    golden_kind: str = "onnx"
+    """What golden is, which jobs build from."""
 
 
 class VersionState(StrEnum):

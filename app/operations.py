@@ -40,8 +40,9 @@ class ServerOperations:
         self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
     ) -> JSON:  # fmt: skip
         slot = self._service.slot(name)
-        wanted = tries if tries is not None else quick_tries(slot.config)
-        steps = await asyncio.to_thread(parse_tries, wanted, slot.config.allow, name, target)
+        torch = slot.golden_kind == "torch"
+        wanted = tries if tries is not None else quick_tries(slot.config, torch)
+        steps = await asyncio.to_thread(parse_tries, wanted, slot.config.allow, name, target, torch=torch)
         job = await self._fleet.carry_out(self._commands.optimize, name, steps, reason, promote, actor)
         return self._views.job_facts(job)
 

@@ -20,7 +20,7 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any, Final
 
-from optimizers.session import Feeds, Settings, TensorInfo, call, has_bfloat16, open_session, runnable, tensors
+from optimizers.session import TYPES, Feeds, Settings, TensorInfo, call, from_bfloat16, has_bfloat16, open_session, runnable, tensors
 from optimizers.torch_module import TorchMissing, TorchModule, TorchSource, import_torch
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -161,10 +161,22 @@ def _onnx(path: str, settings: Settings) -> _Runnable:
 
 
 def _torch(path: str, settings: Settings, source: TorchSource) -> _Runnable:
-    """Types are the protocol's and shapes are not known: weights say neither."""
+    """In ONNX Runtime's terms, so that it may be held to a session: types and shapes as declared; bfloat16 comes out as float32."""
     module = TorchModule(source, path, settings.intra_op_threads)
-    inputs, outputs = (tuple(TensorInfo(name, datatype, ()) for name, datatype in each) for each in (source.inputs, source.outputs))
-    return lambda feeds: list(module.run(feeds).values()), inputs, outputs
+    inputs = _declared(source.inputs, source.input_shapes)
+    outputs = _declared(source.outputs, source.output_shapes)
+    halves = {name for name, datatype in source.outputs if datatype == "BF16"}
+
+    def run(feeds: Feeds) -> list[Any]:
+        return [from_bfloat16(value) if name in halves else value for name, value in module.run(feeds).items()]
+
+    return run, inputs, outputs
+
+
+def _declared(given: tuple[tuple[str, str], ...], shapes: tuple[tuple[int, ...], ...]) -> tuple[TensorInfo, ...]:
+    """Without shapes nothing is said of them."""
+    sizes = [tuple(size if size >= 0 else None for size in shape) for shape in shapes] or [()] * len(given)
+    return tuple(TensorInfo(name, TYPES.get(datatype, datatype), shape) for (name, datatype), shape in zip(given, sizes, strict=True))
 
 
 def _threads() -> set[int]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-
 Declared = tuple[str, str, tuple[int, ...]]
 """Name, datatype of the Open Inference Protocol and shape (-1: any size) of one input or output of a module."""
 WEIGHTS_SUFFIX: Final = ".safetensors"

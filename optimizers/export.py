@@ -18,7 +18,9 @@ class ExportConfig(Config):
     """No options: what it is called, takes and gives is as declared (`Source.inputs`, `Source.outputs`)."""
 
     method: ClassVar[str] = "export"
-    summary: ClassVar[str] = "a PyTorch golden as an ONNX file with the same answers, for ONNX Runtime to run and other methods to start from"
+    summary: ClassVar[str] = (
+        "a PyTorch golden as an ONNX file with the same answers, for ONNX Runtime to run and other methods to start from"
+    )
     needs: ClassVar[frozenset[Need]] = frozenset({Need.PYTORCH})
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.FASTER, Gain.LESS_MEMORY})
     lossless: ClassVar[bool] = True

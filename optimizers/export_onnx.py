@@ -63,7 +63,9 @@ def _signature(source: Source) -> Signature:
 def _rows(source: Source, samples: Samples) -> Samples:
     """What the file is tried on. Whole calls whose first axis is free, as long as the others' of the call, are rows too."""
     if missing := [name for name, _, _ in source.inputs if name not in samples.inputs]:
-        raise NotApplicable(f"export needs some inputs to try the file on, and there are none for {missing[0]!r}: name samples in model.yaml")
+        raise NotApplicable(
+            f"export needs some inputs to try the file on, and there are none for {missing[0]!r}: name samples in model.yaml"
+        )
     inputs = {name: samples.inputs[name] for name, _, _ in source.inputs}
     if samples.stacked:
         return replace(samples, inputs=inputs, labels=None).rows(slice(0, MOST_ROWS))

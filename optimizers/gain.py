@@ -17,6 +17,7 @@ from optimizers.layouts import LayoutComparison, low_load, throughput
 from optimizers.measure import LOUD, QUIET, Arm, ArmFailed, Comparison, Quietness, compare, interval_json, narrow
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval
+from optimizers.torch_module import TorchSource
 
 HARM: Final = 0.05
 """Loss of capacity, or growth of time per call, that is never taken, whatever is gained elsewhere."""
@@ -24,6 +25,7 @@ LEAST_S: Final = 1.0
 HOPELESS: Final = 0.6
 """Share of time spent waiting for a core above which wall time in layouts is not even tried."""
 Outcome = Literal["passed", "failed", "inconclusive"]
+_NO_SOURCES: Final[Mapping[str, TorchSource]] = {}
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,19 @@ def speed(
     *,
     seconds: float,
     tick: Callable[[str, float], None],
+    sources: Mapping[str, TorchSource] = _NO_SOURCES,
 ) -> SpeedReport:
-    """Both versions side by side. `inputs` by batch size: 1, and each side's batch limit. Raises Fault where the candidate breaks down."""
+    """Both versions side by side; `sources` by path for PyTorch ones. `inputs` by batch size: 1, and each side's batch limit.
+
+    Raises Fault where one of them breaks down.
+    """
     report, began = SpeedReport(), time.monotonic()
     sizes = (incumbent_settings.batch_limit, candidate_settings.batch_limit)
     sizes = sizes if set(sizes) <= set(inputs) else (1, 1)
     settings = (incumbent_settings, candidate_settings)
     try:
-        with Arm(incumbent, settings[0].one_quiet_thread()) as first, Arm(candidate, settings[1].one_quiet_thread()) as other:
+        quiet = tuple(one.one_quiet_thread() for one in settings)
+        with _arm(incumbent, quiet[0], sources) as first, _arm(candidate, quiet[1], sources) as other:
             common = sorted({1, min(sizes)})
             for batch in common:
                 tick(f"timing at batch {batch}", 0.1)
@@ -123,7 +130,7 @@ def speed(
             report.notes.append(f"capacity in the layouts served was not measured: {why}")
             conclude(report, goal)
             return report
-        with Arm(incumbent, settings[0]) as first, Arm(candidate, settings[1]) as other:
+        with _arm(incumbent, settings[0], sources) as first, _arm(candidate, settings[1], sources) as other:
             part = min(8.0, left / 3)
             feeds = (inputs[sizes[0]], inputs[sizes[1]])
             report.capacity = throughput(
@@ -143,6 +150,10 @@ def speed(
         raise Fault("candidate" if failed.path == Path(candidate) else "incumbent", str(failed)) from None
     conclude(report, goal)
     return report
+
+
+def _arm(path: str, settings: Settings, sources: Mapping[str, TorchSource]) -> Arm:
+    return Arm(path, settings, source=sources.get(path))
 
 
 def _rows_ratio(report: SpeedReport, goal: Goal, sizes: tuple[int, int]) -> Interval:

@@ -20,6 +20,7 @@ from optimizers.measure import Arm, ArmFailed
 from optimizers.objections import objections
 from optimizers.samples import Samples, read_npz, write_npz
 from optimizers.session import PRECISE_INT8, Settings
+from optimizers.torch_module import TorchSource
 from optimizers.verdict import Quality
 
 SERVED_SQNR_DB: Final = 26.0
@@ -46,34 +47,37 @@ class Try:
 
 
 def golden_outputs(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
-    """The task `golden`. Request: path, samples (.npz), outputs (.npz to write, or ''), settings, stacked, task, quality, batch.
+    """The task `golden`. Request: path, samples (.npz), outputs (.npz to write, or ''), settings, stacked, task, quality, batch, and the
+    `source` of a .safetensors file.
 
     Answers with the host class, the number of samples, and under which settings golden as it is served agrees with its unoptimized self.
     """
     path, samples, settings = _common(request)
-    wanted = _quality(request)
+    source, wanted = _source(request), _quality(request)
     size = max(1, int(request.get("batch", settings.batch_limit if samples.stacked else 1)))
     budget.tick("golden", "unoptimized", 0.05)
     try:
-        with Arm(path, replace(settings.unoptimized(), intra_op_threads=max(1, budget.threads))) as arm:
+        with Arm(path, replace(settings.unoptimized(), intra_op_threads=max(1, budget.threads)), source=source) as arm:
             outputs = _all_answers(arm, samples, size, budget)
     except (ArmFailed, Fault) as failed:
         raise Rejected(f"golden does not answer its samples: {failed}") from None
     if target := request.get("outputs"):
         write_npz(Path(target), outputs)
     tries = _first_right(
-        path, samples, outputs, _served_ways(settings), wanted, budget, seconds=request.get("seconds", 60.0), least_sqnr_db=SERVED_SQNR_DB
-    )
+        path, samples, outputs, _served_ways(settings) if source is None else [settings], wanted, budget,
+        seconds=request.get("seconds", 60.0), least_sqnr_db=SERVED_SQNR_DB, source=source,
+    )  # fmt: skip
     return {**_answer(tries), "samples": len(samples), "outputs": request.get("outputs", ""), "output_names": list(outputs)}
 
 
 def quick_check(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
-    """The task `quick_check`. Request: path, samples, golden_outputs (.npz), settings, stacked, task, quality, seconds (5).
+    """The task `quick_check`. Request: path, samples, golden_outputs (.npz), settings, stacked, task, quality, seconds (5), source (as for `golden`).
 
     Answers with the first settings under which the version computes what golden did, or says of all of them why not. A few seconds prove
     no floor: right means that the metric itself, not its lower bound, reaches the floor, and that no class collapsed. The full proof follows.
     """
     path, samples, settings = _common(request)
+    source = _source(request)
     try:
         outputs = read_npz(Path(request["golden_outputs"]))
     except (OSError, ValueError, KeyError) as error:
@@ -83,8 +87,9 @@ def quick_check(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
             f"quick_check: {len(samples)} samples, but golden's outputs are of {[len(v) for v in outputs.values()]}; they do not belong together"
         )
     tries = _first_right(
-        path, samples, outputs, _check_ways(settings), _quality(request), budget, seconds=request.get("seconds", 5.0), least_sqnr_db=None
-    )
+        path, samples, outputs, _check_ways(settings) if source is None else [settings], _quality(request), budget,
+        seconds=request.get("seconds", 5.0), least_sqnr_db=None, source=source,
+    )  # fmt: skip
     return {**_answer(tries), "samples": len(samples)}
 
 
@@ -99,6 +104,13 @@ def _common(request: Mapping[str, Any]) -> tuple[Path, Samples, Settings]:
     if not len(samples):
         raise Rejected(f"samples: {request['samples']} is empty")
     return path, samples, Settings.from_json(request.get("settings"))
+
+
+def _source(request: Mapping[str, Any]) -> TorchSource | None:
+    try:
+        return TorchSource.from_json(request.get("source"))
+    except (TypeError, ValueError, KeyError) as error:
+        raise Rejected(f"source: {error}; it has factory, inputs and outputs") from None
 
 
 def _quality(request: Mapping[str, Any]) -> tuple[str, Quality]:
@@ -137,7 +149,7 @@ def _precise(settings: Settings) -> list[Settings]:
 
 def _first_right(
     path: Path, samples: Samples, outputs: Rows, ways: list[Settings], wanted: tuple[str, Quality], budget: Budget,
-    *, seconds: float, least_sqnr_db: float | None,
+    *, seconds: float, least_sqnr_db: float | None, source: TorchSource | None,
 ) -> list[Try]:  # fmt: skip
     """Try `ways` in order up to the first right one, within `seconds` over all; the last try is the right one, if any is."""
     tries: list[Try] = []
@@ -151,7 +163,7 @@ def _first_right(
             0.7 + 0.3 * at / len(ways),
         )
         left = ends - time.monotonic()
-        tries.append(_try(path, samples, outputs, settings, wanted, left / (len(ways) - at), least_sqnr_db))
+        tries.append(_try(path, samples, outputs, settings, wanted, left / (len(ways) - at), least_sqnr_db, source))
         if tries[-1].right:
             break
     return tries
@@ -165,13 +177,14 @@ def _try(
     wanted: tuple[str, Quality],
     seconds: float,
     least_sqnr_db: float | None,
+    source: TorchSource | None,
 ) -> Try:
     task, quality = wanted
     some = np.random.default_rng(0).permutation(len(samples))[:CHECK_SAMPLES]
     part, known = samples.rows(some), {name: values[some] for name, values in outputs.items()}
     size = settings.batch_limit if samples.stacked else 1
     try:
-        with Arm(path, settings.one_quiet_thread()) as arm:
+        with Arm(path, settings.one_quiet_thread(), source=source) as arm:
             if missing := {info.name for info in arm.opened.outputs} ^ set(known):
                 return Try(settings, False, f"outputs differ by name from golden's: {', '.join(sorted(missing))}")
             answers = side_by_side(known, arm, part, ([1], [size]), until=time.monotonic() + seconds)

@@ -16,14 +16,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto
 
 from optimizers.samples import Samples
-from optimizers.session import Feeds, TensorInfo
+from optimizers.session import DATATYPES, Feeds, TensorInfo
 
-DATATYPES: Final[dict[str, str]] = {
-    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32", "tensor(uint64)": "UINT64",
-    "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32", "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16", "tensor(bfloat16)": "BF16", "tensor(float)": "FP32", "tensor(double)": "FP64", "tensor(string)": "BYTES",
-}  # fmt: skip
-"""ONNX Runtime's type of a tensor, and its name in the Open Inference Protocol."""
 NUMPY: Final[dict[str, str]] = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64", "INT8": "int8", "INT16": "int16",
     "INT32": "int32", "INT64": "int64", "FP16": "float16", "BF16": "float32", "FP32": "float32", "FP64": "float64", "BYTES": "object",

@@ -17,12 +17,12 @@ from optimizers.artifact import sha256_of
 from optimizers.base import Budget, Rejected
 from optimizers.census import Census, census, quantization_of
 from optimizers.difference import difference, root_mean_square, scales_of
-from optimizers.inputs import DATATYPES, INTEGERS_TRIED, InputMaker, find_maker
+from optimizers.inputs import INTEGERS_TRIED, InputMaker, find_maker
 from optimizers.onnx_file import OnnxFile, checker_complaint, read
 from optimizers.rows import FEW_ROWS, QUANTIZED_TOLERANCE, ROWS, TOLERANCE, RowsProof, per_batch_objection, prove, shape_objection
 from optimizers.running import ORT_ERRORS, RunRefused, brief, raise_if_memory, runner
 from optimizers.samples import Samples
-from optimizers.session import PRECISE_INT8, Feeds, Settings, TensorInfo, open_session, tensors
+from optimizers.session import DATATYPES, PRECISE_INT8, Feeds, Settings, TensorInfo, open_session, tensors
 
 SLOW_ROW_S: Final = 1.0
 LARGE_ROW_BYTES: Final = 64 << 20

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from optimizers.answers import Answers, Fault, Rows, feeds_of, side_by_side
+from optimizers.artifact import WEIGHTS_SUFFIX
 from optimizers.base import Budget, Rejected
 from optimizers.fidelity import Fidelity, Floor, Met, judge
 from optimizers.gain import speed
@@ -29,6 +30,7 @@ from optimizers.sameness import interface_objections, same_model
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.shapes import shape_variants, try_variant
+from optimizers.torch_module import TorchSource
 from optimizers.verdict import Purpose, Verdict, VerifyReport, VerifyRequest
 
 BIT_CLOSE_SAMPLES: Final = 16
@@ -50,6 +52,8 @@ def verify(request: VerifyRequest, budget: Budget) -> VerifyReport:
     for path in (request.golden, request.candidate, request.incumbent or request.golden):
         if not Path(path).is_file():
             raise Rejected(f"verify: {path} is no file")
+        if Path(path).suffix == WEIGHTS_SUFFIX and path not in request.sources:
+            raise Rejected(f"verify: {path} holds PyTorch weights; name what runs them in sources")
     try:
         _judge(request, report, budget, started + min(request.seconds, max(1.0, budget.left_s - 5)))
     except Fault as fault:
@@ -79,7 +83,11 @@ def _judge(request: VerifyRequest, report: VerifyReport, budget: Budget, until: 
     with ExitStack() as stack:
         candidate = _open_candidate(request, report, stack)
         golden = stack.enter_context(
-            _opened(request.golden, replace(request.golden_settings.unoptimized(), intra_op_threads=max(1, budget.threads)))
+            _opened(
+                request.golden,
+                replace(request.golden_settings.unoptimized(), intra_op_threads=max(1, budget.threads)),
+                request.sources.get(request.golden),
+            )
         )
         if objections := interface_objections(golden.opened, candidate.opened):
             raise Fault("candidate", "; ".join(objections))
@@ -100,7 +108,10 @@ def _judge(request: VerifyRequest, report: VerifyReport, budget: Budget, until: 
 
 
 def _nothing_changed(request: VerifyRequest) -> bool:
-    others = {request.parent, request.golden, request.incumbent} - {""}
+    others = {request.parent, request.golden, request.incumbent} - {
+        "",
+        *request.sources,
+    }  # a PyTorch file is another form, whatever it computes
     return any(same_model(Path(request.candidate), Path(path)) for path in sorted(others))
 
 
@@ -112,21 +123,26 @@ def _evidence(request: VerifyRequest, sets: Mapping[str, tuple[Samples, Rows | N
     return next((origin for origin in ("captured", "owner") if origin in origins), "synthetic")
 
 
-def _opened(path: str, settings: Settings, side: str = "golden") -> Arm:
+def _opened(path: str, settings: Settings, source: TorchSource | None) -> Arm:
     try:
-        return Arm(path, settings)
+        return Arm(path, settings, source=source)
     except ArmFailed as failed:
-        raise Fault(side, f"{side} cannot be opened: {failed}") from None
+        raise Fault("golden", f"golden cannot be opened: {failed}") from None
 
 
 def _open_candidate(request: VerifyRequest, report: VerifyReport, stack: ExitStack) -> Arm:
     """As it would be served, on one quiet thread; where it loads only with less optimization, so, and that is how it must be served."""
-    wanted = request.candidate_settings
+    wanted, source = request.candidate_settings, request.sources.get(request.candidate)
     problem = ""
-    for level in dict.fromkeys((wanted.graph_level, "basic", "none")):
+    for level in dict.fromkeys((wanted.graph_level, "basic", "none") if source is None else (wanted.graph_level,)):
         try:
             arm = stack.enter_context(
-                Arm(request.candidate, replace(wanted, graph_level=level).one_quiet_thread(), longest_s=max(60.0, request.seconds / 2))
+                Arm(
+                    request.candidate,
+                    replace(wanted, graph_level=level).one_quiet_thread(),
+                    longest_s=max(60.0, request.seconds / 2),
+                    source=source,
+                )
             )
         except ArmFailed as failed:
             problem = problem or str(failed)
@@ -251,6 +267,7 @@ def _time(request: VerifyRequest, report: VerifyReport, samples: Samples, batcha
     report.speed = speed(
         incumbent, mine, request.candidate, report.serve, sizes, request.goal,
         seconds=max(5.0, until - time.monotonic()), tick=lambda step, share: budget.tick(_METHOD, step, 0.7 + 0.3 * share),
+        sources=request.sources,
     )  # fmt: skip
     report.notes += report.speed.notes
     if request.purpose is Purpose.PROOF:

@@ -121,7 +121,8 @@ def build(order: Order, budget: Budget) -> Built:
     shutil.rmtree(work, ignore_errors=True)
     report = inspect(Inspection(str(path), samples=order.samples.get("calibration", ""), stacked=order.stacked), budget)
     files = read(path).files
-    source = {"factory": artifact.source.factory, "weights": str(path.parent / WEIGHTS)} if _own_weights(artifact) else None
+    own = _own_weights(artifact)
+    source = {"factory": own.factory, "weights": str(path.parent / WEIGHTS)} if own else None
     return Built(
         str(path), tuple(file.name for file in files), sha256_of(*files), report.bytes, artifact.recipe, artifact.facts,
         dict(artifact.extra.get("settings", {})), source, {**plain(report), "batchable": report.batchable}, time.monotonic() - started,

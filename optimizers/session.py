@@ -16,6 +16,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 Feeds = dict[str, NDArray[Any]]
+DATATYPES: Final[dict[str, str]] = {
+    "tensor(bool)": "BOOL", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32", "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32", "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16", "tensor(bfloat16)": "BF16", "tensor(float)": "FP32", "tensor(double)": "FP64", "tensor(string)": "BYTES",
+}  # fmt: skip
+"""ONNX Runtime's type of a tensor, and its name in the Open Inference Protocol."""
+TYPES: Final = {datatype: name for name, datatype in DATATYPES.items()}
 GRAPH_LEVELS: Final = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -133,8 +140,12 @@ def _array(value: ort.OrtValue) -> NDArray[Any]:
     if value.element_type() != _BFLOAT16_ONNX:
         return np.asarray(value.numpy())
     size = value.tensor_size_in_bytes()
-    upper = np.frombuffer(ctypes.string_at(value.data_ptr(), size) if size else b"", np.uint16).reshape(value.shape())
-    return (upper.astype(np.uint32) << 16).view(np.float32)
+    return from_bfloat16(np.frombuffer(ctypes.string_at(value.data_ptr(), size) if size else b"", np.uint16).reshape(value.shape()))
+
+
+def from_bfloat16(values: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The float32 values whose upper halves `values` are."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 def tensors(nodes: list[Any]) -> tuple[TensorInfo, ...]:

@@ -14,6 +14,7 @@ from optimizers.fidelity import Floor
 from optimizers.gain import Goal, SpeedReport
 from optimizers.samples import Samples
 from optimizers.session import Settings
+from optimizers.torch_module import TorchSource
 
 DEFAULT_FLOORS: Final = {"agreement": 0.99, "accuracy": 0.99, "cosine": 0.999, "sqnr_db": 20.0}
 
@@ -80,7 +81,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """What to judge. Paths are ONNX files; settings have the fields of RuntimeSettings.
+    """What to judge. Paths are ONNX files, or .safetensors that `sources` says how to run, by path; settings have the fields of RuntimeSettings.
 
     `sets` by name: reference, live, labelled; each that exists must be passed. `exclude`: hashes of samples that calibrated.
     `batchable`: golden is served in batches. `lossless`: the method promises the same answers; then bit-close outputs are evidence enough.
@@ -91,6 +92,7 @@ class VerifyRequest:
     candidate: str
     incumbent: str = ""
     parent: str = ""
+    sources: Mapping[str, TorchSource] = field(default_factory=dict)
     sets: Mapping[str, SampleSet] = field(default_factory=dict)
     task: str = "generic"
     quality: Quality = Quality()
@@ -113,6 +115,7 @@ class VerifyRequest:
             raise Rejected(f"verify: unknown key {unknown[0]!r}; there are {', '.join(cls.__dataclass_fields__)}")
         try:
             known["sets"] = {name: SampleSet(**value) for name, value in known.get("sets", {}).items() if value}
+            known["sources"] = {path: TorchSource.from_json(source) for path, source in known.get("sources", {}).items()}
             known["quality"] = Quality(**known.get("quality", {}))
             known["goal"] = Goal(**known.get("goal", {}))
             for name in ("candidate_settings", "incumbent_settings", "golden_settings"):
@@ -120,7 +123,7 @@ class VerifyRequest:
             known["exclude"] = frozenset(known.get("exclude", ()))
             known["purpose"] = Purpose(known.get("purpose", "swap"))
             return cls(**known)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Rejected(f"verify: {error}") from None
 
 

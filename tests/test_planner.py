@@ -105,10 +105,21 @@ def test_an_earlier_golden_that_a_person_went_back_to_is_left_only_for_faults_an
     assert _held_to(want, "1") == ""
 
 
-def test_nothing_is_built_or_tuned_for_a_pytorch_version_and_the_plan_says_what_a_person_could_do() -> None:
-    for cause in (Cause.VERSION, Cause.INPUT, Cause.SETTINGS):
-        found = plan(Diagnosis(cause, 0.9, ""), Situation("2", "2", "1", onnx=False), ModelConfig())
-        assert found.action is Action.NOTHING and found.advice == ("export version 2 to ONNX and deploy that",)
+def test_a_pytorch_golden_is_built_for_onnx_runtime_and_its_settings_are_not_measured() -> None:
+    here = Situation("2", "2", "1", onnx=False, torch=True)
+    slow = Diagnosis(Cause.VERSION, 0.9, "")
+    first = plan(slow, here, ModelConfig())
+    assert first.action is Action.OPTIMIZE and first.tries == (("export",), ("export", "int8-static"), ("export", "int8-dynamic"))
+    assert plan(slow, replace(here, tried=frozenset(first.tries)), ModelConfig()).tries == (("export", "int8-aware"),)
+    memory = Diagnosis(Cause.VERSION, 0.8, "", {"suspicions": ["memory"]})
+    assert ("export",) in plan(memory, here, ModelConfig()).tries
+    for cause in (Cause.INPUT, Cause.SETTINGS):
+        found = plan(Diagnosis(cause, 0.9, ""), here, ModelConfig())
+        assert found.action is Action.NOTHING and "settings of a PyTorch version are not measured" in found.text
+        assert found.advice[0].endswith("hone optimize MODEL")
+    assert decide(Cause.SETTINGS, replace(here, active="2.1", onnx=True)) is Action.TUNE
+    drifted = Diagnosis(Cause.INPUT, 0.9, "", {"suspicions": ["confidence"]})
+    assert plan(drifted, replace(here, active="2.1", onnx=True), ModelConfig()).tries == (("export", "int8-static"),)
     assert decide(Cause.PROCESS, Situation("2", "2", "1", onnx=False)) is Action.RESTART
     assert decide(Cause.VERSION, Situation("2", "2", "1", onnx=False, faults=True)) is Action.ROLL_BACK
 
@@ -151,8 +162,10 @@ def test_every_method_that_may_help_is_chosen_some_day_by_what_it_says_of_itself
     """Only what makes nothing but a smaller file on disk, and a student that is the module itself, has no objective to serve."""
     chosen = {recipe[0] for wanted in (Gain.FASTER, Gain.LESS_MEMORY) for group in builds(wanted, True) for recipe in group}
     others = {entry.method for entry in catalogue()} - chosen
-    assert others == {"codebook", "trained-codebook", "distill", "tune"} and quick_tries(ModelConfig())[0] == ["int8-static"]
+    assert others == {"codebook", "trained-codebook", "distill", "tune", "export"} and quick_tries(ModelConfig())[0] == ["int8-static"]
     for wanted in (Gain.FASTER, Gain.LESS_MEMORY):
+        from_torch = [recipe for group in builds(wanted, True, torch=True) for recipe in group]
+        assert sorted(from_torch) == sorted([("export",), *(("export", *recipe) for group in builds(wanted, True) for recipe in group)])
         groups = builds(wanted, True)
         trains = [any(config_types()[method].extra for method in recipe) for group in groups for recipe in group]
         assert trains == sorted(trains), "what trains comes last"
@@ -171,6 +184,8 @@ def test_memory_beyond_the_objective_asks_for_what_takes_less() -> None:
 
 def test_only_what_the_owner_allows_is_built() -> None:
     config = ModelConfig.model_validate({"allow": ["graph"]})
+    torch = replace(GOLDEN, torch=True, onnx=False)
+    assert plan(Diagnosis(Cause.VERSION, 0.9, ""), torch, config).tries == (("export", "graph"),), "what comes first is no choice"
     assert plan(Diagnosis(Cause.VERSION, 0.9, ""), GOLDEN, config).tries == (("graph",),)
     for of in (Cause.SETTINGS, Cause.INPUT):
         assert plan(Diagnosis(of, 0.9, ""), GOLDEN, config).action is Action.NOTHING, "tune is not allowed"

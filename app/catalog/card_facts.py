@@ -163,6 +163,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
+def source_json(factory: str, signature: Signature) -> JSON:
+    """What optimizers.torch_module.TorchSource reads: how the weights of a PyTorch version are run, by FILE.py:FUNCTION."""
+    inputs, outputs = ([[one.name, one.datatype, list(one.shape)] for one in each] for each in (signature.inputs, signature.outputs))
+    return {"factory": factory, "inputs": inputs, "outputs": outputs}
+
+
 def signature_of(report: Mapping[str, Any]) -> Signature:
     """The Signature in an inspection's report."""
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from app.catalog import durable
+from app.catalog.card_facts import source_json
 from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard
 from app.catalog.model_config import ModelConfig
 from app.catalog.processing import Processor
@@ -100,8 +101,7 @@ class Bench:
         card = piece.golden if version == piece.golden.version else self.cards.card(piece.found.name, version)
         first = str(card.facts.get("factory") or "") if as_deployed and isinstance(card, GoldenCard) else ""
         file, function = self._factory(piece.config, first)
-        inputs, outputs = ([[one.name, one.datatype] for one in each] for each in (card.signature.inputs, card.signature.outputs))
-        return {"factory": f"{file}:{function}", "inputs": inputs, "outputs": outputs}
+        return source_json(f"{file}:{function}", card.signature)
 
     def _factory(self, config: ModelConfig, first: str) -> tuple[Path, str]:
         if first:
@@ -121,7 +121,7 @@ class Bench:
         proof = self.cards.proof(card, want.golden_sha256, host_class)
         if proof is not None and proof.settings is not None:
             return proof.settings
-        return fallback
+        return fallback if card.kind == "onnx" else _unmeasured(piece.config, fallback)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -129,6 +129,17 @@ class Bench:
         self.state.scratch.mkdir(parents=True, exist_ok=True)
         with durable.temporary_folder(self.state.scratch, 0o700) as folder:
             yield folder
+
+
+def _unmeasured(config: ModelConfig, fallback: RuntimeSettings) -> RuntimeSettings:
+    """How a PyTorch version is served where nothing was decided: a core for each call, but for what model.yaml fixes."""
+    given, cores = config.runtime, max(fallback.intra_op_threads, fallback.instances)
+    return replace(
+        fallback,
+        intra_op_threads=min(given.threads or 1, cores),
+        instances=given.instances or cores,
+        batch_limit=config.batching.limit or fallback.batch_limit,
+    )
 
 
 def settings_json(settings: RuntimeSettings) -> JSON:

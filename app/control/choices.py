@@ -18,8 +18,20 @@ QUICK_S: Final = 60.0
 """CPU seconds up to which a method is tried at once where nobody says which."""
 
 
-def builds(wanted: Gain, trainable: bool) -> list[Group]:
-    """What may give `wanted`, the quick ones that compute in bytes together first, then one by one by expected gain ÷ cost; what trains comes last."""
+def builds(wanted: Gain, trainable: bool, torch: bool = False) -> list[Group]:
+    """What may give `wanted`, the quick ones that compute in bytes together first, then one by one by expected gain ÷ cost; what trains comes last.
+
+    `torch`: golden is a PyTorch model. Its export alone is built with the quick ones, and is the first step of all others.
+    """
+    groups = _builds(wanted, trainable)
+    if not torch:
+        return groups
+    first = exports()
+    together, rest = (groups[0], groups[1:]) if groups and len(groups[0]) > 1 else ((), groups)
+    return [(first, *(first + recipe for recipe in together)), *(tuple(first + recipe for recipe in group) for group in rest)]
+
+
+def _builds(wanted: Gain, trainable: bool) -> list[Group]:
     light, heavy = _entries(wanted)
     together = sorted((one for one in light if one.outlook.int8 and one.outlook.cpu_s <= QUICK_S), key=lambda one: -one.outlook.gain)
     rest = [one for one in light if one not in together]
@@ -28,11 +40,21 @@ def builds(wanted: Gain, trainable: bool) -> list[Group]:
     return found + ([((one.method, *one.then),) for one in _ranked(heavy)] if trainable else [])
 
 
-def quick_tries(config: ModelConfig) -> list[list[str | JSON]]:
-    """Alternatives that model.yaml allows and that take no long time, the one with the largest expected gain first; settings last."""
+def quick_tries(config: ModelConfig, torch: bool = False) -> list[list[str | JSON]]:
+    """Alternatives that model.yaml allows and that take no long time, the one with the largest expected gain first; settings last.
+
+    `torch`: golden is a PyTorch model, whose export alone comes first, and whose settings are not measured.
+    """
     quick = [one for one in catalogue() if Gain.FASTER in one.gives and one.outlook.cpu_s <= QUICK_S]
-    quick.sort(key=lambda one: (Need.HERE in one.needs, -one.outlook.gain))
+    quick = [one for one in quick if (Need.HERE not in one.needs if torch else Need.PYTORCH not in one.needs)]
+    quick.sort(key=lambda one: (Need.HERE in one.needs, Need.PYTORCH not in one.needs, -one.outlook.gain))
     return [[one.method] for one in quick if config.allow is None or one.method in config.allow]
+
+
+@functools.cache
+def exports() -> Recipe:
+    """What makes an ONNX file of a PyTorch golden."""
+    return tuple(one.method for one in catalogue() if Need.PYTORCH in one.needs)
 
 
 @functools.cache
@@ -52,7 +74,9 @@ def settings() -> list[Recipe]:
 def _entries(wanted: Gain) -> tuple[list[Entry], list[Entry]]:
     """Without training, and with; those that gain nothing by themselves (a file on disk, a student that is the module itself) are left out."""
     able = [
-        one for one in catalogue() if Need.HERE not in one.needs and (wanted in one.gives if wanted is not Gain.FASTER else _speeds_up(one))
+        one
+        for one in catalogue()
+        if not {Need.HERE, Need.PYTORCH} & set(one.needs) and (wanted in one.gives if wanted is not Gain.FASTER else _speeds_up(one))
     ]
     light = [one for one in able if set(one.needs) <= {Need.ONNX, Need.CALIBRATION}]
     return light, [one for one in able if one not in light]

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final
 
 from app.catalog.model_config import ModelConfig
-from app.control.choices import builds, recalibrations, settings
+from app.control.choices import builds, exports, recalibrations, settings
 from app.control.diagnosis import Cause, Diagnosis
 from app.domain import Mode
 from optimizers.base import Gain
@@ -52,9 +52,6 @@ class Plan:
         return self.action, self.tries, self.version
 
 
-_OF_ONNX: Final = (Action.OPTIMIZE, Action.RECALIBRATE, Action.TUNE)
-
-
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What the planner must know of a model beside the diagnosis."""
@@ -85,7 +82,9 @@ class Situation:
     mends: bool = False
     """Whether the active version was built by the loop since the one before it was not good enough."""
     onnx: bool = True
-    """Whether the active version is an ONNX file, which alone is built from and tuned."""
+    """Whether the active version is an ONNX file, whose settings alone are measured."""
+    torch: bool = False
+    """Whether golden is a PyTorch model, so that what is built begins with its export."""
 
 
 def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
@@ -97,12 +96,12 @@ def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
     for candidate in _remedies(diagnosis, now, config):
         if candidate.remedy in now.tried_actions and candidate.action is not Action.NOTHING:
             continue
-        if candidate.action in _OF_ONNX and not now.onnx:
+        if candidate.action is Action.TUNE and not now.onnx:
             continue
         return _permitted(candidate, now)
     if not now.onnx:
-        advice = (f"export version {now.active} to ONNX and deploy that", *_advice(diagnosis))
-        return Plan(Action.NOTHING, "nothing is built from a PyTorch version, and its settings are not measured", advice=advice)
+        advice = (f"have version {now.golden} built for ONNX Runtime, whose settings are: hone optimize MODEL", *_advice(diagnosis))
+        return Plan(Action.NOTHING, "settings of a PyTorch version are not measured, and nothing else is left", advice=advice)
     return Plan(Action.NOTHING, "nothing is left that is allowed and was not tried", advice=_advice(diagnosis))
 
 
@@ -196,7 +195,7 @@ def _tune(now: Situation, config: ModelConfig) -> list[Plan]:
 
 def _recalibrate(now: Situation, config: ModelConfig) -> list[Plan]:
     return [
-        Plan(Action.RECALIBRATE, "calibrate int8 with recent inputs", "", (recipe,))
+        Plan(Action.RECALIBRATE, "calibrate int8 with recent inputs", "", (exports() + recipe if now.torch else recipe,))
         for recipe in recalibrations()
         if _allowed(recipe, config) and now.active != now.golden
     ]
@@ -205,7 +204,8 @@ def _recalibrate(now: Situation, config: ModelConfig) -> list[Plan]:
 def _build(now: Situation, config: ModelConfig, wanted: Gain) -> list[Plan]:
     """What was not tried: what gains most for its cost first, since callers wait; with training only where nothing else is left."""
     groups = (
-        tuple(recipe for recipe in group if _allowed(recipe, config) and recipe not in now.tried) for group in builds(wanted, now.trainable)
+        tuple(recipe for recipe in group if _allowed(recipe, config) and recipe not in now.tried)
+        for group in builds(wanted, now.trainable, now.torch)
     )
     return [Plan(Action.OPTIMIZE, f"build {_either(recipes)}", "", recipes) for recipes in groups if recipes]
 
@@ -245,7 +245,9 @@ def _advice(diagnosis: Diagnosis) -> tuple[str, ...]:
 
 
 def _allowed(recipe: Sequence[str], config: ModelConfig) -> bool:
-    return config.allow is None or all(method in config.allow for method in recipe)
+    """An export that only comes first is no choice."""
+    chosen = recipe[1:] if recipe[:1] == exports() and len(recipe) > 1 else recipe
+    return config.allow is None or all(method in config.allow for method in chosen)
 
 
 def _either(tries: Sequence[Sequence[str]]) -> str:

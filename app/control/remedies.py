@@ -47,11 +47,12 @@ class Remedies:
                     self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault
                 )  # fmt: skip
                 if decided.tries:
-                    await self._build(view.name, decided, reason, rank, recent=True)
+                    await self._build(view, decided, reason, rank, recent=True)
             case Action.TUNE | Action.OPTIMIZE | Action.RECALIBRATE:
-                await self._build(view.name, decided, reason, rank, recent=decided.action is Action.RECALIBRATE)
+                await self._build(view, decided, reason, rank, recent=decided.action is Action.RECALIBRATE)
 
-    async def _build(self, name: str, decided: Plan, reason: str, rank: float, recent: bool) -> None:
+    async def _build(self, view: ModelView, decided: Plan, reason: str, rank: float, recent: bool) -> None:
         recipes: list[list[str | JSON]] = [list(recipe) for recipe in decided.tries]
-        tries = await asyncio.to_thread(parse_tries, recipes, self._plane.config(name).allow, name, recent=recent)
-        await asyncio.to_thread(self._commands.optimize, name, tries, reason, "auto", "hone", rank)
+        torch = view.golden_kind == "torch"
+        tries = await asyncio.to_thread(parse_tries, recipes, self._plane.config(view.name).allow, view.name, recent=recent, torch=torch)
+        await asyncio.to_thread(self._commands.optimize, view.name, tries, reason, "auto", "hone", rank)

@@ -15,6 +15,7 @@ from app.control.bench import Bench, Workpiece
 from app.control.findings import Replay
 from app.domain import JSON, ModelState, RuntimeSettings
 from app.errors import HoneError, NotFound
+from optimizers.artifact import WEIGHTS_SUFFIX
 from optimizers.samples import Samples
 from optimizers.task import TaskFailed, TaskLimits, run_task
 
@@ -22,7 +23,6 @@ log = logging.getLogger("hone.control")
 REPLAY_S: Final = 24.0
 LEAST_INPUTS: Final = 8
 MOST_INPUTS: Final = 24
-WEIGHTS_SUFFIX: Final = ".safetensors"
 
 
 async def replay(

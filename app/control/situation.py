@@ -52,6 +52,7 @@ def situation_of(
             for job in jobs
         ),
         onnx=view.kind == "onnx",
+        torch=view.golden_kind == "torch",
     )
 
 

@@ -7,11 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
+from app.catalog.rows import rows_by_word
 from app.control.bench import Bench, Workpiece
 from app.control.live_tune import Plane, concluded, layouts_of, lived_with
 from app.control.verification import TUNE_S
 from app.domain import JSON, RuntimeSettings
+from app.errors import NotAllowed
 from app.store.codec import settings_from_json
+from optimizers.artifact import WEIGHTS_SUFFIX
 from optimizers.samples import Samples
 
 LEAST_NEWEST: Final = 8
@@ -33,6 +36,12 @@ class Tuning:
         `ask` runs the task, by its request and with at most so many seconds. Raises what both raise.
         """
         model = piece.found.name
+        path = self._bench.model_path(piece, version)
+        if path.suffix == WEIGHTS_SUFFIX:
+            raise NotAllowed(
+                f"version {version} of {model!r} is a PyTorch version, whose settings are not measured; build one for ONNX Runtime and tune that: "
+                f"hone optimize {model} --with export,tune"
+            )
         runtime = piece.config.runtime
         fixed = {
             "intra_op_threads": runtime.threads,
@@ -46,13 +55,13 @@ class Tuning:
             inputs = await self._inputs_of_now(model, piece)
             await asyncio.to_thread(inputs.save, folder / "inputs.npz")
             request = {
-                "path": str(self._bench.model_path(piece, version)),
+                "path": str(path),
                 "samples": str(folder / "inputs.npz"),
                 "stacked": inputs.stacked,
                 "settings": asdict(before),
                 "fixed": [name for name, value in fixed.items() if value is not None],
                 "elsewhere": live,
-                "batchable": piece.golden.rows.independent,
+                "batchable": rows_by_word(piece.golden.rows, piece.golden.signature, piece.config).independent,
                 "config": {"objective": objective, **{k: v for k, v in step.items() if k in {"max_seconds", "cores"} and v}},
             }
             report = await ask(request, TUNE_S * 4 + 60)

@@ -10,9 +10,11 @@ from typing import Any, Final
 
 from app.catalog.cards import BuiltCard, Card, Proof
 from app.catalog.model_config import ModelConfig
+from app.catalog.rows import rows_by_word
 from app.control.bench import Bench, Workpiece, settings_json
 from app.domain import JSON, Mode, ModelState, RuntimeSettings, State, Verdict
 from app.store.codec import settings_from_json
+from optimizers.artifact import WEIGHTS_SUFFIX
 
 VERIFY_S: Final = 180.0
 TUNE_S: Final = 30.0
@@ -57,11 +59,11 @@ def question(
     ):
         sets["reference"]["answers"] = str(bench.state.reference(want.name) / "golden_outputs.npz")
     incumbent = want.desired
+    roles = {"golden": piece.golden.version, "candidate": version, "incumbent": incumbent, "parent": _parent(bench, piece, version)}
+    paths_of = {role: bench.model_path(piece, which) for role, which in roles.items()}
     return {
-        "golden": str(piece.golden_path),
-        "candidate": str(bench.model_path(piece, version)),
-        "incumbent": str(bench.model_path(piece, incumbent)),
-        "parent": str(bench.model_path(piece, _parent(bench, piece, version))),
+        **{role: str(path) for role, path in paths_of.items()},
+        "sources": {str(path): bench.torch_source(piece, roles[role]) for role, path in paths_of.items() if path.suffix == WEIGHTS_SUFFIX},
         "sets": sets,
         "task": piece.config.task,
         "quality": piece.quality,
@@ -69,7 +71,7 @@ def question(
         "candidate_settings": settings_json(bench.settings(piece, want, version, host_class, fallback)),
         "incumbent_settings": settings_json(bench.settings(piece, want, incumbent, host_class, fallback)),
         "golden_settings": settings_json(replace(fallback, graph_level="none")),
-        "batchable": piece.golden.rows.independent,
+        "batchable": rows_by_word(piece.golden.rows, piece.golden.signature, piece.config).independent,
         "lossless": lossless,
         "purpose": "proof" if proof_only or version == incumbent else "swap",
         "exclude": sorted(set(piece.samples.calibration.hashes())),

@@ -235,7 +235,9 @@ class Worker:
         paths = piece.samples.save(folder)
         source = piece.config.source
         described: JSON | None = None
-        if source is not None:
+        if piece.golden.kind == "torch":
+            described = {**self._bench.torch_source(piece, piece.golden.version), "weights": str(piece.golden_path)}
+        elif source is not None:
             file, function = self._bench.repository.factory(piece.config) if self._bench.repository.factories else ("", "")
             weights = piece.golden_path.parent / source.weights
             described = {"factory": f"{file}:{function}", "weights": str(weights)} if file and weights.is_file() else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.catalog import durable
-from app.catalog.card_facts import signature_of
+from app.catalog.card_facts import signature_of, source_json
 from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard, Proof, RowsProof, card_files
 from app.catalog.model_config import ModelConfig
 from app.catalog.model_files import ModelFile
@@ -189,11 +189,14 @@ class Admission:
             "samples": str(folder / "samples.npz"),
             "outputs": str(folder / "outputs.npz"),
             "stacked": stacked,
+            "source": source_json(admitted.factory, admitted.signature) if admitted.kind == "torch" else None,
         }
         try:
-            await self._run_task("golden", request)
+            found = await self._run_task("golden", request)
         except TaskFailed as failure:
             raise NotReady(f"golden's outputs on the reference samples could not be computed: {failure.text}") from None
+        if admitted.kind == "torch" and not found["right"]:
+            raise NotReady(f"golden does not answer the reference samples twice alike, so nothing can be held to it: {found['reason']}")
         return await asyncio.to_thread(read_npz, folder / "outputs.npz")
 
     def _card_files(self, files: tuple[ModelFile, ...]) -> Any:

@@ -99,6 +99,7 @@ class ModelReconciler:
         if want is None or found is None:
             return
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
+        slot.golden_kind = next((version.kind for version in found.versions if version.number == want.golden), slot.golden_kind)
         slot.known = known(want, found)
         if want.unloaded:
             slot.active, slot.reason = None, ""

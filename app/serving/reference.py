@@ -31,7 +31,7 @@ class ReferenceFreezer:
         """Once, in the background, where golden is loaded and has no reference yet; `then` is called when it has."""
         golden = self._slot.versions.get(want.golden)
         busy = self._task is not None and not self._task.done()
-        if golden is None or golden.admitted.reference is not None or busy or golden.admitted.kind != "onnx":
+        if golden is None or golden.admitted.reference is not None or busy:
             return
         if not _can_be_sampled(golden.admitted.signature):
             return

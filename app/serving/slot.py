@@ -79,6 +79,8 @@ class Slot:
     versions: dict[str, Loaded] = field(default_factory=dict)
     known: tuple[str, ...] = ()
     golden: str = ""
+    golden_kind: str = "onnx"
+    """What golden is: onnx or torch."""
     desired: str = ""
     reason: str = "the server is starting"
     loading: str = ""
