@@ -12,13 +12,13 @@ import pytest
 
 from optimizers.artifact import Artifact, Source
 from optimizers.base import Budget, NotApplicable, optimize
-from optimizers.catalogue import parse_recipe
 from optimizers.export import ExportConfig
 from optimizers.graph import GraphConfig
 from optimizers.recipe import Order, build
 from optimizers.samples import Samples
 from optimizers.session import Settings, open_session, tensors
 from optimizers.torch_module import TorchModule, TorchSource
+from tests import torch_models
 
 pytestmark = pytest.mark.needs("torch")
 FACTORY = """
@@ -139,14 +139,22 @@ def test_other_methods_want_export_first_and_export_wants_no_onnx(folder: Path, 
         optimize(Artifact(onnx), ExportConfig(), rows(), Budget(scratch=str(tmp_path)))
 
 
-def test_a_recipe_goes_on_from_the_exported_file_and_keeps_no_second_copy_of_goldens_weights(folder: Path, tmp_path: Path) -> None:
-    rows(40).save(tmp_path / "calibration.npz")
-    source = {"factory": f"{folder / 'net.py'}:two", "weights": str(folder / "two.safetensors"), "inputs": INPUTS, "outputs": OUTPUTS}
+def test_a_recipe_goes_on_from_the_exported_file_which_teaches_what_trains(tmp_path: Path) -> None:
+    """Golden's weights are not copied into what is only exported; a trained version keeps its own."""
+    made = torch_models.artifact(tmp_path, "mlp", steps=20)
+    assert made.source is not None
+    torch_models.rows("mlp", 80).save(tmp_path / "train.npz")
+    source = {
+        "factory": made.source.factory, "weights": str(made.source.weights), "inputs": [["x", "FP32", [-1, 16]]], "outputs": [["y", "FP32", [-1, 4]]],
+    }  # fmt: skip
     order = Order(
-        str(folder / "two.safetensors"), ("export", {"method": "graph", "level": "basic"}), str(tmp_path / "out"),
-        samples={"calibration": str(tmp_path / "calibration.npz")}, source=source,
+        str(made.source.weights), ("export",), str(tmp_path / "alone"), "classification", samples={"train": str(tmp_path / "train.npz")}, source=source
     )  # fmt: skip
-    alone = build(replace(order, recipe=("export",), scratch=str(tmp_path / "alone")), Budget(seconds=120, scratch=str(tmp_path / "s")))
-    assert alone.files == ("model.onnx",) and alone.source is None and alone.facts[0]["lossless"] is True
-    assert alone.inspection["batchable"] and parse_recipe(alone.recipe) == (ExportConfig(),)
-    assert not list((tmp_path / "alone" / "built").glob("*.safetensors"))
+    alone = build(order, Budget(seconds=120, scratch=str(tmp_path / "s")))
+    assert alone.files == ("model.onnx",) and alone.source is None and alone.inspection["batchable"]
+    assert alone.facts[0]["lossless"] is True and not list((tmp_path / "alone" / "built").glob("*.safetensors"))
+    steps = ("export", {"method": "structured-pruning", "ratio": 0.3, "epochs": 1}, {"method": "distill", "epochs": 1})
+    trained = build(replace(order, recipe=steps, scratch=str(tmp_path / "trained")), Budget(seconds=240, scratch=str(tmp_path / "s")))
+    assert [step["method"] for step in trained.recipe] == ["export", "structured-pruning", "distill"]
+    assert trained.facts[1]["after"]["parameters"] < trained.facts[1]["before"]["parameters"] and trained.facts[2]["training"]
+    assert trained.source is not None and Path(trained.source["weights"]).is_file()
