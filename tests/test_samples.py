@@ -271,6 +271,15 @@ def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path
         assemble(sources, read, None, spent=kept)
 
 
+def test_a_job_before_the_reference_is_frozen_leaves_what_will_be_frozen_alone(tmp_path: Path) -> None:
+    """A reference takes golden's answers, which take time: of PyTorch models the import of torch alone."""
+    (tmp_path / "m").mkdir(exist_ok=True)
+    samples(200).save(tmp_path / "m" / "r.npz")
+    sources, read = SampleSources(reference="r.npz"), reader(tmp_path)
+    early = assemble(sources, read, None, most_train=9)
+    assert rows_of(early.calibration) and not rows_of(early.calibration) & rows_of(reference_inputs(sources, read))
+
+
 def test_recent_inputs_calibrate_beside_named_ones_and_then_never_judge(tmp_path: Path) -> None:
     read = reader(tmp_path)
     samples(60, seed=1).save(tmp_path / "m" / "calibration.npz")

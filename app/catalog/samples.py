@@ -259,7 +259,8 @@ def _calibration(
         return _most(train or reader.read(sources.train, "samples.train", seed)), captured, "calibration: samples.train"
     if sources.reference is not None:
         named = reader.read(sources.reference, "samples.reference", seed)
-        spare = named.without(set(frozen.hashes())) if frozen is not None else named
+        kept = frozen if frozen is not None else reference_inputs(sources, reader, seed)  # a job may come before the freezing has ended
+        spare = named.without(set(kept.hashes()))
         if len(spare) >= 8:
             return _most(spare), captured, "calibration: the part of samples.reference that is not frozen"
     made_up = synthetic(reader.signature, SYNTHETIC_SAMPLES, seed + CALIBRATION_SEED, reader.row_shapes, reader.integers)
