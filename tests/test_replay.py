@@ -67,7 +67,7 @@ def test_each_version_is_made_by_the_factory_that_it_came_with(tmp_path: Path) -
     request, held_to = asked(bench, want, "2", tmp_path)
     models, factories = tmp_path / "models" / "net", tmp_path / "factories"
     assert held_to == "1" and request["live"] == str(models / "2" / "model.safetensors")
-    wire = {"inputs": [["x", "FP32"]], "outputs": [["y", "FP32"]]}
+    wire = {"inputs": [["x", "FP32", [-1, 4]]], "outputs": [["y", "FP32", [-1, 4]]]}
     assert request["live_source"] == {"factory": f"{factories / 'net.py'}:slow", **wire}
     assert request["other_source"] == {"factory": f"{factories / 'net.py'}:fast", **wire}
     assert request["reference"]["stacked"], "rows are independent by the owner's word, so that each is a sample"

@@ -83,9 +83,8 @@ def test_what_answers_otherwise_than_torch_fails(folder: Path, tmp_path: Path) -
 def test_a_session_is_held_to_what_is_declared_of_a_module() -> None:
     declared = TorchSource.from_json({"factory": "net.py:build", "inputs": [["x", "FP32", [-1, 16]]], "outputs": [["y", "INT64", [-1]]]})
     assert declared is not None
-    golden = Opened(
-        *(_declared(*each) for each in ((declared.inputs, declared.input_shapes), (declared.outputs, declared.output_shapes))), 0.0
-    )
+    inputs, outputs = _declared(declared.inputs, declared.input_shapes), _declared(declared.outputs, declared.output_shapes)
+    golden = Opened(inputs, outputs, 0.0)
     inputs, outputs = (TensorInfo("x", "tensor(float)", ("n", 16)),), (TensorInfo("y", "tensor(int64)", ("n",)),)
     assert interface_objections(golden, Opened(inputs, outputs, 0.0)) == []
     frozen = Opened((TensorInfo("x", "tensor(float)", (1, 15)),), (TensorInfo("y", "tensor(int32)", ("n",)),), 0.0)
@@ -113,7 +112,7 @@ def test_goldens_answers_are_torchs_and_a_version_is_checked_against_them(folder
     found = golden_outputs({**torch, "outputs": str(tmp_path / "outputs.npz")}, Budget(seconds=60))
     assert found["right"] and found["as_asked"] and len(found["tries"]) == 1
     first, second = mlp_weights(SIZES)
-    inputs = Samples.load(folder / "reference.npz").inputs["x"]
+    inputs = Samples.load(folder / "reference.npz").inputs["x"].astype(np.float32)
     np.testing.assert_allclose(read_npz(tmp_path / "outputs.npz")["y"], np.maximum(inputs @ first, 0) @ second, atol=1e-4)
     known = {"golden_outputs": str(tmp_path / "outputs.npz")}
     assert quick_check({**given, **known, "path": str(mlp(tmp_path / "same.onnx", SIZES))}, Budget(seconds=60))["right"]

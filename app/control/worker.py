@@ -15,14 +15,14 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import time
 from typing import Any, Final
 
 from app.catalog.card_facts import signature_of
-from app.catalog.cards import Cards, Draft, RowsProof
+from app.catalog.cards import BuiltCard, Cards, Draft, RowsProof
 from app.catalog.repository import Repository
 from app.catalog.sample_sources import MOST_SAMPLES
 from app.catalog.samples import TRAIN_SAMPLES
@@ -30,7 +30,7 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.endings import is_server_side
 from app.control.expected import in_order
-from app.control.steps import is_recalibration
+from app.control.steps import is_recalibration, target_of
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
 from app.errors import Conflict, HoneError, NotAllowed
@@ -170,6 +170,7 @@ class Worker:
         )
         await asyncio.to_thread(self._bench.cards.require_space, piece.golden.bytes)
         candidates: list[str] = []
+        exported: BuiltCard | None = None
         skipped: list[JSON] = []
         tries: list[JSON] = []
         for index, recipe in enumerate(job.tries):
@@ -177,7 +178,7 @@ class Worker:
             if not steps or stop.is_set():
                 continue
             try:
-                version, facts = await self._try(job, piece, index, steps, stop)
+                version, facts = await self._try(job, piece, index, steps, stop, exported)
             except TaskFailed as failure:
                 if failure.kind is Failure.CANCELLED:
                     break
@@ -186,10 +187,18 @@ class Worker:
                 log.info("job %s: %s: %s", job.id, "+".join(said["try"]), failure.text)
                 continue
             candidates.append(version)
+            exported = exported or await asyncio.to_thread(self._exported, job.model, version)
             tries.append({"try": [step["method"] for step in recipe], "version": version, **facts})
         return candidates, {"built": tries, "skipped": skipped, "cpu_s": round(self._cpu_s, 1)}
 
-    async def _try(self, job: Job, piece: Workpiece, index: int, steps: list[JSON], stop: asyncio.Event) -> tuple[str, JSON]:
+    def _exported(self, model: str, version: str) -> BuiltCard | None:
+        """The version, where it is golden's export and no more: alternatives that begin with it need not make it again."""
+        card = self._bench.cards.card(model, version)
+        return card if isinstance(card, BuiltCard) and _is_export(card.draft.recipe) else None
+
+    async def _try(
+        self, job: Job, piece: Workpiece, index: int, steps: list[JSON], stop: asyncio.Event, exported: BuiltCard | None
+    ) -> tuple[str, JSON]:
         known = [
             card
             for card in await asyncio.to_thread(self._bench.cards.built, job.model)
@@ -200,7 +209,7 @@ class Worker:
             return known[0].version, {"published": "by an earlier attempt"}
         with self._bench.scratch() as folder:
             keep = self._bench.state.checkpoints / job.id / str(index)
-            request = await asyncio.to_thread(self._request, piece, steps, folder, keep)
+            request = await asyncio.to_thread(self._request, piece, steps, folder, keep, exported)
             result = await self._task("optimize", request, job, stop)
             built = Path(str(result["path"])).parent
             inspected = result["inspection"]
@@ -231,7 +240,7 @@ class Worker:
         }  # fmt: skip
         await asyncio.to_thread(self._journal.append, Event("version.published", job.model, version, job.id, data=data))
 
-    def _request(self, piece: Workpiece, steps: list[JSON], folder: Path, keep: Path) -> JSON:
+    def _request(self, piece: Workpiece, steps: list[JSON], folder: Path, keep: Path, exported: BuiltCard | None) -> JSON:
         paths = piece.samples.save(folder)
         source = piece.config.source
         described: JSON | None = None
@@ -242,9 +251,18 @@ class Worker:
             weights = piece.golden_path.parent / source.weights
             described = {"factory": f"{file}:{function}", "weights": str(weights)} if file and weights.is_file() else None
         samples: dict[str, str] = {name: paths[name] for name in ("calibration", "train") if name in paths}
+        begun: JSON = {"path": str(piece.golden_path), "recipe": steps}
+        if exported is not None and len(steps) > 1 and _is_export(steps[:1]):
+            facts = [fact for fact in exported.draft.facts if fact["method"] == steps[0]["method"]]
+            begun = {
+                "path": str(self._bench.cards.path(exported)),
+                "recipe": steps[1:],
+                "done": list(exported.draft.recipe),
+                "facts": facts,
+            }
         return {
-            "path": str(piece.golden_path),
-            "recipe": steps,
+            **begun,
+            "target": target_of(steps),
             "scratch": str(folder),
             "keep": str(keep),
             "task": piece.config.task,
@@ -312,6 +330,10 @@ class Worker:
 def _is_lossless(steps: list[JSON]) -> bool:
     types = config_types()
     return all(types[str(step["method"])].lossless for step in steps)
+
+
+def _is_export(steps: Sequence[Mapping[str, Any]]) -> bool:
+    return len(steps) == 1 and Need.PYTORCH in config_types()[str(steps[0]["method"])].needs
 
 
 def _trains(job: Job) -> bool:
