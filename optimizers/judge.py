@@ -34,7 +34,8 @@ from optimizers.torch_module import TorchSource
 from optimizers.verdict import Purpose, Verdict, VerifyReport, VerifyRequest
 
 BIT_CLOSE_SAMPLES: Final = 16
-"""Samples that suffice for a lossless candidate whose every output is bit-close: the outputs themselves are the evidence, not a share."""
+"""Samples, of one set or of all together, that suffice for a lossless candidate whose every output is bit-close: the outputs themselves are the
+evidence, not a share."""
 FIDELITY_SHARE: Final = 0.6
 """Of the time for a verdict, how much the comparison of answers may take at most."""
 _METHOD: Final = "verify"
@@ -192,6 +193,8 @@ def _compare_sets(
 ) -> list[str]:
     """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons."""
     failures: list[str] = []
+    few: list[str] = []
+    seen = 0
     labels_decide = any(samples.labels is not None for samples, _ in sets.values()) and request.quality.metric in {"auto", "accuracy"}
     labels_decide = labels_decide and request.task == "classification"
     close = True
@@ -214,11 +217,14 @@ def _compare_sets(
         close = close and found.bit_close
         report.fidelity[name] = {**found.to_json(), "origin": samples.origin, "available": len(samples)}
         failures += [f"{name} samples: {text}" for text in objections(found, advisory=labels_decide and samples.labels is None)]
+        seen += found.samples
         enough = request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES
         if not enough and found.met is Met.TOO_FEW and not (labels_decide and samples.labels is None):
-            report.reasons.append(f"{name} samples: {too_few(found, floor)}")
+            few.append(f"{name} samples: {too_few(found, floor)}")
         report.notes += class_notes(name, found)
     report.bit_close = close
+    if not (request.lossless and close and seen >= BIT_CLOSE_SAMPLES):
+        report.reasons += few
     return failures
 
 

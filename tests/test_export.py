@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from optimizers.samples import Samples
 from optimizers.session import Settings, open_session, tensors
 from optimizers.torch_module import TorchModule, TorchSource
 from tests import torch_models
+from tests.judged_models import mlp
 
 pytestmark = pytest.mark.needs("torch")
 FACTORY = """
@@ -133,28 +133,25 @@ def test_what_is_not_as_the_module_is_refused_with_the_reason(folder: Path, tmp_
 def test_other_methods_want_export_first_and_export_wants_no_onnx(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NotApplicable, match=r"graph works on ONNX files.*two\.safetensors.*let export come first"):
         optimize(golden(folder, "two"), GraphConfig(), rows(), Budget(scratch=str(tmp_path)))
-    onnx = tmp_path / "model.onnx"
-    shutil.copyfile(exported(folder, tmp_path, "two", rows()).path, onnx)
     with pytest.raises(NotApplicable, match=r"model\.onnx is one already"):
-        optimize(Artifact(onnx), ExportConfig(), rows(), Budget(scratch=str(tmp_path)))
+        optimize(Artifact(mlp(tmp_path / "model.onnx")), ExportConfig(), rows(), Budget(scratch=str(tmp_path)))
 
 
 def test_a_recipe_goes_on_from_the_exported_file_which_teaches_what_trains(tmp_path: Path) -> None:
-    """Golden's weights are not copied into what is only exported; a trained version keeps its own."""
-    made = torch_models.artifact(tmp_path, "mlp", steps=20)
-    assert made.source is not None
+    """It outlives the steps between."""
+    from safetensors.torch import save_model
+
+    from optimizers.torch_source import make
+
+    factory, weights = torch_models.factory(tmp_path, "mlp"), tmp_path / "mlp.safetensors"
+    save_model(make(factory), str(weights))
     torch_models.rows("mlp", 80).save(tmp_path / "train.npz")
-    source = {
-        "factory": made.source.factory, "weights": str(made.source.weights), "inputs": [["x", "FP32", [-1, 16]]], "outputs": [["y", "FP32", [-1, 4]]],
-    }  # fmt: skip
+    source = {"factory": factory, "weights": str(weights), "inputs": [["x", "FP32", [-1, 16]]], "outputs": [["y", "FP32", [-1, 4]]]}
+    steps = ("export", {"method": "structured-pruning", "ratio": 0.3, "epochs": 0}, {"method": "distill", "epochs": 1})
     order = Order(
-        str(made.source.weights), ("export",), str(tmp_path / "alone"), "classification", samples={"train": str(tmp_path / "train.npz")}, source=source
-    )  # fmt: skip
-    alone = build(order, Budget(seconds=120, scratch=str(tmp_path / "s")))
-    assert alone.files == ("model.onnx",) and alone.source is None and alone.inspection["batchable"]
-    assert alone.facts[0]["lossless"] is True and not list((tmp_path / "alone" / "built").glob("*.safetensors"))
-    steps = ("export", {"method": "structured-pruning", "ratio": 0.3, "epochs": 1}, {"method": "distill", "epochs": 1})
-    trained = build(replace(order, recipe=steps, scratch=str(tmp_path / "trained")), Budget(seconds=240, scratch=str(tmp_path / "s")))
-    assert [step["method"] for step in trained.recipe] == ["export", "structured-pruning", "distill"]
-    assert trained.facts[1]["after"]["parameters"] < trained.facts[1]["before"]["parameters"] and trained.facts[2]["training"]
-    assert trained.source is not None and Path(trained.source["weights"]).is_file()
+        str(weights), steps, str(tmp_path / "out"), "classification", samples={"train": str(tmp_path / "train.npz")}, source=source
+    )
+    made = build(order, Budget(seconds=240, scratch=str(tmp_path / "scratch")))
+    assert [step["method"] for step in made.recipe] == ["export", "structured-pruning", "distill"]
+    assert made.facts[1]["after"]["parameters"] < made.facts[1]["before"]["parameters"] and made.facts[2]["training"]
+    assert made.facts[0]["lossless"] and made.source is not None and Path(made.source["weights"]).is_file()

@@ -102,6 +102,9 @@ def test_too_few_samples_are_inconclusive_unless_a_lossless_candidate_is_bit_clo
     assert verify(golden, close, few, lossless=True)["verdict"] == "passed"
     off = mlp(tmp_path / "off.onnx", weights=noisy(mlp_weights(SIZES), 0.02))
     assert verify(golden, off, few, lossless=True)["verdict"] != "passed"
+    one = few | {"live": {"path": samples(tmp_path / "one.npz", 1, seed=5), "origin": "captured"}}
+    assert verify(golden, close, one, lossless=True)["verdict"] == "passed", "one captured input more is no doubt"
+    assert verify(golden, close, one)["verdict"] == "inconclusive"
 
 
 def test_a_candidate_must_pass_on_live_samples_too(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:

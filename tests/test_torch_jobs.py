@@ -83,6 +83,8 @@ def test_a_pytorch_golden_is_built_for_onnx_runtime_proven_against_torch_promote
         running.admin("POST", "/admin/models/net/rollback", 200)
         assert running.admin("GET", "/admin/models/net")["active"] == "1"
         assert answer(running) == pytest.approx(before, abs=1e-6)
+        version = tmp_path / "state" / "models" / "net" / "1.1"
+        assert (version / "model.onnx").is_file() and not list(version.glob("*.safetensors")), "golden has its weights already"
         tuned = running.job_done(running.admin("POST", "/admin/models/net/optimize", 202, json={"recipe": ["tune"]})["id"])
         assert tuned["outcome"] == "failed" and "--with export,tune" in tuned["report"]["reason"]
         verified = running.job_done(running.admin("POST", "/admin/models/net/verify", 202, json={})["id"])
