@@ -251,7 +251,9 @@ def _compare_shapes(
     quality = request.quality
     floor = replace(quality.floor_for(request.task, False), min_samples=1)
     failures = []
-    for variant in shape_variants(golden.opened.inputs, samples):
+    # What is declared of a module names no axes; the candidate's file knows which are one.
+    variants = list(shape_variants((candidate if golden.source else golden).opened.inputs, samples))
+    for variant in variants:
         budget.tick(_METHOD, f"shapes: {variant.label}", 0.65)
         tried = try_variant(variant, golden, candidate, floor, quality.judged_output, quality.class_axis)
         if tried is not None:
@@ -259,6 +261,8 @@ def _compare_shapes(
             failures += [f"at {variant.label}: {text}" for text in tried.objections]
     if report.shapes:
         report.notes.append(f"dynamic axes: tried {', '.join(entry['label'] for entry in report.shapes)}; unverified beyond")
+    elif variants:
+        report.notes.append(f"dynamic axes: golden refused all that was tried ({variants[0].label}, …); unverified beyond the samples")
     return failures
 
 

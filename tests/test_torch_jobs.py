@@ -30,6 +30,7 @@ source:
   inputs: [{name: x, datatype: FP32, shape: [-1, 32]}]
   outputs: [{name: scores, datatype: FP32, shape: [-1, 5]}]
 samples: {reference: reference.npz}
+capture: {mode: "off"}
 """
 
 
@@ -45,7 +46,7 @@ def deployed(folder: Path) -> None:
     layers = [part for _ in range(6) for part in (torch.nn.Linear(32, 32), torch.nn.Tanh())]
     save_file(torch.nn.Sequential(*layers, torch.nn.Linear(32, 5)).state_dict(), version / "model.safetensors")
     (version.parent / "model.yaml").write_text(CONFIG)
-    values = np.random.default_rng(0).standard_normal((400, 32)).astype(np.float32)
+    values = np.random.default_rng(0).standard_normal((600, 32)).astype(np.float32)
     np.savez(version.parent / "reference.npz", x=values)
 
 
