@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench
 from app.control.findings import Replay
 from app.control.replay import _question, replay
+from app.control.verification import question
 from app.domain import Generation, ModelState, RuntimeSettings, Signature, TensorSpec
 from optimizers.samples import Samples
+from optimizers.torch_module import TorchSource
 
 CONFIG = """
 platform: torch
@@ -60,6 +63,25 @@ def scene(folder: Path, factories: list[Path] | None = None) -> tuple[Bench, Mod
 def asked(bench: Bench, want: ModelState, version: str, folder: Path) -> tuple[dict[str, Any], str]:
     piece = bench.workpiece("net", want.golden, want.golden_sha256)
     return _question(bench, piece, want, version, SETTINGS, [], 0.0, folder)
+
+
+def test_a_proof_names_what_runs_each_pytorch_version_and_the_layout_that_it_is_served_in(tmp_path: Path) -> None:
+    """Golden may be proven itself, beside an earlier golden that a person went back to."""
+    bench, want = scene(tmp_path)
+    piece = bench.workpiece("net", want.golden, want.golden_sha256)
+    back = replace(want, desired="1")
+    request = question(bench, piece, back, "2", "here", RuntimeSettings(4, 1, 16, 512), tmp_path, proof_only=True, lossless=False)
+    models, factory = tmp_path / "models" / "net", f"{tmp_path / 'factories' / 'net.py'}:"
+    assert request["golden"] == request["candidate"] == str(models / "2" / "model.safetensors")
+    assert request["incumbent"] == str(models / "1" / "model.safetensors")
+    sources = {path: TorchSource.from_json(source) for path, source in request["sources"].items()}
+    assert {path: source.factory for path, source in sources.items() if source} == {
+        request["golden"]: f"{factory}slow", request["incumbent"]: f"{factory}fast",
+    }  # fmt: skip
+    assert all(source and source.input_shapes == ((-1, 4),) for source in sources.values())
+    assert request["batchable"], "by the owner's word"
+    served = request["incumbent_settings"]
+    assert (served["intra_op_threads"], served["instances"]) == (1, 4), "as the server runs what nobody measured"
 
 
 def test_each_version_is_made_by_the_factory_that_it_came_with(tmp_path: Path) -> None:

@@ -88,8 +88,6 @@ def test_a_pytorch_golden_is_built_for_onnx_runtime_proven_against_torch_promote
         assert (version / "model.onnx").is_file() and not list(version.glob("*.safetensors")), "golden has its weights already"
         tuned = running.job_done(running.admin("POST", "/admin/models/net/optimize", 202, json={"recipe": ["tune"]})["id"])
         assert tuned["outcome"] == "failed" and "--with export,tune" in tuned["report"]["reason"]
-        verified = running.job_done(running.admin("POST", "/admin/models/net/verify", 202, json={})["id"])
-        assert verified["outcome"] == "proven", verified["report"]
 
 
 def test_a_recipe_from_a_pytorch_golden_begins_with_its_export_allowed_or_not() -> None:

@@ -21,7 +21,7 @@ from app.catalog.sample_sources import SampleReader
 from app.catalog.samples import Reference, References, SampleSets, Spent, assemble
 from app.catalog.state_folder import StateFolder
 from app.domain import JSON, ModelState, RuntimeSettings
-from app.errors import Conflict, HoneError, ModelRejected
+from app.errors import Conflict, HoneError, ModelRejected, NotFound
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,15 @@ class Bench:
         return Workpiece(found, config, card, path, sets, reference)
 
     def model_path(self, piece: Workpiece, version: str) -> Path:
-        """The model file of golden or of a built version. Raises NotFound."""
+        """The model file of golden, of an earlier golden that is there, or of a built version. Raises NotFound, or what `Repository.model_file` does."""
         if version == piece.golden.version:
             return piece.golden_path
+        deployed = next((one for one in piece.found.versions if one.number == version), None)
+        if deployed is not None:
+            return self.repository.model_file(deployed)
         card = self.cards.card(piece.found.name, version)
-        assert isinstance(card, BuiltCard)
+        if not isinstance(card, BuiltCard):
+            raise NotFound(f"version {version} of {piece.found.name!r} is no longer in the repository")
         return self.cards.path(card)
 
     def torch_source(self, piece: Workpiece, version: str, as_deployed: bool = False) -> JSON:

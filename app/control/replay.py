@@ -81,8 +81,7 @@ def _question(
 
 def _arm(bench: Bench, piece: Workpiece, version: str, name: str, as_deployed: bool = False) -> JSON:
     """The model file of any version that is there (golden, an earlier golden, or a built one), with what a PyTorch one needs. Raises HoneError."""
-    found = next((one for one in piece.found.versions if one.number == version), None)
-    path = bench.repository.model_file(found) if found is not None else bench.model_path(piece, version)
+    path = bench.model_path(piece, version)
     source = bench.torch_source(piece, version, as_deployed) if path.suffix == WEIGHTS_SUFFIX else None
     return {name: str(path), f"{name}_source": source}
 

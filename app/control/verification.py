@@ -63,7 +63,11 @@ def question(
     paths_of = {role: bench.model_path(piece, which) for role, which in roles.items()}
     return {
         **{role: str(path) for role, path in paths_of.items()},
-        "sources": {str(path): bench.torch_source(piece, roles[role]) for role, path in paths_of.items() if path.suffix == WEIGHTS_SUFFIX},
+        "sources": {
+            str(path): bench.torch_source(piece, roles[role], roles[role] != piece.golden.version)
+            for role, path in paths_of.items()
+            if path.suffix == WEIGHTS_SUFFIX
+        },
         "sets": sets,
         "task": piece.config.task,
         "quality": piece.quality,

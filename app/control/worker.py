@@ -28,6 +28,7 @@ from app.catalog.sample_sources import MOST_SAMPLES
 from app.catalog.samples import TRAIN_SAMPLES
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
+from app.control.choices import exports
 from app.control.endings import is_server_side
 from app.control.expected import in_order
 from app.control.steps import is_recalibration, target_of
@@ -333,7 +334,7 @@ def _is_lossless(steps: list[JSON]) -> bool:
 
 
 def _is_export(steps: Sequence[Mapping[str, Any]]) -> bool:
-    return len(steps) == 1 and Need.PYTORCH in config_types()[str(steps[0]["method"])].needs
+    return tuple(step["method"] for step in steps) == exports()
 
 
 def _trains(job: Job) -> bool:
