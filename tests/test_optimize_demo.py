@@ -1,7 +1,11 @@
-"""The main job from end to end: the demo model is served, int8 is asked for, built beside the traffic, proven, and takes over."""
+"""The main job from end to end, by the commands of the quick start: the demo model is served, int8 is asked for, built beside the traffic, proven, and takes over."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -17,6 +21,13 @@ PICTURE = (DEMO / "digit.png").read_bytes()
 def kinds(running: Running) -> list[str]:
     """Kinds of the model's events, in order."""
     return [event["kind"] for event in running.admin("GET", "/admin/timeline?model=digits&limit=500")["events"]]
+
+
+def hone(running: Running, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a person gives it in the quick start."""
+    environment = {**os.environ, "HONE_URL": running.url, "HONE_TOKEN": running.token}
+    command = [sys.executable, "-m", "app.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
 def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
@@ -38,8 +49,9 @@ def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
         caller = threading.Thread(target=load)
         caller.start()
         try:
-            job = running.admin("POST", "/admin/models/digits/optimize", 202, json={"recipe": ["int8-static"]})
-            done = running.job_done(job["id"], 400)
+            asked = hone(running, "optimize", "digits", "--with", "int8-static", "--wait", "--json")
+            done = json.loads(asked.stdout)
+            assert asked.returncode == (0 if done["outcome"] == "promoted" else 3), asked.stderr
             if done["outcome"] == "promoted":
                 running.until(lambda: "version.confirmed" in kinds(running), 60)
         finally:
@@ -61,5 +73,5 @@ def test_int8_is_built_proven_and_swapped_in_under_load(tmp_path: Path) -> None:
             assert [seen.index(kind) for kind in order] == sorted(seen.index(kind) for kind in order)
             explained = running.admin("GET", "/admin/models/digits/explain")
             assert explained["active"] == "1.1" and [one["version"] for one in explained["lineage"]] == ["1.1", "1"]
-            back = running.admin("POST", "/admin/models/digits/rollback", 200)
-            assert back["active"] == "1"
+            assert hone(running, "rollback", "digits").returncode == 0
+            assert running.admin("GET", "/admin/models/digits")["active"] == "1"

@@ -179,10 +179,8 @@ class HoneProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._stage != _HEAD:
             return  # a trailer: what came after the body does not change what came before it
-        name, value = (
-            name.lower(),
-            value.rstrip(b" \t"),
-        )  # RFC 9112, 5: blanks around a value are no part of it; the parser drops those before
+        name = name.lower()
+        value = value.rstrip(b" \t")  # RFC 9112, 5: blanks around a value are no part of it; the parser drops those before
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
         self.headers.append((name, value))
