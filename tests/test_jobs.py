@@ -278,7 +278,7 @@ def test_a_version_for_another_class_of_hosts_is_built_and_waits(running: Runnin
     """Also where `tune`, which runs on the server, comes last; without VNNI the form for it is what saturates here, and is refused."""
     here = host_class()
     target = "avx2" if here.has_vnni else "vnni"
-    recipe = [{"method": "int8-static", "samples": 32}, "tune"]
+    recipe = [{"method": "int8-static", "samples": 32}, {"method": "tune", "max_seconds": 2}]
     job = running.admin("POST", "/admin/models/net/optimize", 202, json={"recipe": recipe, "target": target, "promote": "auto"})
     done = running.job_done(job["id"])
     assert done["outcome"] in {"kept", "inconclusive", "refused"} and running.admin("GET", "/admin/models/net")["active"] == "1", done

@@ -66,7 +66,7 @@ def test_a_server_remembers_them_and_forgets_them_in_time(tmp_path: Path, monkey
     engine = SimpleNamespace(deaths=[])
     admitted = SimpleNamespace(kind="onnx")
     active = SimpleNamespace(version="1.1", generation=1, settings=RuntimeSettings(), memory_bytes=0, engine=engine, admitted=admitted)
-    slot: Any = SimpleNamespace(name="m", active=active, ready=True, versions={"1.1": active}, rung=None, failed={})
+    slot: Any = SimpleNamespace(name="m", active=active, ready=True, versions={"1.1": active}, rung=None, failed={}, golden_kind="onnx")
     seen = vitals._view(slot)
     assert seen is not None and (seen.recent_deaths, seen.recent_kills) == (3, 0)
     monkeypatch.setattr("app.serving.past_deaths.monotonic", lambda: monotonic() + DEATHS_S)

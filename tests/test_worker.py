@@ -83,7 +83,7 @@ def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> N
     nothing: Any = None
     rows = Samples({"x": np.zeros((4, 16), np.float32)})
     piece = Workpiece(nothing, ModelConfig(), nothing, tmp_path / "model.onnx", SampleSets(rows))
-    request = worker._request(piece, [], tmp_path, folder.checkpoints / "j" / "0")
+    request = worker._request(piece, [], tmp_path, folder.checkpoints / "j" / "0", None)
     assert Order.from_json(request).keep == str(folder.checkpoints / "j" / "0")
     journal.close()
 
