@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.catalog.cards import Cards
+from app.catalog.cards import Cards, GoldenCard, RowsProof
 from app.catalog.model_config import ModelConfig
 from app.catalog.repository import Repository
 from app.catalog.samples import SampleSets
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.worker import Worker, run_worker
+from app.domain import Signature
 from app.errors import NotAllowed
 from app.settings import Settings
 from app.store.open import open_journal
@@ -82,7 +83,8 @@ def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> N
     assert [path.name for path in folder.checkpoints.iterdir()] == ["j"]
     nothing: Any = None
     rows = Samples({"x": np.zeros((4, 16), np.float32)})
-    piece = Workpiece(nothing, ModelConfig(), nothing, tmp_path / "model.onnx", SampleSets(rows))
+    golden = GoldenCard("m", "1", "aa", (), Signature((), ()), RowsProof(False, ""))
+    piece = Workpiece(nothing, ModelConfig(), golden, tmp_path / "model.onnx", SampleSets(rows))
     request = worker._request(piece, [], tmp_path, folder.checkpoints / "j" / "0", None)
     assert Order.from_json(request).keep == str(folder.checkpoints / "j" / "0")
     journal.close()
