@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from app.demo import SHIPPED
 from benchmarks import machine, models, report
 from benchmarks.openloop import Plan, Seen, run_apart
 from benchmarks.servers import Hone, HoneWorker
@@ -100,10 +101,11 @@ def _stage(folder: Path) -> Iterator[Stage]:
     lines = [line for line in config.read_text().splitlines() if not line.startswith("objective:")]
     lines += ["mode: approve", "objective: {p95_ms: 60}", "capture: off", "runtime: {lone_threads: 0, queue_limit: 256}"]
     config.write_text("\n".join([*lines, "quality: {floor: 0.8}"]) + "\n")
-    with Hone(repository, state) as hone:
+    factories = {"HONE_FACTORIES": str(SHIPPED / "factories")}
+    with Hone(repository, state, factories) as hone:
         hone.wait_ready(model.name)
         hone.settle(1)
-        with HoneWorker(repository, state):
+        with HoneWorker(repository, state, factories):
             int8, small = (_built(hone, model.name, recipe) for recipe in (INT8, SMALL))
         bodies = [
             models.binary_body(model, images[at : at + ROWS]).http("127.0.0.1", hone.port) for at in range(0, len(images) - ROWS, ROWS)

@@ -121,9 +121,9 @@ class Hone(ServerUnderTest):
 
 
 class HoneWorker(ServerUnderTest):
-    def __init__(self, repository: Path, state: Path) -> None:
+    def __init__(self, repository: Path, state: Path, environment: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "app.cli", "worker", "--repository", str(repository), "--state", str(state)]
-        super().__init__(command, 0, state.parent / f"{state.name}-worker.log")
+        super().__init__(command, 0, state.parent / f"{state.name}-worker.log", environment)
 
 
 class Control(ServerUnderTest):
