@@ -97,6 +97,28 @@ def test_priority_decides_first_also_for_those_who_are_late(loop: asyncio.Abstra
     assert [queue.take(1) for _ in range(3)] == [[high], [low], [low_late]]
 
 
+def test_each_fourth_call_is_for_who_is_late_though_somebody_in_time_always_waits(loop: asyncio.AbstractEventLoop) -> None:
+    queue, (late, *_) = filled(loop, 0.09)
+    timely, served = Timely(), list[Work]()
+    timely.patience_s = 0.1
+    for _ in range(4):
+        queue.push(work(loop, 100.0))
+        timely.sort_out(queue, call_s, 100.0)
+        served += timely.take(queue, 1)
+    assert [piece is late for piece in served] == [False, False, False, True]
+    assert not queue.late and len(timely.take(queue, 1)) == 1 and not queue, "nobody is late: all as ever"
+
+
+def test_no_turn_of_who_is_late_passes_a_higher_priority(loop: asyncio.AbstractEventLoop) -> None:
+    queue, (first, behind) = Queue(), [work(loop, 99.99, priority=1), work(loop, 99.9, priority=9)]
+    timely = Timely()
+    timely.patience_s = 0.1
+    for piece in (first, behind):
+        queue.push(piece)
+    timely.sort_out(queue, call_s, 100.0)
+    assert behind.late and queue.take(1, late=True) == [first]
+
+
 def test_of_two_models_the_one_with_requests_in_time_is_next() -> None:
     ledger = CoreLedger(1)
     woken: list[str] = []

@@ -149,12 +149,14 @@ class Queue:
             else:
                 self._left(work.level)
 
-    def take(self, limit: int) -> list[Work]:
-        """The next batch: up to `limit` rows that may share a call, or one request alone, whatever its rows."""
+    def take(self, limit: int, late: bool = False) -> list[Work]:
+        """The next batch: up to `limit` rows that may share a call, or one request alone, whatever its rows. `late`: of the first priority those
+        that are late, where it has some."""
         batch: list[Work] = []
         rows = 0
         key: Key | None = None
-        for number in self._order:
+        order = [self._order[0] | 1] if late and self._order and self._order[0] | 1 in self._levels else self._order
+        for number in order:
             level = self._levels[number]
             if number & 1 and key is not None and not batch[0].late:
                 continue  # who is in time does not wait for a larger call

@@ -269,7 +269,7 @@ class Dispatcher:
             if instance is not self._lone:
                 self._free.pop()
             self._solo = bool(self.suspects)
-            work = [self.suspects.popleft()] if self.suspects else self.queue.take(limit)
+            work = [self.suspects.popleft()] if self.suspects else self.timely.take(self.queue, limit)
             self._send(instance, work, tokens, expected_s)
         self._account.withdraw()
 
