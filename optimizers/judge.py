@@ -109,11 +109,11 @@ def _judge(request: VerifyRequest, report: VerifyReport, budget: Budget, until: 
 
 
 def _nothing_changed(request: VerifyRequest) -> bool:
-    others = {request.parent, request.golden, request.incumbent} - {
+    onnx = {request.parent, request.golden, request.incumbent} - {
         "",
         *request.sources,
     }  # a PyTorch file is another form, whatever it computes
-    return any(same_model(Path(request.candidate), Path(path)) for path in sorted(others))
+    return any(same_model(Path(request.candidate), Path(path)) for path in sorted(onnx))
 
 
 def _evidence(request: VerifyRequest, sets: Mapping[str, tuple[Samples, Rows | None]]) -> str:
