@@ -134,7 +134,7 @@ def now(loop: JSON) -> Iterable[str]:
         yield f"p95 {loop['p95_s'] * 1e3:.3g} ms at {loop.get('requests_per_s', 0):.3g} requests/s"
     fidelity = loop.get("fidelity")
     if fidelity:
-        yield f"agrees with golden on {fidelity['agreed']} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
+        yield f"agrees with golden on {fidelity['agreed']:.4g} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
     if loop.get("entropy_shift") is not None:
         yield (
             f"beside golden on the same requests: entropy {loop['entropy_shift']:+.2f}, margin {loop['margin_shift']:+.2f} standard deviations"

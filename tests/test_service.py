@@ -166,7 +166,19 @@ async def test_an_answer_that_cannot_be_compared_costs_other_models_nothing(
     row = np.ones((1, 4), np.float32)
     slot.mirror.kept.append(Seen([tensor("x", row)], None, [tensor("y", 2 * row)], "1.1"))
     found = await Vitals(service, None, service.window, 2, PastDeaths()).compare_some()  # type: ignore[arg-type]
-    assert [(name, compared.version, compared.agrees) for name, compared in found] == [("m", "1.1", True)]
+    assert [(name, compared.version, compared.agreed) for name, compared in found] == [("m", "1.1", 1.0)]
+
+
+@pytest.mark.parametrize(("metric", "agreed"), [("agreement", 0.75), ("cosine", 1.0), ("sqnr_db", 0.0)])
+def test_a_request_of_several_rows_agrees_by_its_rows_where_the_floor_is_one_of_rows(metric: str, agreed: float) -> None:
+    golden = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.4, 0]], np.float32)
+    other = golden.copy()
+    other[3] = 0.4, 0.5, 0
+    mirror = Mirror(metric, 30.0 if metric == "sqnr_db" else 0.95)
+    assert mirror.agreement([tensor("y", golden)], [tensor("y", other)]) == agreed
+    other[0] = np.nan
+    assert mirror.agreement([tensor("y", golden)], [tensor("y", other)]) == 0.0
+    assert mirror.agreement([tensor("y", golden)], [tensor("y", other[:2])]) == 0.0
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ class ArmFacts:
 
     `errors` are those of the model or the server. `cpu_s_per_row` and `latencies_s` are samples of calls that cost alike on both sides (the
     same bucket of batch and shape: a row in a batch of four costs a fifth less than alone). `non_finite` counts answers with NaN or infinity
-    where golden has none, or none is expected; `agreements` of `compared` answers were golden's, and `class_below_floor` says on which class
-    too few were.
+    where golden has none, or none is expected; `agreements` of `compared` answers were golden's (of several rows the share
+    that was), and `class_below_floor` says on which class too few were.
     """
 
     requests: int = 0
@@ -34,7 +34,7 @@ class ArmFacts:
     latencies_s: tuple[float, ...] = ()
     cpu_s_per_row: tuple[float, ...] = ()
     non_finite: int = 0
-    agreements: int = 0
+    agreements: float = 0.0
     compared: int = 0
     class_below_floor: str = ""
     memory_bytes: int = 0

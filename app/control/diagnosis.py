@@ -150,7 +150,7 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     drift = found.drift
     agreed, compared = found.agreed_before
     if compared >= BEFORE_ANSWERS and agreed >= BEFORE_AGREED * compared:
-        text = f"{fidelity.text}, and did on {agreed} of the {compared} before: the inputs changed"
+        text = f"{fidelity.text}, and did on {agreed:.4g} of the {compared} before: the inputs changed"
         return Diagnosis(Cause.INPUT, 0.8, text, numbers(found), ("version: it agreed on the traffic before",))
     if drift is not None and drift > DRIFTED and not found.began_with_version:
         text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"

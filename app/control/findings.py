@@ -66,7 +66,7 @@ class Findings:
     models: int = 1
     began_with_version: bool = False
     drift: float | None = None
-    agreed_before: tuple[int, int] = (0, 0)
+    agreed_before: tuple[float, int] = (0.0, 0)
     """(agreed with golden, compared) since the version serves, but for the last moments."""
     replay: Replay | None = None
     fresh: FreshRunner | None = None

@@ -195,6 +195,6 @@ def _disagrees(block: Block, config: ModelConfig) -> End | None:
     metric, floor = config.quality.resolved(config.task)
     least = floor if metric in ("agreement", "accuracy") else 0.99
     if block.compared >= SHADOW_ENOUGH and wilson(block.agreed, block.compared)[1] < least:
-        return End(Verdict.FAILED, f"agrees with golden on {block.agreed} of {block.compared} mirrored requests (floor {least:.1%})")
+        return End(Verdict.FAILED, f"agrees with golden on {block.agreed:.4g} of {block.compared} mirrored requests (floor {least:.1%})")
     worst = worst_class(block.likeness, config)
     return End(Verdict.FAILED, worst.text) if worst is not None else None

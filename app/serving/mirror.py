@@ -52,10 +52,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Whether a version's answer to one live request is golden's; `rows` of it where both are scores of classes. `cpu_s` is what asking took."""
+    """How much of a version's answer to one live request is golden's, from 0 to 1; `rows` of it where both are scores of classes. `cpu_s` is
+    what asking took."""
 
     version: str
-    agrees: bool
+    agreed: float
     cpu_s: float
     rows: tuple[Row, ...] = ()
 
@@ -117,29 +118,30 @@ class Mirror:
             request = InferenceRequest(seen.inputs, "mirror", seen.outputs, deadline=monotonic() + CALL_S, caller=OWN, priority=1 << 30)
             result = await engine.infer(request)
         except HoneError:
-            return Compared(version, False, 0.0), []
+            return Compared(version, 0.0, 0.0), []
         first, other = (result.outputs, seen.answer) if golden is None else (golden, result.outputs)
-        agrees, rows = await asyncio.to_thread(lambda: (self.agrees(first, other), self.rows(first, other)))
-        return Compared(version, agrees, result.cpu_s, rows), result.outputs
+        agreed, rows = await asyncio.to_thread(lambda: (self.agreement(first, other), self.rows(first, other)))
+        return Compared(version, agreed, result.cpu_s, rows), result.outputs
 
-    def agrees(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-        """By the first output: the top class for classifiers; cosine or SQNR against the floor for everything else. Texts must be the same."""
+    def agreement(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+        """By the first output: the share of rows with the same top class for classifiers (a floor is of rows, and a request may have many); else 1
+        or 0, by cosine or SQNR against the floor. Texts must be the same."""
         import numpy as np
 
         if len(golden) != len(other):
-            return False
+            return 0.0
         first, second = to_array(golden[0]), to_array(other[0])
         if first.shape != second.shape:
-            return False
+            return 0.0
         if first.dtype.kind not in "fiub":
-            return bool(np.array_equal(first, second))
+            return float(np.array_equal(first, second))
         a, b = np.atleast_2d(first.astype(np.float64)), np.atleast_2d(second.astype(np.float64))
         a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         if np.isfinite(a).all() and not np.isfinite(b).all():
-            return False
+            return 0.0
         if self.metric in ("agreement", "accuracy") and a.shape[-1] > 1:
-            return bool((a.argmax(-1) == b.argmax(-1)).all())
-        return _close(a, b, self.metric) >= self.floor
+            return float((a.argmax(-1) == b.argmax(-1)).mean())
+        return float(_close(a, b, self.metric) >= self.floor)
 
     def rows(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Row, ...]:
         """How sure both are of each row's classes; nothing where the first output is no finite scores [n, classes] on both sides."""

@@ -189,7 +189,7 @@ class Vitals:
                 except Exception:  # one model's odd answer must not cost the others what was seen of them
                     log.exception("model %s: a live answer could not be compared with golden's", slot.name)
         for name, compared in found:
-            self.window.compared(name, compared.version, compared.agrees, compared.rows)
+            self.window.compared(name, compared.version, compared.agreed, compared.rows)
         return found
 
     async def _compare(self, slot: Slot) -> AsyncIterator[Compared]:

@@ -50,7 +50,7 @@ GAUGES: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_host_info": ("Class of this host; always 1.", ["host_class"]),
     "hone_event_loop_lag_seconds": ("How late the event loop ran its last timer.", []),
     "hone_model_state": ("1 for what the loop is about with the model.", ["model", "state"]),
-    "hone_fidelity_ratio": ("Share of compared live answers that agree with golden, over five minutes.", VERSION),
+    "hone_fidelity_ratio": ("Share of the rows of compared live answers that agree with golden, over five minutes.", VERSION),
     "hone_class_fidelity_ratio": (
         "Share of compared live rows that agree with golden, by golden's class; the twenty lowest classes, over five minutes.",
         ["model", "version", "class"],

@@ -75,7 +75,8 @@ class Block:
     non_finite: int = 0
     deaths: int = 0
     compared: int = 0
-    agreed: int = 0
+    agreed: float = 0.0
+    """Of those compared with golden, each counting by the share of its rows that agree."""
     labelled: int = 0
     right: int = 0
     disturbed: bool = False
@@ -286,11 +287,11 @@ class Window:
     def died(self, model: str, version: str) -> None:
         self._block(model, version, self._clock()).deaths += 1
 
-    def compared(self, model: str, version: str, agrees: bool, rows: Iterable[Row] = ()) -> None:
-        """A live request was answered by golden too; `rows` of it where both gave scores of classes."""
+    def compared(self, model: str, version: str, agreed: float, rows: Iterable[Row] = ()) -> None:
+        """A live request was answered by golden too, and so much of it (0 to 1) alike; `rows` of it where both gave scores of classes."""
         block = self._block(model, version, self._clock())
         block.compared += 1
-        block.agreed += agrees
+        block.agreed += agreed
         block.likeness.add(rows)
 
     def labelled(self, model: str, version: str, right: bool) -> None:
