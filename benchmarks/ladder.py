@@ -31,6 +31,7 @@ ROWS: Final = 4
 LOADS: Final = (0.5, 1.0, 1.5, 2.0)
 BURSTS: Final = (0.6, 1.4)
 """The load alternates around its mean, burst by burst."""
+TURNS: Final = 3
 STEADY: Final = (0.5, 0.9, 1.2)
 PART_S: Final = 60.0
 """A steady load is offered in parts of this length, so that its answers need not all be kept at once."""
@@ -110,7 +111,7 @@ def _stage(folder: Path) -> Iterator[Stage]:
         bodies = [
             models.binary_body(model, images[at : at + ROWS]).http("127.0.0.1", hone.port) for at in range(0, len(images) - ROWS, ROWS)
         ]
-        plan = Plan("127.0.0.1", hone.port, bodies, 1.0, 4.0, connections=300, keep=True, patience_s=10.0)
+        plan = Plan("127.0.0.1", hone.port, bodies, 1.0, 4.0, connections=600, keep=True, patience_s=10.0)
         yield Stage(hone, model.name, int8, small, plan, images, labels, _capacity(plan))
 
 
@@ -122,7 +123,7 @@ def _bursts(folder: Path, burst_s: float) -> str:
                 prepare()
                 seen = [
                     run_apart(replace(stage.plan, rate=stage.capacity * load * share, seconds=burst_s, seed=number))
-                    for number, share in enumerate((*BURSTS, *BURSTS))
+                    for number, share in enumerate(BURSTS * TURNS)
                 ]
                 rows.append([f"{load:g} ×", who, *_figures(seen, stage, burst_s * len(seen))])
                 print(rows[-1], flush=True)
@@ -149,11 +150,12 @@ def _settings(hone: Hone, name: str, int8: str, small: str) -> dict[str, Callabl
 
     def serve(version: str, rungs: list[str]) -> None:
         hone.admin("PUT", f"/models/{name}/ladder", {"rungs": []})  # what is desired may not be a rung
+        time.sleep(2.0)  # who stood in steps back
         if hone.admin("GET", f"/models/{name}")["desired"] != version:
             hone.admin("POST", f"/models/{name}/promote", {"version": version, "reason": "benchmark", "force": True})
         if rungs:
             hone.admin("PUT", f"/models/{name}/ladder", {"rungs": rungs})
-        time.sleep(3.0)
+        time.sleep(2.0)
 
     return {
         "golden (fp32)": lambda: serve("1", []),

@@ -319,3 +319,13 @@ def test_rows_of_requests_larger_than_a_batch_are_reckoned_by_what_such_calls_ta
     for _ in range(6):
         rates.learn(64, 0.080, 0.0, 0.0)
     assert rates.drain_s(128, 16, 2) == pytest.approx(0.080), "two calls on two lanes, not eight of 80 ms"
+
+
+def test_a_small_call_is_not_expected_to_take_longer_than_a_larger_one_whatever_it_took_in_a_bad_moment() -> None:
+    rates = Rates()
+    rates.learn(4, 0.2, 0.01, 1.0)
+    assert rates.wall_s(4) == 0.2
+    for _ in range(3):
+        rates.learn(16, 0.01, 0.01, 2.0)
+    assert rates.wall_s(4) == rates.wall_s(16) == 0.01 and rates.wall_s(1) <= 0.01
+    assert rates.drain_s(4, 16, 1) == 0.01

@@ -10,7 +10,7 @@ import pytest
 
 from app.catalog.model_config import ModelConfig
 from app.domain import Event, Generation, ModelState, Observation
-from app.serving.ladder import HOLD_S, SETTLED_S, Ladder
+from app.serving.ladder import HOLD_S, SETTLED_S, Footing, Ladder
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
 from app.telemetry.metrics import Metrics
@@ -42,6 +42,9 @@ class Stand:
 
     @property
     def answers(self) -> str:
+        """Who stands for the model; the one above it has no room here."""
+        for version in self.slot.versions.values():
+            version.engine.backlog_s = max(version.engine.backlog_s, 0.02)  # type: ignore[misc]
         return self.slot.lease(None).version
 
     def second(self, offered: int, can: dict[str, int], lost: int = 429) -> None:
@@ -165,3 +168,61 @@ def test_what_one_callers_flood_is_refused_is_no_overload() -> None:
             stand.window.observe(Observation("m", "1", 429, 0.001, 0.0, 0.0, 0.0, 0.0, 0, 1, 0.0, 0.0, limited=True))
         stand.second(50, {"1": 100})
     assert stand.answers == "1" and not stand.events
+
+
+def test_the_version_above_answers_what_it_has_room_for() -> None:
+    stand = Stand()
+    for _ in range(20):
+        stand.second(300, CAN)
+    above, rung = stand.slot.versions["1.1"], stand.slot.versions["1.2"]
+    assert stand.slot.rung is rung and stand.slot.above is above
+    waiting: Any = {version: loaded.engine for version, loaded in stand.slot.versions.items()}
+    for on_above, on_rung, answers in (
+        (0.0, 0.0, "1.1"),
+        (0.004, 0.0, "1.1"),
+        (0.004, 0.002, "1.2"),
+        (0.0, 0.006, "1.2"),
+        (0.02, 0.0, "1.2"),
+    ):
+        waiting["1.1"].backlog_s, waiting["1.2"].backlog_s = on_above, on_rung
+        assert stand.slot.lease(None).version == answers, (on_above, on_rung)
+    waiting["1.1"].backlog_s, waiting["1.1"].alive = 0.0, False
+    assert stand.slot.lease(None).version == "1.2"
+    stand.ladder.look(stand.slot)
+    assert stand.slot.above is stand.slot.versions["1"], "the next one up that lives"
+
+
+def test_what_the_version_above_answers_counts_as_load_before_a_step_up() -> None:
+    stand = Stand()
+    for _ in range(4):
+        stand.second(150, CAN)
+    assert stand.answers == "1.1"
+    for _ in range(round(HOLD_S) + 4):
+        for _ in range(85):
+            stand.window.observe(Observation("m", "1", 200, 0.01, 0.0, 0.0, 0.001, 0.0, 1, 1, 0.001, 0.0))
+        stand.second(5, CAN)
+    assert stand.answers == "1.1", "90 a second are more than 0.7 of the hundred that golden can do"
+
+
+def test_a_queue_that_is_being_worked_off_is_no_reason_to_step_further() -> None:
+    stand = Stand()
+    engine: Any = stand.slot.versions["1"].engine
+    engine.queued = 100
+    for backlog_s in (0.8, 0.6, 0.45, 0.33, 0.25, 0.19, 0.14, 0.1, 0.07):
+        engine.backlog_s = backlog_s
+        stand.now += 0.25
+        stand.ladder.glance(stand.slot)
+    assert not stand.events
+    for _ in range(4):
+        engine.backlog_s = 0.3
+        stand.now += 0.25
+        stand.ladder.glance(stand.slot)
+    assert stand.steps() == [("1", "1.1")]
+
+
+def test_a_rung_that_is_known_to_be_too_small_for_what_comes_is_passed_over() -> None:
+    stand = Stand()
+    stand.ladder._footings.setdefault("m", Footing()).capacities["1.1"] = 200.0
+    for _ in range(3):
+        stand.second(300, CAN)
+    assert stand.steps() == [("1", "1.2")]

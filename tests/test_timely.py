@@ -16,7 +16,7 @@ from app.errors import QueueFull
 from app.serving.batcher import Queue, Work, key_of
 from app.serving.engine import Engine
 from app.serving.ledger import CoreLedger
-from app.serving.timely import PRESSED_S, Timely
+from app.serving.timely import LATE_TURN, PRESSED_S, Timely
 from tests import models
 from tests.engines import Start, anyio_backend, forkserver, request, start
 
@@ -97,15 +97,15 @@ def test_priority_decides_first_also_for_those_who_are_late(loop: asyncio.Abstra
     assert [queue.take(1) for _ in range(3)] == [[high], [low], [low_late]]
 
 
-def test_each_fourth_call_is_for_who_is_late_though_somebody_in_time_always_waits(loop: asyncio.AbstractEventLoop) -> None:
+def test_each_eighth_call_is_for_who_is_late_though_somebody_in_time_always_waits(loop: asyncio.AbstractEventLoop) -> None:
     queue, (late, *_) = filled(loop, 0.09)
     timely, served = Timely(), list[Work]()
     timely.patience_s = 0.1
-    for _ in range(4):
+    for _ in range(LATE_TURN):
         queue.push(work(loop, 100.0))
         timely.sort_out(queue, call_s, 100.0)
         served += timely.take(queue, 1)
-    assert [piece is late for piece in served] == [False, False, False, True]
+    assert LATE_TURN == 8 and [piece is late for piece in served] == [False] * 7 + [True]
     assert not queue.late and len(timely.take(queue, 1)) == 1 and not queue, "nobody is late: all as ever"
 
 

@@ -1,7 +1,8 @@
 """Brown-out: when load is about to break the objective, a faster proven version answers instead, until the load would fit again.
 
 The journal holds the envelope (which versions may); stepping inside it is the data plane's own, within seconds and without the store. It
-builds nothing, blames nobody, and leaves *desired* and *previous* alone.
+builds nothing, blames nobody, and leaves *desired* and *previous* alone. While a lower version stands in, the one above it answers as many as
+it has room for, so that no more are answered by a lesser one than must be.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import reduce
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 from app.domain import Event, ModelState
 from app.serving.service import InferenceService
@@ -22,9 +24,13 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.window import Totals, Window
 
 log = logging.getLogger("hone.serving")
-GLANCE_S: Final = 0.25
+GLANCE_S: Final = 0.15
 GLANCES: Final = 3
 """So many glances in a row at a queue that is longer than the promise allows are a step down: a hiccup is over by then, a burst is not."""
+FALLING: Final = 0.8
+"""A queue that is down to this share of what it was when it was first seen too long is being worked off: no reason to step."""
+SPARE: Final = 0.05
+"""The version above goes on answering while what waits takes no more than this share of the promise: it waits for cores that are free anyway."""
 LOOK_S: Final = 1.0
 SPAN_S: Final = 3.0
 """What a look sees: short enough to act within seconds, long enough for a few hundred requests."""
@@ -43,6 +49,24 @@ PROVED_S: Final = 60.0
 MORE: Final = 1.3
 
 
+class Full(NamedTuple):
+    """When the queue was first seen too long, how long it was, how many waited, and what had been answered by then."""
+
+    at: float
+    waits_s: float
+    queued: int
+    all: Totals
+
+
+class Mark(NamedTuple):
+    """A look: which version stood then, what it had done by itself, and what all of the envelope had."""
+
+    at: float
+    version: str
+    own: Totals
+    all: Totals
+
+
 @dataclass
 class Footing:
     """Where one model stands. `capacities` are requests a second that a version answered while it was full."""
@@ -50,8 +74,7 @@ class Footing:
     rung: str = ""
     bad_looks: int = 0
     long_glances: int = 0
-    full_since: tuple[float, Totals] | None = None
-    """When the queue was first seen too long, and what had been answered by then."""
+    full_since: Full | None = None
     calm_since: float = 0.0
     stepped_at: float = -SETTLED_S
     up_at: float = -PROVED_S
@@ -59,7 +82,7 @@ class Footing:
     """Requests a second that were offered when it last stepped up, at `up_at`."""
     hold_s: float = HOLD_S
     capacities: dict[str, float] = field(default_factory=dict)
-    marks: deque[tuple[float, str, Totals]] = field(default_factory=lambda: deque(maxlen=round(SPAN_S / LOOK_S) + 1))
+    marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=round(SPAN_S / LOOK_S) + 1))
 
 
 class Ladder:
@@ -91,25 +114,32 @@ class Ladder:
         """A step down before answers are late: what waits already takes longer than is promised, and goes on to."""
         want, promise, footing = self._want(slot.name), slot.config.objective.promise, self._footings.setdefault(slot.name, Footing())
         current = slot.rung or slot.active
-        if current is not None:  # one caller's flood is limited before anybody steps down for it
-            current.engine.promise(promise.threshold_s if promise is not None else math.inf, slot.config.limits.caller_share)
+        for one in (current, slot.above):  # one caller's flood is limited before anybody steps down for it
+            if one is not None:
+                one.engine.promise(promise.threshold_s if promise is not None else math.inf, slot.config.limits.caller_share)
         if want is None or promise is None or current is None or not slot.config.ladder or not want.rungs:
             return
-        now, waits_s = self._clock(), current.engine.backlog_s
+        now, waits_s, queued = self._clock(), current.engine.backlog_s, current.engine.queued
         if waits_s <= promise.threshold_s:
             footing.long_glances, footing.full_since = 0, None
             return
-        totals = self._window.totals(slot.name, current.version)
-        footing.long_glances += 1
-        then, before = footing.full_since = footing.full_since or (now, totals)
         rungs = _rungs(slot, want)
-        lower = self._loaded(slot, rungs[rungs.index(current.version) + 1 :]) if current.version in rungs else None
-        if footing.long_glances < GLANCES or lower is None:
+        totals = self._totals(slot, rungs)
+        footing.long_glances += 1
+        full = footing.full_since = footing.full_since or Full(now, waits_s, queued, totals)
+        if footing.long_glances < GLANCES or current.version not in rungs:
             return
-        answered = totals.minus(before).requests / max(1e-3, now - then)  # of long calls none may have ended in so short a time
-        footing.capacities[current.version] = self._capacity(footing, current, max(answered, current.engine.queued / waits_s), now)
+        if waits_s < FALLING * full.waits_s:
+            footing.long_glances, footing.full_since = 1, Full(now, waits_s, queued, totals)
+            return
+        span_s, came = max(1e-3, now - full.at), totals.minus(full.all)
+        lower = self._lower(slot, footing, rungs[rungs.index(current.version) + 1 :], (came.offered + queued - full.queued) / span_s)
+        if lower is None:
+            return
+        answered = came.requests / span_s  # of long calls none may have ended in so short a time
+        footing.capacities[current.version] = self._capacity(slot, footing, rungs, current, max(answered, queued / waits_s), now)
         why = f"load: what waits takes {waits_s * 1e3:.0f} ms, {promise.threshold_s * 1e3:.0f} are promised; {answered:.3g} requests/s answered"
-        self._step(slot, footing, lower, why, now, up=False)
+        self._step(slot, footing, rungs, lower, why, now, up=False)
 
     def look(self, slot: Slot) -> None:
         """One look at one model: a step down, a step up, or nothing."""
@@ -120,31 +150,32 @@ class Ladder:
         now = self._clock()
         rungs = _rungs(slot, want)
         if slot.rung is not None and slot.rung.version == active.version:
-            slot.rung = None  # it was promoted: nobody stands in for it any more
+            slot.rung = slot.above = None  # it was promoted: nobody stands in for it any more
             self._metrics.gauge("hone_ladder_rung", slot.name, value=0.0)
         current = slot.rung.version if slot.rung is not None else active.version
         if current not in rungs:
-            self._step(slot, footing, None, "the envelope changed", now, up=True)
+            self._step(slot, footing, rungs, None, "the envelope changed", now, up=True)
             return
         at = rungs.index(current)
-        footing.marks.append((now, current, self._window.totals(slot.name, current)))
-        (then, _, before), (_, _, after) = next(mark for mark in footing.marks if mark[1] == current), footing.marks[-1]
-        seen, span_s = after.minus(before), max(1e-3, now - then)
+        self._stand(slot, rungs, slot.rung)
+        footing.marks.append(Mark(now, current, self._window.totals(slot.name, current), self._totals(slot, rungs)))
+        first, last = next(mark for mark in footing.marks if mark.version == current), footing.marks[-1]
+        seen, span_s = last.all.minus(first.all), max(1e-3, now - first.at)
         if slot.rung is None and now - footing.stepped_at > SETTLED_S:
             footing.hold_s = HOLD_S
-        if self._overloaded(slot, seen):
+        if self._overloaded(slot, last.own.minus(first.own)):  # who waits for the version above since before a step is late anyway
             footing.bad_looks, footing.calm_since = footing.bad_looks + 1, 0.0
-            lower = self._loaded(slot, rungs[at + 1 :])
+            lower = self._lower(slot, footing, rungs[at + 1 :], seen.offered / span_s)
             if footing.bad_looks >= DOWN_LOOKS and lower is not None:
-                footing.capacities[current] = self._capacity(footing, slot.versions.get(current), seen.requests / span_s, now)
+                footing.capacities[current] = self._capacity(slot, footing, rungs, slot.versions.get(current), seen.requests / span_s, now)
                 why = f"load: {seen.offered / span_s:.3g} requests/s offered, {seen.requests / span_s:.3g} answered, queue {seen.queue_ratio:.0%} of latency"
-                self._step(slot, footing, lower, why, now, up=False)
+                self._step(slot, footing, rungs, lower, why, now, up=False)
             return
         footing.bad_looks = 0
         if at > 0:
-            self._perhaps_up(slot, footing, rungs[at - 1], seen.offered / span_s, now)
+            self._perhaps_up(slot, footing, rungs, rungs[at - 1], seen.offered / span_s, now)
 
-    def _perhaps_up(self, slot: Slot, footing: Footing, upper: str, offered: float, now: float) -> None:
+    def _perhaps_up(self, slot: Slot, footing: Footing, rungs: list[str], upper: str, offered: float, now: float) -> None:
         """`offered` in requests a second. What the upper version can do may be unknown, where it never was full: then only trying tells."""
         capacity = footing.capacities.get(upper)
         if capacity is not None and offered and offered >= UP_SHARE * capacity:
@@ -159,17 +190,16 @@ class Ladder:
             why = f"{offered:.3g} requests/s offered for {footing.hold_s:.0f} s, {known or f'what {upper} can do is not known'}"
             footing.hold_s = min(MOST_HOLD_S, 2 * footing.hold_s)
             footing.up_at, footing.up_offered = now, offered
-            footing.marks.append((now, upper, self._window.totals(slot.name, upper)))
-            self._step(slot, footing, loaded if loaded is not slot.active else None, why, now, up=True)
+            footing.marks.append(Mark(now, upper, self._window.totals(slot.name, upper), footing.marks[-1].all))
+            self._step(slot, footing, rungs, loaded if loaded is not slot.active else None, why, now, up=True)
 
-    def _capacity(self, footing: Footing, full: Loaded | None, answered: float, now: float) -> float:
+    def _capacity(self, slot: Slot, footing: Footing, rungs: list[str], full: Loaded | None, answered: float, now: float) -> float:
         """Requests a second that `full` can do: what it answered; no more than what it was just tried with, where that proved too much."""
-        recent = [mark for mark in footing.marks if full is not None and mark[1] == full.version and mark[0] >= footing.up_at]
+        recent = [mark for mark in footing.marks if full is not None and mark.version == full.version and mark.at >= footing.up_at]
         if full is None or not recent or now - footing.up_at > PROVED_S:
             return answered
-        then, _, before = recent[0]
-        came = self._window.totals(full.admitted.model, full.version).minus(before).offered + full.engine.queued
-        same = came / max(LOOK_S, now - then) < MORE * footing.up_offered
+        came = self._totals(slot, rungs).minus(recent[0].all).offered + full.engine.queued
+        same = came / max(LOOK_S, now - recent[0].at) < MORE * footing.up_offered
         return min(answered, footing.up_offered) if same else answered
 
     def _overloaded(self, slot: Slot, seen: Totals) -> bool:
@@ -192,14 +222,28 @@ class Ladder:
                 return loaded
         return None
 
-    def _step(self, slot: Slot, footing: Footing, rung: Loaded | None, why: str, now: float, up: bool) -> None:
+    def _lower(self, slot: Slot, footing: Footing, rungs: list[str], offered: float) -> Loaded | None:
+        """The first of the lower `rungs` that is not known to be too small for `offered` requests a second, else the lowest that can answer."""
+        loaded = [one for version in rungs if (one := self._loaded(slot, [version])) is not None]
+        return next((one for one in loaded if footing.capacities.get(one.version, math.inf) >= offered), loaded[-1] if loaded else None)
+
+    def _totals(self, slot: Slot, rungs: list[str]) -> Totals:
+        """What all of the envelope did so far: while a lower version stands in, the one above it answers as well."""
+        return reduce(Totals.plus, (self._window.totals(slot.name, version) for version in rungs), Totals())
+
+    def _stand(self, slot: Slot, rungs: list[str], rung: Loaded | None) -> None:
+        promise = slot.config.objective.promise
+        slot.rung = rung
+        slot.above = self._loaded(slot, rungs[: rungs.index(rung.version)][::-1]) if rung is not None and rung.version in rungs else None
+        slot.spare_s = SPARE * promise.threshold_s if promise is not None else 0.0
+
+    def _step(self, slot: Slot, footing: Footing, rungs: list[str], rung: Loaded | None, why: str, now: float, up: bool) -> None:
         active = slot.active.version if slot.active is not None else ""
         before = slot.rung.version if slot.rung is not None else active
         after = rung.version if rung is not None else active
+        self._stand(slot, rungs, rung)
         if before == after:
-            slot.rung = rung
             return
-        slot.rung = rung
         footing.bad_looks, footing.long_glances, footing.full_since = 0, 0, None
         footing.calm_since, footing.stepped_at = 0.0, now
         self._metrics.count("hone_ladder_steps", slot.name, "up" if up else "down")

@@ -25,6 +25,8 @@ class Rates:
         self._wall_s = [0.0] * _BUCKETS
         self._cpu_s = [0.0] * _BUCKETS
         self._seen = [0] * _BUCKETS
+        self._most = 0
+        """Buckets up to the largest seen."""
         self._worst_cpu_s = [0.0] * _BUCKETS
         self._worst_wall_s = [0.0] * _BUCKETS
 
@@ -37,12 +39,13 @@ class Rates:
         self._worst_cpu_s[bucket] = max(self._worst_cpu_s[bucket], cpu_s)
         self._worst_wall_s[bucket] = max(self._worst_wall_s[bucket], wall_s)
         self._seen[bucket] = seen + 1
+        self._most = max(self._most, bucket + 1)
         self.batches += 1
         self.last_at = now
 
     def wall_s(self, rows: int) -> float:
         """Expected seconds of a call with so many rows; 0.0 while nothing is known. Unseen sizes go by the nearest one seen."""
-        return self._nearest(self._wall_s, rows)
+        return self._wall(rows, in_part=False)
 
     def least_wall_s(self, rows: int) -> float:
         """What a call with so many rows takes at least: as long as the largest one seen that is no larger; 0.0 where none was.
@@ -68,7 +71,7 @@ class Rates:
     def drain_s(self, rows: int, limit: int, lanes: int) -> float:
         """Seconds until so many queued rows have been served, in batches of `limit` on `lanes` instances. Where only larger calls were seen, whose
         requests bring more rows than a batch takes, a row costs what it does in those."""
-        return _drained(rows, limit, lanes, lambda size: self._nearest(self._wall_s, size, in_part=True))
+        return _drained(rows, limit, lanes, lambda size: self._wall(size, in_part=True))
 
     def least_drain_s(self, rows: int, limit: int, lanes: int) -> float:
         """As `drain_s`, by what is known to be needed."""
@@ -80,6 +83,14 @@ class Rates:
         while rows > 1 and self.cpu_s(rows) > seconds:
             rows //= 2
         return rows
+
+    def _wall(self, rows: int, in_part: bool) -> float:
+        """No more than larger calls take: under load there are no small ones, and what the last of them took may be of a bad moment long ago."""
+        wall_s = self._nearest(self._wall_s, rows, in_part)
+        for bucket in range(_bucket(rows) + 1, self._most):
+            if self._seen[bucket] and self._wall_s[bucket] < wall_s:
+                wall_s = self._wall_s[bucket]
+        return wall_s
 
     def _nearest(self, values: list[float], rows: int, in_part: bool = False) -> float:
         bucket = _bucket(rows)

@@ -389,6 +389,8 @@ class ModelReconciler:
             slot.split = None
         if slot.rung is loaded:
             slot.rung = None
+        if slot.above is loaded:
+            slot.above = None
         await self._stop_engine(loaded)
 
     async def _stop_engine(self, loaded: Loaded) -> None:

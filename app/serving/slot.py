@@ -95,11 +95,14 @@ class Slot:
     mirror: Mirror | None = None
     rung: Loaded | None = None
     """The version that answers in the active one's place while load would break the objective (app.serving.ladder)."""
+    above: Loaded | None = None
+    """The one above `rung`, which goes on answering what it has room for: as long as what waits for both takes at most `spare_s`."""
+    spare_s: float = 0.0
 
     def lease(self, version: str | None) -> Loaded:
         """The loaded version that stands for `version`. Raises NotReady with the reason and remedy, or NotFound."""
         if version is None:
-            loaded = self.rung if self.rung is not None and self.rung.engine.alive else self.active
+            loaded = self._stands_in(self.rung) if self.rung is not None and self.rung.engine.alive else self.active
         else:
             loaded = self.versions.get(version)
         if loaded is None:
@@ -114,6 +117,12 @@ class Slot:
         name = self.config.rollout.header
         key = headers.get(name.lower().encode()) if name else None
         return split.loaded if split.takes(key) else self.lease(None)
+
+    def _stands_in(self, rung: Loaded) -> Loaded:
+        above = self.above
+        if above is None or not above.engine.alive or above.engine.backlog_s + rung.engine.backlog_s > self.spare_s:
+            return rung
+        return above
 
     def _unavailable(self, version: str | None) -> NotFound | NotReady:
         if version is None:

@@ -1,7 +1,7 @@
 """Who is served first while more comes than can be answered as promised: those who can still be answered in time.
 
 In order of arrival everybody would wait for as long as the queue is, and nobody be in time. So who has waited too long is passed by those
-who have not, and is answered when nobody in time waits, and by each fourth call; where the queue is full, the one who is late longest makes room. Nothing is refused
+who have not, and is answered when nobody in time waits, and by each eighth call; where the queue is full, the one who is late longest makes room. Nothing is refused
 that would not have been, and whoever is in time is served in order of arrival. (Dropping at the head and serving the newest first under
 overload: Maurer, "Fail at Scale", ACM Queue 13(8), 2015; Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 10(5), 2012.)
 """
@@ -17,8 +17,8 @@ from app.serving.batcher import Queue, Work
 PRESSED_S: Final = 1.0
 """So long after somebody fell behind, half of the time that an answer may wait is kept for what calls take beyond what is expected."""
 SPARE: Final = 0.5
-LATE_TURN: Final = 4
-"""Each fourth call is for who is late: else, where callers wait for their answers before they ask again, the first one in time would be served for
+LATE_TURN: Final = 8
+"""Each eighth call is for who is late: else, where callers wait for their answers before they ask again, the first one in time would be served for
 ever and the others never, and who looks at the answers alone would see nothing wrong."""
 
 

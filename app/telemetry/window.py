@@ -142,10 +142,10 @@ class Totals:
     total_s: float = 0.0
     expired: int = 0
 
-    def plus(self, block: Block) -> Totals:
+    def plus(self, other: Block | Totals) -> Totals:
         return Totals(
-            self.requests + block.requests, self.refused + block.refused, self.failures + block.failures, self.within + block.within,
-            self.queue_s + block.queue_s, self.total_s + block.total_s, self.expired + block.expired,
+            self.requests + other.requests, self.refused + other.refused, self.failures + other.failures, self.within + other.within,
+            self.queue_s + other.queue_s, self.total_s + other.total_s, self.expired + other.expired,
         )  # fmt: skip
 
     def minus(self, earlier: Totals) -> Totals:
