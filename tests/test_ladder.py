@@ -179,9 +179,9 @@ def test_the_version_above_answers_what_it_has_room_for() -> None:
     waiting: Any = {version: loaded.engine for version, loaded in stand.slot.versions.items()}
     for on_above, on_rung, answers in (
         (0.0, 0.0, "1.1"),
-        (0.004, 0.0, "1.1"),
-        (0.004, 0.002, "1.2"),
-        (0.0, 0.006, "1.2"),
+        (0.002, 0.0, "1.1"),
+        (0.002, 0.0015, "1.2"),
+        (0.0, 0.003, "1.2"),
         (0.02, 0.0, "1.2"),
     ):
         waiting["1.1"].backlog_s, waiting["1.2"].backlog_s = on_above, on_rung
