@@ -82,7 +82,7 @@ def test_a_large_body_that_hardly_comes_is_ended_and_a_small_one_may_take_its_ti
     """What is announced is kept free in memory: a few idle connections must not keep all others out."""
     with serving(replace(LIMITS, body_timeout_s=60.0, stall_s=0.4)) as served, served.connect() as large, served.connect() as small:
         for client, size in ((large, 70_000), (small, 60_000)):
-            client.sendall(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size + bytes(100))
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size + bytes(100))
         assert "16384 bytes in 0.4 seconds" in refusal(large, 408)
         small.sendall(bytes(59_900))
         assert answer(small)[0] == 200

@@ -72,6 +72,33 @@ def test_chunked_bodies_come_whole(served: Running, chunk: int) -> None:
         assert not [name for name, _ in served.app.headers[-1] if name == b"x-trailer"]
 
 
+@pytest.mark.parametrize(
+    ("head", "status", "word"),
+    [
+        (b"GET /echo HTTP/1.1\r\n", 400, "no Host headers"),
+        (b"GET /echo HTTP/1.1\r\nHost: a\r\nHost: a\r\n", 400, "2 Host headers"),
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n", 501, "'gzip, chunked'"),
+        (b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n", 501, "Content-Encoding"),
+    ],
+)
+def test_a_head_that_a_proxy_may_read_otherwise_is_refused(served: Running, head: bytes, status: int, word: str) -> None:
+    before = len(served.app.seen)
+    with served.connect() as client:
+        client.sendall(head + b"\r\n")
+        assert word in refusal(client, status)
+    with served.connect() as client:
+        client.sendall(head + b"\r\n" + post("/echo", b"smuggled"))
+        assert word in refusal(client, status) and closed(client)
+    assert len(served.app.seen) == before
+
+
+@pytest.mark.parametrize("head", [b"GET /echo HTTP/1.0\r\n", b"GET /echo HTTP/1.1\r\nHost:\r\n", b"GET /echo HTTP/1.0\r\nhost: x\r\n"])
+def test_an_old_probe_without_a_host_is_answered(served: Running, head: bytes) -> None:
+    with served.connect() as client:
+        client.sendall(head + b"\r\n")
+        assert answer(client)[0] == 200
+
+
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
 
 
@@ -79,8 +106,8 @@ OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings:
 @pytest.mark.parametrize("piece", [1 << 20, 100])
 def test_an_offer_of_another_protocol_is_declined_in_silence(served: Running, size: int, piece: int) -> None:
     offering, plain = post("/echo", bytes(size), OFFER), post("/echo", b"12")
-    chunked = b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + OFFER + b"\r\n3\r\nabc\r\n0\r\n\r\n"
-    data = offering + plain + chunked + plain + b"GET /echo HTTP/1.1\r\n" + OFFER + b"\r\n" + plain
+    chunked = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n" + OFFER + b"\r\n3\r\nabc\r\n0\r\n\r\n"
+    data = offering + plain + chunked + plain + b"GET /echo HTTP/1.1\r\nHost: x\r\n" + OFFER + b"\r\n" + plain
     with served.connect() as client:
 
         def send() -> None:
@@ -104,12 +131,12 @@ def test_an_offer_of_another_protocol_is_declined_in_silence(served: Running, si
         b"FETCH / HTTP/1.1\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nBad Name: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nX: a\0b\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
-        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999999\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nBad Name: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999999\r\n\r\n",
     ],
 )
 def test_malformed_http_gets_a_json_error(served: Running, junk: bytes) -> None:
@@ -121,7 +148,7 @@ def test_malformed_http_gets_a_json_error(served: Running, junk: bytes) -> None:
 
 def test_a_refusal_carries_the_id_that_came(served: Running) -> None:
     with served.connect() as client:
-        client.sendall(b"POST / HTTP/1.1\r\nX-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n")
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nX-Request-Id: mine\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n")
         status, headers, _ = answer(client)
         assert (status, headers["x-request-id"]) == (400, "mine")
 
@@ -146,8 +173,8 @@ def test_junk_behind_a_request_does_not_spoil_its_answer(served: Running) -> Non
 @given(
     st.lists(
         st.sampled_from([
-            post("/echo", b"12"), post("/echo", b"1", OFFER), b"POST /echo HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1;x=y\r\na\r\n", b"0\r\n\r\n",
-            b"GET /echo HTTP/1.1\r\n", b"A: b\r\n", b"\r\n", b"\n", b"Expect: 100-continue\r\n", b"Content-Length: 3\r\n", OFFER, b"\0", b"PUT",
+            post("/echo", b"12"), post("/echo", b"1", OFFER), b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1;x=y\r\na\r\n", b"0\r\n\r\n",
+            b"GET /echo HTTP/1.1\r\nHost: x\r\n", b"A: b\r\n", b"\r\n", b"\n", b"Expect: 100-continue\r\n", b"Content-Length: 3\r\n", OFFER, b"\0", b"PUT",
         ]) | st.binary(max_size=20),
         max_size=8,
     ),

@@ -189,6 +189,9 @@ class HoneProtocol(HttpToolsProtocol):
         if len(self.url) > self.limits.url_bytes or (self._inexact and self._head_size() > self.limits.header_bytes):
             self._head_too_large()
             raise _Refused
+        self._refusal = self._misheaded()
+        if self._refusal is not None:
+            raise _Refused
         self._stage = _BODY
         self._inexact = self._chunked = False
         self._head_bytes = self._body_bytes = 0
@@ -228,6 +231,22 @@ class HoneProtocol(HttpToolsProtocol):
         if not cycle.response_complete:
             cycle.more_body = False
             cycle.message_event.set()
+
+    def _misheaded(self) -> tuple[int, str] | None:
+        """What a proxy before us may read otherwise: whose request it is (RFC 9112, 3.2), and where its body ends (6.1)."""
+        hosts = 0
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"transfer-encoding" and value.lower() != b"chunked":
+                coding = value[:80].decode("ascii", "backslashreplace")
+                return (
+                    501,
+                    f"Transfer-Encoding {coding!r} is not known here: send chunked, and say with Content-Encoding what is compressed",
+                )
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            return 400, f"malformed HTTP: {hosts or 'no'} Host headers; a request of HTTP/1.1 has one"
+        return None
 
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
