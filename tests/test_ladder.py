@@ -44,7 +44,7 @@ class Stand:
     def answers(self) -> str:
         """Who stands for the model; the one above it has no room here."""
         for version in self.slot.versions.values():
-            version.engine.backlog_s = max(version.engine.backlog_s, 0.02)  # type: ignore[misc]
+            version.engine.backlog_s = max(version.engine.backlog_s, 0.015)  # type: ignore[misc]
         return self.slot.lease(None).version
 
     def second(self, offered: int, can: dict[str, int], lost: int = 429) -> None:
@@ -179,13 +179,20 @@ def test_the_version_above_answers_what_it_has_room_for() -> None:
     waiting: Any = {version: loaded.engine for version, loaded in stand.slot.versions.items()}
     for on_above, on_rung, answers in (
         (0.0, 0.0, "1.1"),
-        (0.002, 0.0, "1.1"),
-        (0.002, 0.0015, "1.2"),
-        (0.0, 0.003, "1.2"),
+        (0.004, 0.0, "1.1"),
+        (0.004, 0.002, "1.2"),
+        (0.0, 0.006, "1.2"),
         (0.02, 0.0, "1.2"),
     ):
         waiting["1.1"].backlog_s, waiting["1.2"].backlog_s = on_above, on_rung
         assert stand.slot.lease(None).version == answers, (on_above, on_rung)
+    waiting["1.1"].backlog_s, waiting["1.2"].backlog_s = 0.002, 0.03
+    stand.ladder.glance(stand.slot)
+    waiting["1.2"].backlog_s = 0.0
+    assert stand.slot.lease(None).version == "1.2", "a full server has nothing to spare"
+    stand.now += 1.1
+    stand.ladder.glance(stand.slot)
+    assert stand.slot.lease(None).version == "1.1"
     waiting["1.1"].backlog_s, waiting["1.1"].alive = 0.0, False
     assert stand.slot.lease(None).version == "1.2"
     stand.ladder.look(stand.slot)
@@ -204,20 +211,19 @@ def test_what_the_version_above_answers_counts_as_load_before_a_step_up() -> Non
     assert stand.answers == "1.1", "90 a second are more than 0.7 of the hundred that golden can do"
 
 
-def test_a_queue_that_is_being_worked_off_is_no_reason_to_step_further() -> None:
+def test_what_would_wait_too_long_is_answered_below_until_the_step() -> None:
     stand = Stand()
+    stand.ladder.glance(stand.slot)
+    stand.ladder.look(stand.slot)
     engine: Any = stand.slot.versions["1"].engine
-    engine.queued = 100
-    for backlog_s in (0.8, 0.6, 0.45, 0.33, 0.25, 0.19, 0.14, 0.1, 0.07):
+    for backlog_s, answers in ((0.0, "1"), (0.024, "1"), (0.026, "1.1"), (0.01, "1")):
         engine.backlog_s = backlog_s
-        stand.now += 0.25
-        stand.ladder.glance(stand.slot)
-    assert not stand.events
-    for _ in range(4):
-        engine.backlog_s = 0.3
-        stand.now += 0.25
-        stand.ladder.glance(stand.slot)
-    assert stand.steps() == [("1", "1.1")]
+        assert stand.slot.lease(None).version == answers, backlog_s
+    assert stand.slot.rung is None and not stand.events
+    stand.want = replace(stand.want, rungs=())
+    stand.ladder.look(stand.slot)
+    engine.backlog_s = 1.0
+    assert stand.slot.lease(None).version == "1", "nobody may answer in its place"
 
 
 def test_a_rung_that_is_known_to_be_too_small_for_what_comes_is_passed_over() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -40,6 +40,11 @@ def work(loop: asyncio.AbstractEventLoop, at: float, priority: int = 0) -> Work:
 
 def call_s(_: int) -> float:
     return 0.02
+
+
+def within(rows: int) -> Callable[[float, int], int]:
+    """A model of which so many rows are a short call."""
+    return lambda seconds, limit: min(rows, limit)
 
 
 def filled(loop: asyncio.AbstractEventLoop, *ages_s: float) -> tuple[Queue, list[Work]]:
@@ -104,9 +109,19 @@ def test_each_eighth_call_is_for_who_is_late_though_somebody_in_time_always_wait
     for _ in range(LATE_TURN):
         queue.push(work(loop, 100.0))
         timely.sort_out(queue, call_s, 100.0)
-        served += timely.take(queue, 1)
+        served += timely.take(queue, 1, within(1))
     assert LATE_TURN == 8 and [piece is late for piece in served] == [False] * 7 + [True]
-    assert not queue.late and len(timely.take(queue, 1)) == 1 and not queue, "nobody is late: all as ever"
+    assert not queue.late and len(timely.take(queue, 1, within(1))) == 1 and not queue, "nobody is late: all as ever"
+
+
+@pytest.mark.parametrize(("short", "joined"), [(1, 0), (3, 1), (8, 2)])
+def test_who_is_late_joins_a_call_that_stays_short(loop: asyncio.AbstractEventLoop, short: int, joined: int) -> None:
+    queue, (*late, first, second) = filled(loop, 0.09, 0.089, 0.01, 0.009)
+    timely = Timely()
+    timely.patience_s = 0.1
+    timely.sort_out(queue, call_s, 100.0)
+    assert timely.take(queue, 8, within(short)) == [first, second, *late[:joined]]
+    assert timely.take(queue, 8, within(short)) == late[joined:]
 
 
 def test_no_turn_of_who_is_late_passes_a_higher_priority(loop: asyncio.AbstractEventLoop) -> None:

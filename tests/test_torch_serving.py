@@ -54,3 +54,12 @@ def test_a_pytorch_model_is_served_as_model_yaml_declares_it_also_when_that_chan
         declared.write_text(CONFIG.replace("name: x", "name: features"))
         running.until(lambda: running.call("POST", "/v2/models/net/infer", json={"inputs": renamed}).status_code == 200)
         assert running.call("GET", "/v2/models/net").json()["inputs"][0]["name"] == "features"
+        (tmp_path / "factories" / "net.py").write_text(FACTORY.replace("Linear(8, 2)", "Linear(8, 2), torch.nn.Tanh()"))
+
+        def squashed() -> bool:
+            answer = running.call("POST", "/v2/models/net/infer", json={"inputs": renamed}).json()
+            return bool(answer["outputs"][0]["data"] == pytest.approx(torch.tanh(torch.tensor(expected)).tolist(), abs=1e-5))
+
+        running.until(squashed, 60)
+        activated = [e for e in running.admin("GET", "/admin/timeline?model=net")["events"] if e["kind"] == "version.activated"]
+        assert len(activated) >= 2, "other code beside the same weights is another model"

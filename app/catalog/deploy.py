@@ -177,7 +177,8 @@ def _already_there(repository: Repository, name: str, plan: Plan) -> FoundModel 
     """The model as it lies there, if its golden has these very files; a new model.yaml is put beside it."""
     try:
         found = repository.find(name)
-        if found.golden is None or found.golden.error or repository.sha256(found.golden) != repository.hashes.combined(plan.files):
+        combined, golden = repository.hashes.combined, found.golden
+        if golden is None or golden.error or combined(golden.files) != combined(plan.files):
             return None
     except (NotFound, ModelRejected):
         return None

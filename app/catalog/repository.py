@@ -26,7 +26,8 @@ _IGNORED: Final = frozenset({"lost+found", "__pycache__"})
 
 @dataclass(frozen=True)
 class FoundVersion:
-    """One numbered folder. `path` is the model file with its links resolved (None: see `error`), `files` it and what lies beside it."""
+    """One numbered folder. `path` is the model file with its links resolved (None: see `error`), `files` it and what lies beside it; `source` is
+    the file of a PyTorch model's factory."""
 
     number: str
     folder: Path
@@ -35,6 +36,7 @@ class FoundVersion:
     files: tuple[ModelFile, ...] = ()
     error: str = ""
     notes: tuple[str, ...] = ()
+    source: ModelFile | None = None
 
     @property
     def bytes(self) -> int:
@@ -105,10 +107,11 @@ class Repository:
         return model
 
     def sha256(self, version: FoundVersion) -> str:
-        """Hash over the version's files; reads only what changed since the last time. Raises ModelRejected."""
+        """Hash over the version's files, and its factory's: other code beside the same weights is another model. Reads only what changed since the
+        last time. Raises ModelRejected."""
         if version.error:
             raise ModelRejected(version.error)
-        return self.hashes.combined(version.files)
+        return self.hashes.combined(version.files if version.source is None else (*version.files, version.source))
 
     @property
     def unpacked(self) -> Unpacked:
@@ -189,14 +192,18 @@ class Repository:
         try:
             self.policy.resolve(folder)
             kind, main = _main_file(folder, config)
-            if kind == "torch":
-                self.factory(config)
+            source = self._source(config) if kind == "torch" else None
             files = version_files(folder, main, self.policy, self.limits)
         except (HoneError, OSError) as error:
             return FoundVersion(number, folder, error=_told(error))
         if not files[0].bytes:
             return FoundVersion(number, folder, kind, error=f"{folder / main} is empty; was it copied to the end?")
-        return FoundVersion(number, folder, kind, files[0].path, files, notes=_scattered(files))
+        return FoundVersion(number, folder, kind, files[0].path, files, notes=_scattered(files), source=source)
+
+    def _source(self, config: ModelConfig) -> ModelFile:
+        """Named by its file alone: a folder of factories may move."""
+        path, _ = self.factory(config)
+        return ModelFile(path.name, path, path.stat().st_size)
 
 
 def factory_file(factory: str, factories: Sequence[Path]) -> tuple[Path, str]:

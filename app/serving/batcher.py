@@ -149,17 +149,20 @@ class Queue:
             else:
                 self._left(work.level)
 
-    def take(self, limit: int, late: bool = False) -> list[Work]:
+    def take(self, limit: int, late: bool = False, fill: int = 0) -> list[Work]:
         """The next batch: up to `limit` rows that may share a call, or one request alone, whatever its rows. `late`: of the first priority those
-        that are late, where it has some."""
+        that are late, where it has some. Those that are late join those in time up to `fill` rows."""
         batch: list[Work] = []
         rows = 0
         key: Key | None = None
         order = [self._order[0] | 1] if late and self._order and self._order[0] | 1 in self._levels else self._order
         for number in order:
             level = self._levels[number]
+            most = limit
             if number & 1 and key is not None and not batch[0].late:
-                continue  # who is in time does not wait for a larger call
+                most = min(limit, fill)
+                if rows >= most:
+                    continue  # who is in time does not wait for a larger call
             level.sweep()
             if key is None:
                 first = level.first()
@@ -172,7 +175,7 @@ class Queue:
                     level.forget(first.key)
                     break
                 key, rows = first.key, first.rows
-            for work in level.alike(key, limit - rows):
+            for work in level.alike(key, most - rows):
                 self._taken(work, batch)
                 rows += work.rows
         if not self.length:

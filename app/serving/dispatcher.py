@@ -33,8 +33,6 @@ from app.serving.watch import Usual
 
 QUANTUM_S: Final = 0.01
 """While other models are active, no batch of several rows is expected to take longer than this: they wait for its end."""
-LATE_SHARE: Final = 0.125
-"""A batch of those that are late anyway takes no more of what is promised to who comes while it runs."""
 LONG_CALL_S: Final = 0.001
 """Calls of one row that take longer gain little by company and make it wait; shorter ones are mostly overhead, which a batch shares."""
 _log = logging.getLogger("hone.engine")
@@ -256,7 +254,7 @@ class Dispatcher:
                 limit = self.rates.rows_within(QUANTUM_S, limit)
             self._account.late = self._only_late
             if self._account.late:
-                limit = self.rates.rows_within(self.timely.patience_s * LATE_SHARE, limit)
+                limit = self.rates.rows_within(self.timely.late_call_s, limit)
             expected_s = self.rates.cpu_s(min(limit, self.queue.front_rows or 1))
             instance = self._chosen()
             tokens = self._account.take(instance.threads, expected_s)
@@ -269,7 +267,7 @@ class Dispatcher:
             if instance is not self._lone:
                 self._free.pop()
             self._solo = bool(self.suspects)
-            work = [self.suspects.popleft()] if self.suspects else self.timely.take(self.queue, limit)
+            work = [self.suspects.popleft()] if self.suspects else self.timely.take(self.queue, limit, self.rates.rows_within)
             self._send(instance, work, tokens, expected_s)
         self._account.withdraw()
 

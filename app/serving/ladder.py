@@ -1,8 +1,8 @@
 """Brown-out: when load is about to break the objective, a faster proven version answers instead, until the load would fit again.
 
 The journal holds the envelope (which versions may); stepping inside it is the data plane's own, within seconds and without the store. It
-builds nothing, blames nobody, and leaves *desired* and *previous* alone. While a lower version stands in, the one above it answers as many as
-it has room for, so that no more are answered by a lesser one than must be.
+builds nothing, blames nobody, and leaves *desired* and *previous* alone. The versions next to the one that stands answer beside it (`slot.py`): the
+one above what it has room for, so that no more get a lesser answer than must; the one below what would wait too long until the next step.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from app.telemetry.window import Totals, Window
 log = logging.getLogger("hone.serving")
 GLANCE_S: Final = 0.15
 GLANCES: Final = 3
-"""So many glances in a row at a queue that is longer than the promise allows are a step down: a hiccup is over by then, a burst is not."""
-FALLING: Final = 0.8
-"""A queue that is down to this share of what it was when it was first seen too long is being worked off: no reason to step."""
-SPARE: Final = 0.05
+"""So many glances in a row at a queue that is too long are a step down: a hiccup is over by then, a burst is not."""
+FULL: Final = 0.5
+"""A queue is too long from this share of the promise on: calls, and what runs already, take their part of it too. What comes then is answered below."""
+ABOUT: Final = 0.8
+"""Of that: since nothing is added to a queue that is too long, it is seen a little shorter as well."""
+SPARE: Final = 0.1
 """The version above goes on answering while what waits takes no more than this share of the promise: it waits for cores that are free anyway."""
+PRESSED_S: Final = 1.0
+"""So long after a queue was too long it answers only where nobody waits: a full server has nothing to spare."""
 LOOK_S: Final = 1.0
 SPAN_S: Final = 3.0
 """What a look sees: short enough to act within seconds, long enough for a few hundred requests."""
@@ -50,11 +54,11 @@ MORE: Final = 1.3
 
 
 class Full(NamedTuple):
-    """When the queue was first seen too long, how long it was, how many waited, and what had been answered by then."""
+    """When the queue was first seen too long, how many waited, and what the version and all of the envelope had done by then."""
 
     at: float
-    waits_s: float
     queued: int
+    own: Totals
     all: Totals
 
 
@@ -81,6 +85,7 @@ class Footing:
     up_offered: float = 0.0
     """Requests a second that were offered when it last stepped up, at `up_at`."""
     hold_s: float = HOLD_S
+    pressed_at: float = -PRESSED_S
     capacities: dict[str, float] = field(default_factory=dict)
     marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=round(SPAN_S / LOOK_S) + 1))
 
@@ -117,26 +122,29 @@ class Ladder:
         for one in (current, slot.above):  # one caller's flood is limited before anybody steps down for it
             if one is not None:
                 one.engine.promise(promise.threshold_s if promise is not None else math.inf, slot.config.limits.caller_share)
+        if promise is None:
+            slot.spare_s, slot.most_s = 0.0, math.inf
         if want is None or promise is None or current is None or not slot.config.ladder or not want.rungs:
             return
         now, waits_s, queued = self._clock(), current.engine.backlog_s, current.engine.queued
-        if waits_s <= promise.threshold_s:
+        slot.most_s = FULL * promise.threshold_s
+        if waits_s > slot.most_s:
+            footing.pressed_at = now
+        slot.spare_s = SPARE * promise.threshold_s if now - footing.pressed_at > PRESSED_S else 0.0
+        if waits_s <= ABOUT * slot.most_s:
             footing.long_glances, footing.full_since = 0, None
             return
         rungs = _rungs(slot, want)
-        totals = self._totals(slot, rungs)
+        own, totals = self._window.totals(slot.name, current.version), self._totals(slot, rungs)
         footing.long_glances += 1
-        full = footing.full_since = footing.full_since or Full(now, waits_s, queued, totals)
+        full = footing.full_since = footing.full_since or Full(now, queued, own, totals)
         if footing.long_glances < GLANCES or current.version not in rungs:
             return
-        if waits_s < FALLING * full.waits_s:
-            footing.long_glances, footing.full_since = 1, Full(now, waits_s, queued, totals)
-            return
-        span_s, came = max(1e-3, now - full.at), totals.minus(full.all)
-        lower = self._lower(slot, footing, rungs[rungs.index(current.version) + 1 :], (came.offered + queued - full.queued) / span_s)
+        span_s, offered = max(1e-3, now - full.at), totals.minus(full.all).offered + queued - full.queued
+        lower = self._lower(slot, footing, rungs[rungs.index(current.version) + 1 :], offered / span_s)
         if lower is None:
             return
-        answered = came.requests / span_s  # of long calls none may have ended in so short a time
+        answered = own.minus(full.own).requests / span_s  # of long calls none may have ended in so short a time
         footing.capacities[current.version] = self._capacity(slot, footing, rungs, current, max(answered, queued / waits_s), now)
         why = f"load: what waits takes {waits_s * 1e3:.0f} ms, {promise.threshold_s * 1e3:.0f} are promised; {answered:.3g} requests/s answered"
         self._step(slot, footing, rungs, lower, why, now, up=False)
@@ -150,7 +158,7 @@ class Ladder:
         now = self._clock()
         rungs = _rungs(slot, want)
         if slot.rung is not None and slot.rung.version == active.version:
-            slot.rung = slot.above = None  # it was promoted: nobody stands in for it any more
+            slot.rung = slot.above = slot.below = None  # it was promoted: nobody stands in for it any more
             self._metrics.gauge("hone_ladder_rung", slot.name, value=0.0)
         current = slot.rung.version if slot.rung is not None else active.version
         if current not in rungs:
@@ -160,15 +168,15 @@ class Ladder:
         self._stand(slot, rungs, slot.rung)
         footing.marks.append(Mark(now, current, self._window.totals(slot.name, current), self._totals(slot, rungs)))
         first, last = next(mark for mark in footing.marks if mark.version == current), footing.marks[-1]
-        seen, span_s = last.all.minus(first.all), max(1e-3, now - first.at)
+        own, seen, span_s = last.own.minus(first.own), last.all.minus(first.all), max(1e-3, now - first.at)
         if slot.rung is None and now - footing.stepped_at > SETTLED_S:
             footing.hold_s = HOLD_S
-        if self._overloaded(slot, last.own.minus(first.own)):  # who waits for the version above since before a step is late anyway
+        if self._overloaded(slot, own):  # who waits for the version above since before a step is late anyway
             footing.bad_looks, footing.calm_since = footing.bad_looks + 1, 0.0
             lower = self._lower(slot, footing, rungs[at + 1 :], seen.offered / span_s)
             if footing.bad_looks >= DOWN_LOOKS and lower is not None:
-                footing.capacities[current] = self._capacity(slot, footing, rungs, slot.versions.get(current), seen.requests / span_s, now)
-                why = f"load: {seen.offered / span_s:.3g} requests/s offered, {seen.requests / span_s:.3g} answered, queue {seen.queue_ratio:.0%} of latency"
+                footing.capacities[current] = self._capacity(slot, footing, rungs, slot.versions.get(current), own.requests / span_s, now)
+                why = f"load: {seen.offered / span_s:.3g} requests/s offered, {own.requests / span_s:.3g} answered, queue {own.queue_ratio:.0%} of latency"
                 self._step(slot, footing, rungs, lower, why, now, up=False)
             return
         footing.bad_looks = 0
@@ -232,10 +240,11 @@ class Ladder:
         return reduce(Totals.plus, (self._window.totals(slot.name, version) for version in rungs), Totals())
 
     def _stand(self, slot: Slot, rungs: list[str], rung: Loaded | None) -> None:
-        promise = slot.config.objective.promise
-        slot.rung = rung
-        slot.above = self._loaded(slot, rungs[: rungs.index(rung.version)][::-1]) if rung is not None and rung.version in rungs else None
-        slot.spare_s = SPARE * promise.threshold_s if promise is not None else 0.0
+        """`rung` stands for the model (None: the active version), and its neighbours of the envelope answer beside it."""
+        slot.rung, current = rung, rung or slot.active
+        at = rungs.index(current.version) if current is not None and current.version in rungs else None
+        slot.above = self._loaded(slot, rungs[:at][::-1]) if at is not None else None
+        slot.below = self._loaded(slot, rungs[at + 1 :]) if at is not None else None
 
     def _step(self, slot: Slot, footing: Footing, rungs: list[str], rung: Loaded | None, why: str, now: float, up: bool) -> None:
         active = slot.active.version if slot.active is not None else ""

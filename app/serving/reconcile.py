@@ -391,6 +391,8 @@ class ModelReconciler:
             slot.rung = None
         if slot.above is loaded:
             slot.above = None
+        if slot.below is loaded:
+            slot.below = None
         await self._stop_engine(loaded)
 
     async def _stop_engine(self, loaded: Loaded) -> None:

@@ -5,6 +5,7 @@ A slot only points; loading, draining and stopping are the reconciler's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -98,11 +99,16 @@ class Slot:
     above: Loaded | None = None
     """The one above `rung`, which goes on answering what it has room for: as long as what waits for both takes at most `spare_s`."""
     spare_s: float = 0.0
+    below: Loaded | None = None
+    """The next one down, which answers what comes while more than `most_s` waits: a step takes longer than the first of them may."""
+    most_s: float = math.inf
 
     def lease(self, version: str | None) -> Loaded:
         """The loaded version that stands for `version`. Raises NotReady with the reason and remedy, or NotFound."""
         if version is None:
-            loaded = self._stands_in(self.rung) if self.rung is not None and self.rung.engine.alive else self.active
+            loaded = self.rung if self.rung is not None and self.rung.engine.alive else self.active
+            if loaded is not None and (self.below is not None or self.above is not None):
+                loaded = self._beside(loaded)
         else:
             loaded = self.versions.get(version)
         if loaded is None:
@@ -118,11 +124,12 @@ class Slot:
         key = headers.get(name.lower().encode()) if name else None
         return split.loaded if split.takes(key) else self.lease(None)
 
-    def _stands_in(self, rung: Loaded) -> Loaded:
-        above = self.above
-        if above is None or not above.engine.alive or above.engine.backlog_s + rung.engine.backlog_s > self.spare_s:
-            return rung
-        return above
+    def _beside(self, current: Loaded) -> Loaded:
+        """Of the ladder who answers this request, while `current` stands for the model."""
+        above, below, waits_s = self.above, self.below, current.engine.backlog_s
+        if above is not None and above.engine.alive and above.engine.backlog_s + waits_s <= self.spare_s:
+            return above
+        return below if below is not None and waits_s > self.most_s and below.engine.alive else current
 
     def _unavailable(self, version: str | None) -> NotFound | NotReady:
         if version is None:

@@ -17,6 +17,8 @@ from app.serving.batcher import Queue, Work
 PRESSED_S: Final = 1.0
 """So long after somebody fell behind, half of the time that an answer may wait is kept for what calls take beyond what is expected."""
 SPARE: Final = 0.5
+LATE_SHARE: Final = 0.125
+"""Of what is promised, the most that a call takes which is made or made larger for those that are late."""
 LATE_TURN: Final = 8
 """Each eighth call is for who is late: else, where callers wait for their answers before they ask again, the first one in time would be served for
 ever and the others never, and who looks at the answers alone would see nothing wrong."""
@@ -33,11 +35,18 @@ class Timely:
         self._passed = 0
         """Calls in a row that passed somebody who is late."""
 
-    def take(self, queue: Queue, limit: int) -> list[Work]:
-        """The next batch of `queue` (`Queue.take`), by turns for those who are late."""
-        batch = queue.take(limit, self._passed >= LATE_TURN - 1)
-        self._passed = self._passed + 1 if queue.late and not (batch and batch[0].late) else 0
+    def take(self, queue: Queue, limit: int, rows_within: Callable[[float, int], int]) -> list[Work]:
+        """The next batch of `queue` (`Queue.take`), by turns for those who are late, who also join a call that stays short: `rows_within` says of
+        seconds and a limit how many rows that are."""
+        fill = rows_within(self.late_call_s, limit) if queue.late else 0
+        batch = queue.take(limit, self._passed >= LATE_TURN - 1, fill)
+        self._passed = self._passed + 1 if queue.late and not any(work.late for work in batch) else 0
         return batch
+
+    @property
+    def late_call_s(self) -> float:
+        """How long a call may take for the sake of those that are late anyway: who comes while it runs waits for its end."""
+        return self.patience_s * LATE_SHARE
 
     def sort_out(self, queue: Queue, call_s: Callable[[int], float], now: float) -> None:
         """Let those fall behind who would be answered too late, `call_s` being the expected seconds of a call with so many rows."""
