@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from app.control.commands import Commands
 from app.control.keeper import JobKeeper
 from app.control.rollout import End
 from app.control.tally import JobTally
-from app.control.verification import Judged
+from app.control.verification import Judged, best, may_promote_alone
 from app.domain import Event, Mode, RuntimeSettings, Signature, TensorSpec, Verdict
 from app.errors import Conflict
 from app.settings import Settings
@@ -33,6 +33,15 @@ HERE = "x86_64-test"
 SIGNATURE = Signature((TensorSpec("x", "FP32", (-1, 4)),), (TensorSpec("y", "FP32", (-1, 2)),), True)
 GOLDEN = GoldenCard("m", "1", SHA, (CardFile("model.onnx", 3, "bb"),), SIGNATURE, RowsProof(True, "rows alone = rows together"))
 WINNER = Judged("1.1", Verdict.PASSED, "twice as fast", 2.0, True, "live", False, {})
+
+
+def test_of_those_that_passed_one_that_needs_no_person_goes_before_a_quicker_one_that_does() -> None:
+    lossless = replace(WINNER, gain=0.4)
+    lossy = replace(WINNER, version="1.2", gain=0.7, lossless=False, evidence="synthetic")
+    failed = replace(WINNER, version="1.3", gain=0.9, verdict=Verdict.FAILED)
+    assert best([lossless, lossy, failed]) is lossy and best([lossless, lossy, failed], alone=True) is lossless
+    assert best([lossy], alone=True) is lossy and best([failed], alone=True) is None
+    assert "made-up inputs" in may_promote_alone(lossy) and not may_promote_alone(replace(lossy, evidence="reference"))
 
 
 @dataclass

@@ -16,7 +16,7 @@ WAITING: Final = frozenset({"kept", "inconclusive"})
 
 def summary_of(report: JSON) -> str:
     """The one line of a job's end for the timeline."""
-    said = [str(report[key]) for key in ("reason", "waits") if report.get(key)]
+    said = [str(report[key]) for key in ("reason", "waits", "also") if report.get(key)]
     said += [f"{verdict['version']} {verdict['summary']}" for verdict in report.get("verdicts") or ()]
     canary = str(report.get("canary") or "")
     if canary.startswith("no canary"):  # of a real one the event canary.ended tells

@@ -31,6 +31,7 @@ from app.control.verification import (
     Judged,
     best,
     judged,
+    may_promote_alone,
     proof_of,
     question,
 )  # fmt: skip
@@ -198,9 +199,11 @@ class JobKeeper:
         if (resumed := await self._taking.already_taken(job)) is not None:
             return resumed
         seen = [await self._verify(job, piece, version, stop, proof_only=False) for version in job.candidates]
-        winner = best(seen)
+        winner, largest = best(seen, alone=job.promote == "auto"), best(seen)
         report: JSON = {"verdicts": [told(one) for one in seen]}
         if winner is not None:
+            if largest is not None and largest is not winner:
+                report["also"] = f"{largest.version} gains more: {may_promote_alone(largest)}"
             settings = await self._tuned_candidate(job, piece, winner, stop, report)
             return await self._taking.take(job, piece, winner, settings, report, stop)
         if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):

@@ -47,7 +47,7 @@ class Taking:
     ) -> tuple[str, str, JSON]:
         """Promote the winner, or leave it for a person to."""
         await self.want(job)
-        waits = may_promote_alone(winner, piece) if job.promote == "auto" else "promotion was asked to be manual"
+        waits = may_promote_alone(winner) if job.promote == "auto" else "promotion was asked to be manual"
         waits = waits or await self._made_for_others(job, winner.version)
         waits = waits or await self.held_back(job, piece)
         if waits:

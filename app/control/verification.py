@@ -110,13 +110,15 @@ def gain_of(report: Mapping[str, Any]) -> float:
     return 1.0 - float(ratio) if isinstance(ratio, int | float) and math.isfinite(ratio) else 0.0
 
 
-def best(candidates: list[Judged]) -> Judged | None:
-    """Of those that passed, the one with the largest gain."""
+def best(candidates: list[Judged], alone: bool = False) -> Judged | None:
+    """Of those that passed, the one with the largest gain; `alone`: of those that need no person, where there are any."""
     passed = [candidate for candidate in candidates if candidate.verdict is Verdict.PASSED]
+    if alone:
+        passed = [candidate for candidate in passed if not may_promote_alone(candidate)] or passed
     return max(passed, key=lambda candidate: candidate.gain, default=None)
 
 
-def may_promote_alone(winner: Judged, piece: Workpiece) -> str:
+def may_promote_alone(winner: Judged) -> str:
     """Why a passed candidate must wait for a person; '' where it need not: lossy changes need real evidence that the owner named."""
     if winner.lossless:
         return ""
