@@ -75,7 +75,6 @@ class Mark(NamedTuple):
 class Footing:
     """Where one model stands. `capacities` are requests a second that a version answered while it was full."""
 
-    rung: str = ""
     bad_looks: int = 0
     long_glances: int = 0
     full_since: Full | None = None
@@ -116,10 +115,10 @@ class Ladder:
                     log.exception("model %s: the ladder could not be looked at", slot.name)
 
     def glance(self, slot: Slot) -> None:
-        """A step down before answers are late: what waits already takes longer than is promised, and goes on to."""
+        """A step down before answers are late: what waits takes too much of what is promised, and goes on to."""
         want, promise, footing = self._want(slot.name), slot.config.objective.promise, self._footings.setdefault(slot.name, Footing())
         current = slot.rung or slot.active
-        for one in (current, slot.above):  # one caller's flood is limited before anybody steps down for it
+        for one in (current, slot.above, slot.below):  # one caller's flood is limited before anybody steps down for it
             if one is not None:
                 one.engine.promise(promise.threshold_s if promise is not None else math.inf, slot.config.limits.caller_share)
         if promise is None:

@@ -382,17 +382,7 @@ class ModelReconciler:
         self._metrics.time("hone_swap_duration_seconds", self.slot.name, seconds=monotonic() - began)
 
     async def _stop(self, loaded: Loaded) -> None:
-        slot = self.slot
-        if slot.versions.get(loaded.version) is loaded:
-            del slot.versions[loaded.version]
-        if slot.split is not None and slot.split.loaded is loaded:
-            slot.split = None
-        if slot.rung is loaded:
-            slot.rung = None
-        if slot.above is loaded:
-            slot.above = None
-        if slot.below is loaded:
-            slot.below = None
+        self.slot.let_go(loaded)
         await self._stop_engine(loaded)
 
     async def _stop_engine(self, loaded: Loaded) -> None:

@@ -131,6 +131,14 @@ class Slot:
             return above
         return below if below is not None and waits_s > self.most_s and below.engine.alive else current
 
+    def let_go(self, loaded: Loaded) -> None:
+        """It is about to be stopped: no request goes to it any more."""
+        if self.versions.get(loaded.version) is loaded:
+            del self.versions[loaded.version]
+        if self.split is not None and self.split.loaded is loaded:
+            self.split = None
+        self.rung, self.above, self.below = (None if one is loaded else one for one in (self.rung, self.above, self.below))
+
     def _unavailable(self, version: str | None) -> NotFound | NotReady:
         if version is None:
             if self.unloaded:
