@@ -1,4 +1,4 @@
-"""The transformer example without its hour: the parts and patches, the rows, and a model of two epochs as `hone serve` takes it."""
+"""The transformer example without its hour: the parts and patches, the rows, and a model of five epochs as `hone serve` takes it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_every_row_is_a_recipe_of_the_catalogue(name: str) -> None:
 
 
 def test_the_model_is_what_the_server_takes(tmp_path: Path) -> None:
-    onnx, judging = digits.prepare(tmp_path, 2, print)
+    onnx, judging = digits.prepare(tmp_path, 5, print)
     assert load_model_config(tmp_path / digits.MODEL / "model.yaml").task == "classification"
     logits = answers(onnx, {digits.INPUT: judging.patches})[0]
-    assert logits.shape == (747, 10) and float((logits.argmax(1) == judging.labels).mean()) > 0.2
+    assert logits.shape == (747, 10) and float((logits.argmax(1) == judging.labels).mean()) > 0.3
     before = onnx.stat().st_mtime_ns
-    digits.prepare(tmp_path, 2, print)
+    digits.prepare(tmp_path, 5, print)
     assert onnx.stat().st_mtime_ns == before, "what is there is not made again"
 
 
