@@ -12,9 +12,11 @@ from app.catalog.model_config import ModelConfig
 from app.domain import Event, Generation, ModelState, Observation
 from app.serving.ladder import HOLD_S, SETTLED_S, Footing, Ladder
 from app.serving.service import InferenceService
-from app.serving.slot import Slot
+from app.serving.slot import Neighbours, Slot
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+
+ADMITTED = SimpleNamespace(model="m", signature=SimpleNamespace(inputs=("x",), outputs=("y",)))
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Stand:
         self.slot = Slot("m", config, None)  # type: ignore[arg-type]
         for version in ("1", "1.1", "1.2"):
             engine = SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda *promised: None)
-            self.slot.versions[version] = SimpleNamespace(version=version, engine=engine, admitted=SimpleNamespace(model="m"))  # type: ignore[assignment]
+            self.slot.versions[version] = SimpleNamespace(version=version, engine=engine, admitted=ADMITTED)  # type: ignore[assignment]
         self.slot.active = self.slot.versions["1"]
         self.service.slots["m"] = self.slot
         self.window.objective("m", 0.05)
@@ -102,7 +104,7 @@ def test_an_upper_version_that_was_never_full_is_tried_after_the_hold_off() -> N
     stand.slot.versions["2"] = stand.slot.active = SimpleNamespace(  # type: ignore[assignment]
         version="2",
         engine=SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda *promised: None),
-        admitted=SimpleNamespace(model="m"),
+        admitted=ADMITTED,
     )
     for _ in range(round(HOLD_S) + 2):
         stand.second(150, {**CAN, "2": 300})
@@ -175,7 +177,7 @@ def test_the_version_above_answers_what_it_has_room_for() -> None:
     for _ in range(20):
         stand.second(300, CAN)
     above, rung = stand.slot.versions["1.1"], stand.slot.versions["1.2"]
-    assert stand.slot.rung is rung and stand.slot.above is above
+    assert stand.slot.rung is rung and stand.slot.neighbours == Neighbours(rung, above, None)
     waiting: Any = {version: loaded.engine for version, loaded in stand.slot.versions.items()}
     for on_above, on_rung, answers in (
         (0.0, 0.0, "1.1"),
@@ -196,7 +198,7 @@ def test_the_version_above_answers_what_it_has_room_for() -> None:
     waiting["1.1"].backlog_s, waiting["1.1"].alive = 0.0, False
     assert stand.slot.lease(None).version == "1.2"
     stand.ladder.look(stand.slot)
-    assert stand.slot.above is stand.slot.versions["1"], "the next one up that lives"
+    assert stand.slot.neighbours == Neighbours(rung, stand.slot.versions["1"], None), "the next one up that lives"
 
 
 def test_what_the_version_above_answers_counts_as_load_before_a_step_up() -> None:
@@ -220,9 +222,15 @@ def test_what_would_wait_too_long_is_answered_below_until_the_step() -> None:
         engine.backlog_s = backlog_s
         assert stand.slot.lease(None).version == answers, backlog_s
     assert stand.slot.rung is None and not stand.events
+    engine.backlog_s = 1.0
+    other: Any = SimpleNamespace(version="1", engine=engine, admitted=ADMITTED)
+    stand.slot.active, before = other, stand.slot.active
+    assert stand.slot.lease(None) is other, "who has just come to stand has no neighbours until the next look"
+    stand.slot.active = before
+    stand.slot.let_go(stand.slot.versions["1.1"])
+    assert stand.slot.neighbours is None and stand.slot.lease(None).version == "1"
     stand.want = replace(stand.want, rungs=())
     stand.ladder.look(stand.slot)
-    engine.backlog_s = 1.0
     assert stand.slot.lease(None).version == "1", "nobody may answer in its place"
 
 

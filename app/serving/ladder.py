@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 
 from app.domain import Event, ModelState
 from app.serving.service import InferenceService
-from app.serving.slot import Loaded, Slot
+from app.serving.slot import Loaded, Neighbours, Slot, asked_alike
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Totals, Window
 
@@ -118,7 +118,10 @@ class Ladder:
         """A step down before answers are late: what waits takes too much of what is promised, and goes on to."""
         want, promise, footing = self._want(slot.name), slot.config.objective.promise, self._footings.setdefault(slot.name, Footing())
         current = slot.rung or slot.active
-        for one in (current, slot.above, slot.below):  # one caller's flood is limited before anybody steps down for it
+        near = slot.neighbours
+        for one in (
+            (current, near.above, near.below) if near is not None else (current,)
+        ):  # one caller's flood is limited before anybody steps down for it
             if one is not None:
                 one.engine.promise(promise.threshold_s if promise is not None else math.inf, slot.config.limits.caller_share)
         if promise is None:
@@ -157,7 +160,7 @@ class Ladder:
         now = self._clock()
         rungs = _rungs(slot, want)
         if slot.rung is not None and slot.rung.version == active.version:
-            slot.rung = slot.above = slot.below = None  # it was promoted: nobody stands in for it any more
+            slot.rung = slot.neighbours = None  # it was promoted: nobody stands in for it any more
             self._metrics.gauge("hone_ladder_rung", slot.name, value=0.0)
         current = slot.rung.version if slot.rung is not None else active.version
         if current not in rungs:
@@ -221,11 +224,11 @@ class Ladder:
             return False
         return 1 - seen.within / seen.requests > promise.most_missed and seen.queue_ratio > QUEUED
 
-    def _loaded(self, slot: Slot, versions: list[str]) -> Loaded | None:
-        """The first of `versions` that can answer at once."""
+    def _loaded(self, slot: Slot, versions: list[str], alike: Loaded | None = None) -> Loaded | None:
+        """The first of `versions` that can answer at once what was asked of `alike`."""
         for version in versions:
             loaded = slot.versions.get(version)
-            if loaded is not None and loaded.engine.alive:
+            if loaded is not None and loaded.engine.alive and (alike is None or asked_alike(loaded, alike)):
                 return loaded
         return None
 
@@ -241,9 +244,12 @@ class Ladder:
     def _stand(self, slot: Slot, rungs: list[str], rung: Loaded | None) -> None:
         """`rung` stands for the model (None: the active version), and its neighbours of the envelope answer beside it."""
         slot.rung, current = rung, rung or slot.active
-        at = rungs.index(current.version) if current is not None and current.version in rungs else None
-        slot.above = self._loaded(slot, rungs[:at][::-1]) if at is not None else None
-        slot.below = self._loaded(slot, rungs[at + 1 :]) if at is not None else None
+        if current is None or current.version not in rungs or len(rungs) < 2:
+            slot.neighbours = None
+            return
+        at = rungs.index(current.version)
+        above, below = (self._loaded(slot, some, current) for some in (rungs[:at][::-1], rungs[at + 1 :]))
+        slot.neighbours = Neighbours(current, above, below)
 
     def _step(self, slot: Slot, footing: Footing, rungs: list[str], rung: Loaded | None, why: str, now: float, up: bool) -> None:
         active = slot.active.version if slot.active is not None else ""

@@ -106,7 +106,8 @@ class InferenceService:
         active = slot.active
         if named or active is None or active is loaded or not asked_alike(active, loaded):
             return None
-        if loaded is slot.rung and not isinstance(error, NotReady | RunnerLost):
+        lower = loaded is slot.rung or (slot.neighbours is not None and loaded is slot.neighbours.below)
+        if lower and not isinstance(error, NotReady | RunnerLost):
             return None
         if slot.split is not None and slot.split.loaded is loaded:
             self.window.failed(slot.name, loaded.version)

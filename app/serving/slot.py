@@ -69,6 +69,16 @@ class Share:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The versions of the ladder next to `of`, which stands for the model. The one above goes on answering what it has room for; the one below
+    answers what would wait too long, since a step takes longer than the first of them may."""
+
+    of: Loaded
+    above: Loaded | None
+    below: Loaded | None
+
+
 @dataclass(slots=True)
 class Slot:
     """`versions` holds every loaded version by name; `active` is the one that answers without /versions/{v}."""
@@ -96,19 +106,19 @@ class Slot:
     mirror: Mirror | None = None
     rung: Loaded | None = None
     """The version that answers in the active one's place while load would break the objective (app.serving.ladder)."""
-    above: Loaded | None = None
-    """The one above `rung`, which goes on answering what it has room for: as long as what waits for both takes at most `spare_s`."""
+    neighbours: Neighbours | None = None
     spare_s: float = 0.0
-    below: Loaded | None = None
-    """The next one down, which answers what comes while more than `most_s` waits: a step takes longer than the first of them may."""
+    """So long may what waits take, for both together, that the version above still answers."""
     most_s: float = math.inf
+    """So long may what waits take until the version below answers."""
 
     def lease(self, version: str | None) -> Loaded:
         """The loaded version that stands for `version`. Raises NotReady with the reason and remedy, or NotFound."""
         if version is None:
             loaded = self.rung if self.rung is not None and self.rung.engine.alive else self.active
-            if loaded is not None and (self.below is not None or self.above is not None):
-                loaded = self._beside(loaded)
+            near = self.neighbours
+            if near is not None and near.of is loaded:
+                loaded = self._among(near)
         else:
             loaded = self.versions.get(version)
         if loaded is None:
@@ -124,12 +134,12 @@ class Slot:
         key = headers.get(name.lower().encode()) if name else None
         return split.loaded if split.takes(key) else self.lease(None)
 
-    def _beside(self, current: Loaded) -> Loaded:
-        """Of the ladder who answers this request, while `current` stands for the model."""
-        above, below, waits_s = self.above, self.below, current.engine.backlog_s
+    def _among(self, near: Neighbours) -> Loaded:
+        """Who answers this request, by what waits now."""
+        above, below, waits_s = near.above, near.below, near.of.engine.backlog_s
         if above is not None and above.engine.alive and above.engine.backlog_s + waits_s <= self.spare_s:
             return above
-        return below if below is not None and waits_s > self.most_s and below.engine.alive else current
+        return below if below is not None and waits_s > self.most_s and below.engine.alive else near.of
 
     def let_go(self, loaded: Loaded) -> None:
         """It is about to be stopped: no request goes to it any more."""
@@ -137,7 +147,11 @@ class Slot:
             del self.versions[loaded.version]
         if self.split is not None and self.split.loaded is loaded:
             self.split = None
-        self.rung, self.above, self.below = (None if one is loaded else one for one in (self.rung, self.above, self.below))
+        if self.rung is loaded:
+            self.rung = None
+        near = self.neighbours
+        if near is not None and any(one is loaded for one in (near.of, near.above, near.below)):
+            self.neighbours = None
 
     def _unavailable(self, version: str | None) -> NotFound | NotReady:
         if version is None:
