@@ -26,7 +26,7 @@ from app.serving.mirror import Mirror, Seen
 from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
-from app.serving.slot import Loaded, Share, Slot
+from app.serving.slot import Loaded, Neighbours, Share, Slot
 from app.serving.vitals import Vitals
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
@@ -135,6 +135,21 @@ async def test_a_rung_whose_runner_is_down_is_passed_over(service: InferenceServ
     assert service.loaded("m", None) is slot.rung
     await slot.rung.engine.stop()
     assert service.loaded("m", None) is slot.active
+
+
+async def test_what_the_version_below_refuses_is_not_put_to_the_one_that_is_full(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    slot.active = await put("1", scaled(tmp_path / "1.onnx", 2.0))
+    below = await put("1.1", scaled(tmp_path / "2.onnx", 3.0), queue_limit=0)
+    slot.neighbours = Neighbours(slot.active, None, below)
+    slot.most_s = -1.0  # whatever waits is too much
+    row = float32([[1.0, 1.0, 1.0, 1.0]])
+    with pytest.raises(QueueFull) as full:
+        await service.infer("m", None, request(x=row))
+    assert full.value.version == "1.1"
+    await below.engine.stop()
+    assert values(await service.infer("m", None, request(x=row)))[0, 0] == 2.0
 
 
 async def test_what_is_unloaded_while_a_request_comes_is_answered_by_the_active_version(
