@@ -131,7 +131,8 @@ def test_callers_of_a_dead_or_stopped_runner_get_the_next_ones_answer(running: R
             time.sleep(0.2)
     assert set(statuses) <= {200, 503} and statuses[503] <= statuses[200] // 10, statuses
     assert max(took) < 10
-    assert gauges(running, "m") == {"hone_queue_depth": 0.0, "hone_inflight_requests": 0.0}
+    nothing = {"hone_queue_depth": 0.0, "hone_inflight_requests": 0.0}
+    wait_for(lambda: gauges(running, "m") == nothing, 5)  # a live answer may just be asked again
     deaths = [line for line in running.call("GET", "/metrics").text.splitlines() if line.startswith("hone_runner_deaths_total{")]
     assert any('model="m"' in line for line in deaths)
     assert running.admin("GET", "/admin/models/m")["active"] == "2", "a killed runner is not the version's fault"
