@@ -32,6 +32,7 @@ LOADS: Final = (0.5, 1.0, 1.5, 2.0)
 BURSTS: Final = (0.6, 1.4)
 """The load alternates around its mean, burst by burst."""
 TURNS: Final = 3
+"""So many bursts of each kind."""
 STEADY: Final = (0.5, 0.9, 1.2)
 PART_S: Final = 60.0
 """A steady load is offered in parts of this length, so that its answers need not all be kept at once."""

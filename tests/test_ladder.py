@@ -16,6 +16,8 @@ from app.serving.slot import Neighbours, Slot
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 
+BUSY_S = 0.015
+"""What waits takes so long that the version above has no room, and is not too much."""
 ADMITTED = SimpleNamespace(model="m", signature=SimpleNamespace(inputs=("x",), outputs=("y",)))
 
 
@@ -33,7 +35,7 @@ class Stand:
         config = ModelConfig.model_validate({"objective": self.objective})
         self.slot = Slot("m", config, None)  # type: ignore[arg-type]
         for version in ("1", "1.1", "1.2"):
-            engine = SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda *promised: None)
+            engine = SimpleNamespace(alive=True, backlog_s=BUSY_S, queued=0, promise=lambda *promised: None)
             self.slot.versions[version] = SimpleNamespace(version=version, engine=engine, admitted=ADMITTED)  # type: ignore[assignment]
         self.slot.active = self.slot.versions["1"]
         self.service.slots["m"] = self.slot
@@ -45,8 +47,6 @@ class Stand:
     @property
     def answers(self) -> str:
         """Who stands for the model; the one above it has no room here."""
-        for version in self.slot.versions.values():
-            version.engine.backlog_s = max(version.engine.backlog_s, 0.015)  # type: ignore[misc]
         return self.slot.lease(None).version
 
     def second(self, offered: int, can: dict[str, int], lost: int = 429) -> None:
@@ -103,7 +103,7 @@ def test_an_upper_version_that_was_never_full_is_tried_after_the_hold_off() -> N
     stand.want, stand.slot.active = replace(stand.want, desired="2", golden="2", rungs=("1.1",)), stand.slot.versions["1"]
     stand.slot.versions["2"] = stand.slot.active = SimpleNamespace(  # type: ignore[assignment]
         version="2",
-        engine=SimpleNamespace(alive=True, backlog_s=0.0, queued=0, promise=lambda *promised: None),
+        engine=SimpleNamespace(alive=True, backlog_s=BUSY_S, queued=0, promise=lambda *promised: None),
         admitted=ADMITTED,
     )
     for _ in range(round(HOLD_S) + 2):

@@ -240,10 +240,7 @@ class HoneProtocol(HttpToolsProtocol):
                 hosts += 1
             elif name == b"transfer-encoding" and value.lower() != b"chunked":
                 coding = value[:80].decode("ascii", "backslashreplace")
-                return (
-                    501,
-                    f"Transfer-Encoding {coding!r} is not known here: send chunked, and say with Content-Encoding what is compressed",
-                )
+                return 501, f"Transfer-Encoding {coding!r} is not known here: send chunked; what is compressed is said by Content-Encoding"
         if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
             return 400, f"malformed HTTP: {hosts or 'no'} Host headers; a request of HTTP/1.1 has one"
         return None

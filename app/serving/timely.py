@@ -1,9 +1,10 @@
 """Who is served first while more comes than can be answered as promised: those who can still be answered in time.
 
 In order of arrival everybody would wait for as long as the queue is, and nobody be in time. So who has waited too long is passed by those
-who have not, and is answered when nobody in time waits, and by each eighth call; where the queue is full, the one who is late longest makes room. Nothing is refused
-that would not have been, and whoever is in time is served in order of arrival. (Dropping at the head and serving the newest first under
-overload: Maurer, "Fail at Scale", ACM Queue 13(8), 2015; Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 10(5), 2012.)
+who have not, and is answered when nobody in time waits, in calls that stay short, and by each eighth call; where the queue is full, the one
+who is late longest makes room. Nothing is refused that would not have been, and whoever is in time is served in order of arrival. (Dropping
+at the head and serving the newest first under overload: Maurer, "Fail at Scale", ACM Queue 13(8), 2015; Nichols and Jacobson, "Controlling
+Queue Delay", ACM Queue 10(5), 2012.)
 """
 
 from __future__ import annotations
