@@ -125,7 +125,7 @@ def _costs(found: dict[str, Any]) -> str:
         ["a runner's process ready, median and worst (ms)", f"{runner['ready_ms']}, {runner['worst_ms']}"],
         [f"{many['models']} models loaded: p50 of one of them ÷ alone", many["ratio"]],
         [
-            f"{many['models']} models loaded: private memory each beside weights, warm and at rest (MB)",
+            f"{many['models']} models loaded: private memory each beside weights, loaded, after a batch, at rest (MB)",
             ", ".join(map(str, many["private_beside_weights_mb"])),
         ],
         [f"{many['models']} models loaded: HTTP process (MB)", many["http_rss_mb"]],

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from app.domain import RuntimeSettings
+from app.domain import OWN, RuntimeSettings
 from app.errors import CannotMeetDeadline, Conflict, DeadlineExceeded, HoneError, ModelFailed, NotReady, QueueFull
 from app.serving.engine import BatchReport
 from tests import models
@@ -277,11 +277,22 @@ async def test_a_runner_at_rest_gives_back_what_only_batches_need(start: Start, 
 
     image = np.zeros((1, 3, 64, 64), np.float32)
     warm = held()
-    monkeypatch.setattr("app.serving.engine._REST_S", 0.2)
+    monkeypatch.setattr("app.serving.upkeep.REST_S", 0.2)
     await engine.infer(request(x=image))
     await until(lambda: held() < warm - (16 << 20))
     results = await asyncio.gather(*(engine.infer(request(x=image)) for _ in range(64)))
     assert len(results) == 64 and not engine.deaths, "batches are answered as before"
+
+
+async def test_a_runner_that_nobody_asked_rests_at_once(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.serving import procfs
+
+    engine = await start(models.resnetish_cnn(tmp_path / "m.onnx", size=64), batch_limit=64)
+    warm = procfs.private_bytes(engine.pid) or 0
+    monkeypatch.setattr("app.serving.upkeep.UNASKED_REST_S", 0.1)
+    image = np.zeros((1, 3, 64, 64), np.float32)
+    await engine.infer(replace(request(x=image), caller=OWN))
+    await until(lambda: (procfs.private_bytes(engine.pid) or 0) < warm - (16 << 20))
 
 
 async def test_a_runner_that_outgrows_its_bound_makes_way_without_a_failed_request(start: Start, tmp_path: Path) -> None:

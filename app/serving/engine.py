@@ -14,7 +14,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import Final
 
-from app.domain import InferenceRequest, InferenceResult, RuntimeSettings
+from app.domain import OWN, InferenceRequest, InferenceResult, RuntimeSettings
 from app.errors import Conflict, HoneError, NotReady, Quarantined, RunnerLost
 from app.serving import procfs
 from app.serving.answers import BatchReport
@@ -36,8 +36,6 @@ ANSWER_S: Final = 1.8
 _PAUSES_S: Final = (0.0, 0.0, 0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 """Before the n-th start in a row that no finished batch separates from the last end."""
 WATCH_S: Final = 0.25
-_REST_S: Final = 30.0
-"""After so long without a request a runner gives back what only batches need: it is there again after the first one (1 to 2 ms for a small model)."""
 _log = logging.getLogger("hone.engine")
 
 
@@ -169,6 +167,8 @@ class Engine:
         if self.quarantine:
             await self._refuse_quarantined(request)
         work = self._dispatcher.submit(request)
+        if request.caller is not OWN:
+            self._upkeep.asked = True
         self.inflight += 1
         self._idle.clear()
         if self._watch is None:
@@ -347,11 +347,12 @@ class Engine:
             return
         if self._rest is not None:
             self._rest.cancel()
-        self._rest = asyncio.get_running_loop().call_later(_REST_S, self._at_rest)
+        self._rest = asyncio.get_running_loop().call_later(self._upkeep.rest_s(), self._at_rest)
 
     def _at_rest(self) -> None:
         self._rest = None
         if self._runner is not None and not self._closed and not self.inflight and not self._dispatcher.busy:
+            self._upkeep.asked = False
             self._dispatcher.mind_company(True)
             self._runner.trim(at_rest=True)
 

@@ -9,14 +9,20 @@ TRIM_IDLE_S, TRIM_BUSY_S = 2.0, 30.0
 RECYCLE_S: Final = 60.0
 SLACK_BYTES: Final = 64 << 20
 """A runner may hold this much more than after its warm-up before it is asked to give freed memory back."""
+REST_S: Final = 30.0
+"""After so long without a request a runner gives back what only batches need: it is there again after the first one (1 to 2 ms for a small model)."""
+UNASKED_REST_S: Final = 1.0
+"""The same where only Hone itself has asked since it was loaded, or since it last gave back: many models are loaded, few are asked."""
 
 
 class Upkeep:
     """Of one engine. Bytes are those that the runner holds alone."""
 
-    __slots__ = ("_looked_at", "_recycled_at", "_trimmed_at")
+    __slots__ = ("_looked_at", "_recycled_at", "_trimmed_at", "asked")
 
     def __init__(self) -> None:
+        self.asked = False
+        """Somebody other than Hone asked since the runner last gave back what only batches need."""
         self._looked_at = 0.0
         self._trimmed_at = -TRIM_BUSY_S
         self._recycled_at = -RECYCLE_S
@@ -34,6 +40,10 @@ class Upkeep:
             return False
         self._trimmed_at = now
         return True
+
+    def rest_s(self) -> float:
+        """How long a runner without work keeps what only batches need."""
+        return REST_S if self.asked else UNASKED_REST_S
 
     def recycles(self, used: int, limit: int, now: float) -> bool:
         """`limit`: 0 for none."""
