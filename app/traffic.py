@@ -29,6 +29,7 @@ class Traffic:
     rows: int = 1
     callers: int = 8
     model: str = MODEL
+    input: str = "image"
     change: Callable[[Any], Any] = lambda images: images
     sent: int = 0
     failed: int = 0
@@ -92,7 +93,7 @@ class Traffic:
         at = turn * self.rows % max(1, len(self.images) - self.rows)
         data = self.change(self.images[at : at + self.rows]).astype("<f4")
         head = json.dumps({
-            "inputs": [{"name": "image", "datatype": "FP32", "shape": list(data.shape), "parameters": {"binary_data_size": data.nbytes}}]
+            "inputs": [{"name": self.input, "datatype": "FP32", "shape": list(data.shape), "parameters": {"binary_data_size": data.nbytes}}]
         }).encode()  # fmt: skip
         try:
             connection.request(

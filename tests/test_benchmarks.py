@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from benchmarks import diagnosis, models, openloop, report, serving, swaps, wrk
+from benchmarks import diagnosis, models, noise, openloop, report, serving, swaps, wrk
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
 from benchmarks.limit import Layout, Limit, many_layouts, single_layouts
 from benchmarks.machine import Quiet, description, status_bytes, tree_of
@@ -113,6 +113,20 @@ def test_a_bad_candidate_is_bad_where_it_says_and_good_elsewhere(kind: Kind, tmp
 )
 def test_a_run_is_judged_by_what_was_acted_on(blamed: list[str], plans: list[str], verdict: str) -> None:
     assert diagnosis.verdict({"blamed": blamed, "plans": plans}) == verdict
+
+
+@pytest.mark.parametrize(("cause", "false"), [("host", "0"), ("load", "0"), ("unknown", "0"), ("process", "1"), ("settings", "1")])
+def test_on_a_healthy_server_only_host_and_load_may_be_named(cause: str, false: str) -> None:
+    events = [
+        {"kind": "suspicion.raised", "model": "m", "data": {"kinds": ["latency", "cost"], "summary": "slow"}},
+        {"kind": "diagnosis.made", "model": "m", "data": {"cause": cause, "summary": "blamed"}},
+        {"kind": "plan.made", "model": "m", "data": {"action": "restart", "summary": "plan"}},
+        {"kind": "runner.restarted", "model": "m", "data": {}},
+    ]
+    phase = {"beside": "cpu2", "load": noise.RAMP, "seconds": 60.0, "sent": 100, "failed": 2, **noise.counted(events)}
+    row = next(line for line in noise.told([phase]).splitlines() if line.startswith("| cpu2"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["cpu2", "ramp", "1", "latency (1), cost (1)", f"{cause} (1)", false, "m: runner.restarted (1)", "2 of 100"]
 
 
 def test_an_open_loop_keeps_its_rate_versions_and_bodies() -> None:

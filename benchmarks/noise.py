@@ -1,0 +1,149 @@
+"""`python -m benchmarks.noise [--minutes N] [--kept FILE] [--docs]`: a healthy server on a noisy machine, for hours; whom it blames, what it changes.
+
+`hone serve` and `hone worker` with the loop on; real digits by an open loop, and a second model whose weights do not fit the cache. Neighbours
+(real processes) and the load change each minute, nothing is ever wrong with a model. So each blame on a version, a process, inputs or
+settings is a false one, and so is each change that the loop makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from app.traffic import MODEL, RATE, Traffic
+from benchmarks import machine, models, report
+from benchmarks.neighbours import NONE, neighbours
+from benchmarks.servers import HOST, Hone, HoneWorker
+
+DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop-detection.md"
+BESIDE: Final = (NONE, "cpu1", "cpu2", "cpu4", "mem2", "burst2")
+PHASE_S: Final = 60.0
+STEADY, RAMP = "steady", "ramp"
+PEAK: Final = 400.0
+"""Requests a second at the top of a ramp: half of what the demo's model can answer on two cores, more than is left beside neighbours."""
+LARGE: Final = "large"
+LARGE_RATE: Final = 10.0
+LARGE_MB: Final = 48
+FALSE: Final = ("version", "process", "input", "settings")
+CHANGES: Final = ("desired.changed", "settings.changed", "runner.restarted", "job.requested", "ladder.stepped")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.noise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=480.0, help="how long, beside what is kept already (480)")
+    parser.add_argument("--kept", type=Path, metavar="FILE", help="keep each minute here as a line of JSON; the table counts all of them")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/loop-detection.md")
+    arguments = parser.parse_args(argv)
+    kept: list[dict[str, Any]] = []
+    if arguments.kept is not None and arguments.kept.exists():
+        kept = [json.loads(line) for line in arguments.kept.read_text().splitlines()]
+    with tempfile.TemporaryDirectory(prefix="hone-noise-") as folder:
+        for phase in _phases(Path(folder), arguments.minutes * 60, len(kept)):
+            kept.append(phase)
+            print(phase, flush=True)
+            if arguments.kept is not None:
+                with arguments.kept.open("a") as file:
+                    file.write(json.dumps(phase) + "\n")
+    text = told(kept)
+    print(text)
+    if arguments.docs:
+        DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), "noise", lambda: text))
+    return 1 if any(phase["changes"] or set(phase["blamed"]) & set(FALSE) for phase in kept) else 0
+
+
+def _phases(folder: Path, seconds: float, number: int) -> Any:
+    """What the timeline says of each minute; they go on where those that are kept ended."""
+    repository, state = folder / "repository", folder / "state"
+    demo = models.demo(repository)
+    large = models.heavy(repository, LARGE, LARGE_MB)
+    with np.load(repository / MODEL / "samples" / "judging.npz") as samples:
+        images = samples["image"]
+    with (
+        Hone(repository, state) as hone,
+        HoneWorker(repository, state),
+        Traffic(HOST, hone.port, images, RATE, callers=16) as digits,
+        Traffic(HOST, hone.port, large.rows(64), LARGE_RATE, model=LARGE, input=large.input) as rows,
+    ):
+        for model in (demo, large):
+            hone.wait_ready(model.name)
+        hone.settle(2)
+        time.sleep(30.0)  # what is normal is learned of quiet blocks
+        ended = time.monotonic() + seconds
+        newest = hone.admin("GET", "/timeline?limit=1")["events"][-1]["seq"]
+        while time.monotonic() < ended:
+            beside, load = list(itertools.product(BESIDE, (STEADY, RAMP)))[number % (2 * len(BESIDE))]
+            sent, failed = digits.sent + rows.sent, digits.failed + rows.failed
+            with neighbours(beside):
+                _drive(digits, load)
+            events = hone.admin("GET", f"/timeline?after={newest}&limit=1000")["events"]
+            newest = events[-1]["seq"] if events else newest
+            yield {
+                "beside": beside, "load": load, "seconds": PHASE_S, **counted(events),
+                "sent": digits.sent + rows.sent - sent, "failed": digits.failed + rows.failed - failed,
+            }  # fmt: skip
+            number += 1
+
+
+def _drive(traffic: Traffic, load: str) -> None:
+    """One phase: as ever, or up to the peak and down again."""
+    began = time.monotonic()
+    while (at := (time.monotonic() - began) / PHASE_S) < 1.0:
+        if load == RAMP:
+            traffic.raise_to(RATE + (PEAK - RATE) * (1 - abs(2 * at - 1)), traffic.rows, traffic.callers)
+        time.sleep(1.0)
+    traffic.raise_to(RATE, traffic.rows, traffic.callers)
+
+
+def counted(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Suspicions by kind, blames and plans as they were told, and what was changed."""
+    of = {kind: [event for event in events if event["kind"] == kind] for kind in ("suspicion.raised", "diagnosis.made", "plan.made")}
+    return {
+        "suspicions": [kind for event in of["suspicion.raised"] for kind in event["data"]["kinds"]],
+        "blamed": [event["data"]["cause"] for event in of["diagnosis.made"]],
+        "plans": [event["data"]["action"] for event in of["plan.made"]],
+        "changes": [f"{event['model']}: {event['kind']}" for event in events if event["kind"] in CHANGES],
+        "story": [f"{event['model']}: {event['data']['summary']}" for kind in of for event in of[kind]],
+    }
+
+
+def told(kept: Sequence[Mapping[str, Any]]) -> str:
+    """The table, as Markdown."""
+    rows: list[list[object]] = []
+    for key in dict.fromkeys((phase["beside"], phase["load"]) for phase in kept):
+        of = [phase for phase in kept if (phase["beside"], phase["load"]) == key]
+        rows.append([*key, f"{sum(phase['seconds'] for phase in of) / 60:.0f}", *_sums(of)])
+    rows.append(["all", "", f"{sum(phase['seconds'] for phase in kept) / 60:.0f}", *_sums(kept)])
+    head = ["beside", "load", "minutes", "suspicions", "blamed on", "false blames", "false changes", "failed requests"]
+    about = machine.description()
+    where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `python -m benchmarks.noise`"
+    return f"{where}\n\n{report.table(head, rows)}"
+
+
+def _sums(phases: Sequence[Mapping[str, Any]]) -> list[object]:
+    suspicions, blamed, changes = (
+        Counter(name for phase in phases for name in phase[part]) for part in ("suspicions", "blamed", "changes")
+    )
+    return [
+        _listed(suspicions), _listed(blamed), sum(blamed[cause] for cause in FALSE), _listed(changes),
+        f"{sum(phase['failed'] for phase in phases)} of {sum(phase['sent'] for phase in phases)}",
+    ]  # fmt: skip
+
+
+def _listed(counted: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counted.most_common()) or "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
