@@ -253,6 +253,17 @@ def test_what_calibrates_or_trains_never_judges(tmp_path: Path, named: tuple[str
     }  # fmt: skip
 
 
+def test_all_that_the_owner_named_to_judge_does_where_other_samples_calibrate(tmp_path: Path) -> None:
+    """Who names the 300 that a verdict asks for has 300 that judge; a quarter is left aside only for want of anything else."""
+    (tmp_path / "m").mkdir(exist_ok=True)
+    samples(300).save(tmp_path / "m" / "r.npz")
+    read = reader(tmp_path)
+    for other in ({"calibration": "c.npz"}, {"train": "t.npz"}):
+        assert len(reference_inputs(SampleSources(reference="r.npz", **other), read)) == 300
+    for other in ({}, {"calibration": "captured"}):
+        assert 200 < len(reference_inputs(SampleSources(reference="r.npz", **other), read)) < 250
+
+
 def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path) -> None:
     read = reader(tmp_path)
     for name, seed in (("train", 1), ("validation", 2), ("calibration", 3)):
