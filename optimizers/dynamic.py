@@ -18,6 +18,7 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import layer_costs, quantization_of
 from optimizers.int8 import Form, Int8DynamicConfig
+from optimizers.layers import elsewhere
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.qdq import float_left, quiet
@@ -39,14 +40,16 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
         raise NotApplicable(f"already quantized ({how}): int8-dynamic needs a float model")
     row = {name: (1, *values.shape[1:]) if samples.stacked else values.shape[1:] for name, values in samples.inputs.items()}
     share = convolutional_share(source, row)
-    if share > MOSTLY:
+    if share > MOSTLY and not elsewhere(source):
         raise NotApplicable(
             f"{share:.0%} of its work is in convolutions, which int8-dynamic leaves alone; int8-static is the method for them"
         )
     ready = prepared(source, folder)
     layers = _linear_layers(ready.model, set(config.exclude))
     if not layers:
-        raise NotApplicable("no layer multiplies by constant float weights (MatMul, Gemm, LSTM, Gather), so there is nothing to quantize")
+        raise NotApplicable(
+            f"no layer multiplies by constant float weights (MatMul, Gemm, LSTM, Gather), so there is nothing to quantize{elsewhere(source)}"
+        )
     budget.tick(config.method, "quantizing", 0.5)
     model = save_and_reload_model_with_shape_infer(ready.model)
     with quiet():

@@ -13,7 +13,7 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import quantization_of
 from optimizers.int4 import COMPUTE, Int4LinearConfig
-from optimizers.layers import LINEAR, Layer, weighted_layers
+from optimizers.layers import LINEAR, Layer, elsewhere, weighted_layers
 from optimizers.onnx_graph import attributes, drop_unused_initializers, initializers, load, save
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
@@ -36,7 +36,7 @@ def build(artifact: Artifact, config: Int4LinearConfig, samples: Samples, budget
     layers = _layers(model, config)
     if not layers:
         raise NotApplicable(
-            f"no MatMul or Gemm multiplies by a constant float matrix of at least {config.least} weights and {config.block} inputs"
+            f"no MatMul or Gemm multiplies by a constant float matrix of at least {config.least} weights and {config.block} inputs{elsewhere(model)}"
         )
     trial = Trial.of(model, matching(samples, model, len(samples), config.method), folder, budget.threads) if len(samples) else None
     for at, layer in enumerate(layers):

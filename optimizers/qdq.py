@@ -28,7 +28,7 @@ from optimizers.census import quantization_of
 from optimizers.equalize import correct_biases, cross_layer, smooth
 from optimizers.int8 import Form, Int8StaticConfig
 from optimizers.layers import LINEAR as LINEAR_LAYERS
-from optimizers.layers import Inputs, Layer, input_statistics, weighted_layers
+from optimizers.layers import Inputs, Layer, elsewhere, input_statistics, weighted_layers
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
@@ -130,7 +130,7 @@ def planned(model: ModelProto, config: Int8StaticConfig, form: Form, samples: Sa
     candidates = [node for node in model.graph.node if node.op_type in WEIGHTED & set(types) and node.name not in excluded]
     layers = tuple(node.name for node in candidates if _weight_of(node, model))
     if not layers:
-        raise NotApplicable("there is no convolution, matrix product or table with constant float weights to quantize")
+        raise NotApplicable(f"there is no convolution, matrix product or table with constant float weights to quantize{elsewhere(model)}")
     return Job(model, config, form, samples, budget, folder, types, excluded, layers)
 
 

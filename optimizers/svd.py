@@ -17,6 +17,7 @@ from optimizers.base import Budget, NotApplicable
 from optimizers.census import census, quantization_of
 from optimizers.factors import Layer, halves, input_of, layers_of, split, whole
 from optimizers.layer_times import in_turns
+from optimizers.layers import elsewhere
 from optimizers.low_rank import LowRankConfig
 from optimizers.onnx_graph import drop_unused_initializers, load, name_nodes, save
 from optimizers.prepare import prepared
@@ -59,7 +60,7 @@ def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: B
     row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()} if samples.stacked else None
     layers = {layer.name: layer for layer in layers_of(ready.model, row, frozenset(config.exclude))}
     if not layers:
-        raise NotApplicable("there is no MatMul, Gemm or ungrouped Conv with a constant float weight to split")
+        raise NotApplicable(f"there is no MatMul, Gemm or ungrouped Conv with a constant float weight to split{elsewhere(ready.model)}")
     work = _Work(config, budget, folder)
     splits = work.by_sensitivity(ready.model, layers, samples) if config.rank == "sensitivity" else work.one_by_one(layers)
     chosen = [s for s in splits if s.saves and (s.ratio is None or s.ratio < GAIN)]
