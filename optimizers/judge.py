@@ -59,7 +59,7 @@ def verify(request: VerifyRequest, budget: Budget) -> VerifyReport:
         _judge(request, report, budget, started + min(request.seconds, max(1.0, budget.left_s - 5)))
     except Fault as fault:
         if fault.side != "candidate":
-            raise Rejected(f"{fault.side} cannot be run, so nothing can be judged: {fault}") from None
+            raise Rejected(f"nothing can be judged by {fault.side}: {fault}") from None
         report.verdict = Verdict.FAILED
         report.reasons.append(str(fault))
     report.seconds = time.monotonic() - started

@@ -32,7 +32,7 @@ from optimizers.layers import Inputs, Layer, elsewhere, input_statistics, weight
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
-from optimizers.trial import HOPELESS, Trial, matching
+from optimizers.trial import HOPELESS, Trial, change, matching
 
 CONVOLUTIONAL: Final = (
     "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool",
@@ -249,7 +249,5 @@ def _look(model: ModelProto, job: Job, ranges: dict[str, Range], trial: Trial) -
     error = trial.error(model)
     if error > HOPELESS:
         worst, alone = next(iter(sensitivity(job, ranges, trial).items()))
-        raise NotApplicable(
-            f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float"
-        )
+        raise NotApplicable(f"in int8 {change(error)}; the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float")
     return error

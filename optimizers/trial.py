@@ -43,15 +43,33 @@ class Trial:
         return [cls(each, answer, folder, threads) for each, answer in zip(feeds, answers, strict=True)]
 
     def error(self, model: ModelProto) -> float:
-        """Relative root-mean-square error of the outputs."""
-        return root_mean_square(self.reference, outputs(model, [self.feeds], self.folder, self.threads)[0])
+        """Relative root-mean-square error of the outputs; infinite where other outputs are finite. Raises NotApplicable as `comparable` does."""
+        seen = outputs(model, [self.feeds], self.folder, self.threads)[0]
+        comparable(model, self.reference, seen)
+        return root_mean_square(self.reference, seen)
 
     def checked_error(self, model: ModelProto, remedy: str) -> float:
         """The error of the result. Raises NotApplicable where it is hopeless."""
         error = self.error(model)
         if error > HOPELESS:
-            raise NotApplicable(f"the outputs change by {error:.0%} (root mean square): {remedy}")
+            raise NotApplicable(f"{change(error)}: {remedy}")
         return error
+
+
+def change(error: float) -> str:
+    return (
+        f"the outputs change by {error:.0%} (root mean square)" if np.isfinite(error) else "other outputs than before are NaN or infinite"
+    )
+
+
+def comparable(model: ModelProto, expected: Sequence[Any], seen: Sequence[Any]) -> None:
+    """Raises NotApplicable where an output has another shape than the model's own: it hangs on the numbers, as after a threshold."""
+    for value, a, b in zip(model.graph.output, expected, seen, strict=True):
+        if np.shape(a) != np.shape(b):
+            raise NotApplicable(
+                f"the shape of output {value.name!r} hangs on the numbers ({list(np.shape(b))} where the model itself gives {list(np.shape(a))}), "
+                "so that the two cannot be compared"
+            )
 
 
 def rows_of(samples: Samples, start: int) -> Feeds:

@@ -291,6 +291,20 @@ def test_a_job_before_the_reference_is_frozen_leaves_what_will_be_frozen_alone(t
     assert rows_of(early.calibration) and not rows_of(early.calibration) & rows_of(reference_inputs(sources, read))
 
 
+def test_without_a_frozen_reference_and_live_inputs_the_named_ones_judge_all_the_same(tmp_path: Path) -> None:
+    """Golden answers anew then; where it cannot, or the file is not there, that is what is said, and not that no samples were named."""
+    (tmp_path / "m").mkdir(exist_ok=True)
+    samples(40, seed=1).save(tmp_path / "m" / "c.npz")
+    sources, read = SampleSources(reference="r.npz", calibration="c.npz"), reader(tmp_path)
+    with pytest.raises(ModelRejected, match=r"samples.reference = 'r.npz' does not exist"):
+        assemble(sources, read, None)
+    samples(60).save(tmp_path / "m" / "r.npz")
+    found = assemble(sources, read, None)
+    assert found.reference is not None and rows_of(found.reference) == rows_of(samples(60))
+    captured_some(tmp_path, 8)
+    assert assemble(sources, read, None).reference is None, "what was frozen is better, and live inputs are there"
+
+
 def test_recent_inputs_calibrate_beside_named_ones_and_then_never_judge(tmp_path: Path) -> None:
     read = reader(tmp_path)
     samples(60, seed=1).save(tmp_path / "m" / "calibration.npz")

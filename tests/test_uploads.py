@@ -276,6 +276,13 @@ def test_hone_deploy_sends_a_whole_folder_and_hone_remove_takes_it_back(running:
     running.until(lambda: running.call("GET", "/v2/models/packed/ready").status_code == 404)
 
 
+def test_samples_that_cannot_judge_are_told_where_one_looks(running: Running, good: bytes) -> None:
+    answer = upload(running, "unjudged", {"model.onnx": good, "model.yaml": b"samples: {reference: gone.npz}\n"})
+    assert answer.status_code == 201 and "'gone.npz' is not there" in answer.json()["notes"][0]
+    said = "its reference is not frozen yet: samples.reference = 'gone.npz' does not exist"
+    running.until(lambda: said in str(running.admin("GET", "/admin/models/unjudged")["loaded"]))
+
+
 def test_a_packed_model_is_deployed_as_it_is_and_a_damaged_one_is_not(running: Running, tmp_path: Path) -> None:
     pack(scaled(tmp_path / "small.onnx", 4.0), tmp_path / "small.onnx.packed")
     name, files = files_to_deploy(tmp_path / "small.onnx.packed", None, None)

@@ -236,6 +236,8 @@ def assemble(
         raise ModelRejected(
             f"samples.validation = {sources.validation!r} holds no labels; add an array `labels`, or one subfolder for each label"
         )
+    if frozen is None and live is None and labelled is None:  # golden answers anew then, and where it cannot, that is told
+        frozen = reference_inputs(sources, reader, seed)
     return SampleSets(
         calibration=calibration,
         reference=_unspent(frozen, used),
