@@ -17,6 +17,7 @@ from optimizers.aware import Int8AwareConfig
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import quantization_of
 from optimizers.int8 import Form
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import load, save
 from optimizers.prepare import prepared
 from optimizers.qdq import activation_ranges, planned, quantized, sensitivity
@@ -72,7 +73,7 @@ def build(artifact: Artifact, config: Int8AwareConfig, form: Form, samples: Samp
         "agreement": found.agreement, "held_out": len(held), "kept_float": sorted({*config.exclude, *found.kept}), "tried": found.tried,
         "quantized_layers": len(job.layers) - len(found.kept), "calibration": config.calibration, "calibration_samples": len(rest),
         "calibration_origin": samples.origin, "calibration_hashes": [*rest.hashes(), *held.hashes()], "output_error": trial.error(model),
-        "prepared": ready.facts, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "prepared": ready.facts, "bytes_before": size_of(artifact.path), "bytes": size_of(path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)

@@ -19,6 +19,7 @@ from optimizers.base import Budget, NotApplicable
 from optimizers.census import layer_costs, quantization_of
 from optimizers.int8 import Form, Int8DynamicConfig
 from optimizers.layers import elsewhere
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.qdq import float_left, quiet
@@ -62,7 +63,7 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
     built.producer_name, built.producer_version = "hone", ""
     sort_nodes(built)
     path = save(built, folder / "model.onnx")
-    before, after = artifact.path.stat().st_size, path.stat().st_size
+    before, after = size_of(artifact.path), size_of(path)
     facts = {
         "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range, "per_channel": config.per_channel,
         "quantized_layers": len(layers), "kept_float": sorted(config.exclude), "convolutional_share": share, "prepared": ready.facts, "rows": ROWS,

@@ -29,6 +29,7 @@ from optimizers.equalize import correct_biases, cross_layer, smooth
 from optimizers.int8 import Form, Int8StaticConfig
 from optimizers.layers import LINEAR as LINEAR_LAYERS
 from optimizers.layers import Inputs, Layer, elsewhere, input_statistics, weighted_layers
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
@@ -96,7 +97,7 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
         "calibration_origin": samples.origin, "calibration_hashes": job.samples.hashes(), "quantized_layers": len(job.layers) - len(kept),
         "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive, "rescue": rescue,
         "operators": sorted({node.op_type for node in job.model.graph.node} & set(job.types)), "prepared": ready.facts,
-        "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
+        "output_error": error, "bytes_before": size_of(artifact.path), "bytes": size_of(path),
         "float_left": left, "seconds": time.monotonic() - started,
     }  # fmt: skip
     job.tick("done", 1.0)
@@ -213,7 +214,7 @@ def float_left(model: ModelProto, before: Path, after: Path, asked: Collection[s
 
     Raises NotApplicable where the most of its weights did though nobody `asked` their nodes to.
     """
-    if after.stat().st_size < before.stat().st_size:
+    if size_of(after) < size_of(before):
         return []
     sizes = {t.name: math.prod(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and math.prod(t.dims) > 256}
     small = sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in {TensorProto.INT8, TensorProto.UINT8})

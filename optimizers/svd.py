@@ -19,6 +19,7 @@ from optimizers.factors import Layer, halves, input_of, layers_of, split, whole
 from optimizers.layer_times import in_turns
 from optimizers.layers import elsewhere
 from optimizers.low_rank import LowRankConfig
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import drop_unused_initializers, load, name_nodes, save
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
@@ -74,8 +75,8 @@ def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: B
     before, after = (census(each, row=row) for each in (source, ready.model))
     facts = {
         "method": config.method, "rank": config.rank, "split": [vars(s) for s in chosen], "left": [vars(s) for s in splits if s not in chosen],
-        "before": {"parameters": before.parameters, "multiply_adds": before.multiply_adds, "bytes": artifact.path.stat().st_size},
-        "after": {"parameters": after.parameters, "multiply_adds": after.multiply_adds, "bytes": path.stat().st_size},
+        "before": {"parameters": before.parameters, "multiply_adds": before.multiply_adds, "bytes": size_of(artifact.path)},
+        "after": {"parameters": after.parameters, "multiply_adds": after.multiply_adds, "bytes": size_of(path)},
         "curves": work.curves, "rows_timed": config.rows if config.split == "faster" else None, "prepared": ready.facts,
         "seconds": time.monotonic() - started,
     }  # fmt: skip

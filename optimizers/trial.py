@@ -92,7 +92,7 @@ def matching(samples: Samples, model: ModelProto, count: int, method: str) -> Sa
     """`count` of the samples, evenly spread, with the inputs that the model takes. Raises NotApplicable where there are none."""
     if not len(samples):
         raise NotApplicable(
-            f"{method} needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones"
+            f"{method} needs calibration inputs, and there are none: name some in model.yaml (samples: calibration), or capture live ones"
         )
     weights = initializers(model.graph)
     names = [value.name for value in model.graph.input if value.name not in weights]

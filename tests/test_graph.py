@@ -69,6 +69,17 @@ def test_transformer_blocks_are_fused(tmp_path: Path) -> None:
     assert np.allclose(expected, seen, atol=1e-5)
 
 
+def test_a_model_of_whole_calls_is_timed_with_one(tmp_path: Path) -> None:
+    """Its first axis is no batch: four images at once are what it takes, and a scalar has no axis at all."""
+    whole = resnet()
+    whole.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    whole.graph.input.append(value("gain", F, []))
+    whole.graph.node.append(node("Mul", ["logits", "gain"], ["scaled"]))
+    whole.graph.output[0].name = "scaled"
+    samples = Samples({"image": normal(1, 2, 4, 3, 8, 8), "gain": normal(2, 2)}, stacked=False)
+    assert "extended" in optimized(whole, GraphConfig(level="extended"), tmp_path, samples).facts[-1]["measured"]
+
+
 def test_fusions_can_be_left_out(tmp_path: Path) -> None:
     artifact = optimized(encoder(), GraphConfig(level="basic", fusions=False), tmp_path)
     assert artifact.facts[-1]["level"] == "basic" and artifact.facts[-1]["fused"] == {}
