@@ -5,6 +5,7 @@ A baked file is served without further optimization, so that what was measured i
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -64,7 +65,9 @@ def build(artifact: Artifact, config: GraphConfig, samples: Samples, budget: Bud
     timed = _timed(artifact.path, incumbent, variants, row, budget) if here else variants
     best = min(timed, key=lambda v: v.ratio.estimate if v.ratio else 1.0)
     if config.level == "auto" and here and not (best.ratio and best.ratio.high < 1 - config.least_gain):
-        raise NotApplicable(f"no gain: CPU time relative to the file as it is served (level {incumbent.graph_level}): {told(timed)}")
+        raise NotApplicable(
+            f"{no_gain(timed)}: CPU time relative to the file as it is served (level {incumbent.graph_level}): {told(timed)}"
+        )
     path = best.path.rename(folder / "model.onnx")
     built = load(path)
     facts = {
@@ -152,6 +155,12 @@ def _timed(parent: Path, incumbent: Settings, variants: list[Variant], row: Feed
 
 def told(variants: list[Variant]) -> str:
     return ", ".join(f"{v.name} {v.ratio.estimate:.2f} ({v.ratio.low:.2f} to {v.ratio.high:.2f})" for v in variants if v.ratio)
+
+
+def no_gain(variants: list[Variant]) -> str:
+    """An interval without an end says that the host was too loud, and nothing about the variant."""
+    loud = any(v.ratio and not math.isfinite(v.ratio.high) for v in variants)
+    return "no gain to be seen, as the host was too busy to measure" if loud else "no gain"
 
 
 def _has_attention(model: ModelProto) -> bool:
