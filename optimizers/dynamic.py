@@ -39,8 +39,7 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
     source = load(artifact.path)
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): int8-dynamic needs a float model")
-    row = {name: (1, *values.shape[1:]) if samples.stacked else values.shape[1:] for name, values in samples.inputs.items()}
-    share = convolutional_share(source, row)
+    share = convolutional_share(source, samples.row_shapes())
     if share > MOSTLY and not elsewhere(source):
         raise NotApplicable(
             f"{share:.0%} of its work is in convolutions, which int8-dynamic leaves alone; int8-static is the method for them"

@@ -104,14 +104,14 @@ def _work(model: ModelProto, config: MixedPrecisionConfig, form: Form, samples: 
     int8 = Int8StaticConfig(calibration=config.calibration, samples=config.samples, exclude=(*config.exclude, *kept))
     job = planned(save_and_reload_model_with_shape_infer(model), int8, form, samples, budget, folder)
     ranges = activation_ranges(job)
-    row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()}
+    row = samples.row_shapes()
     costs = {node.name: cost for node, cost in layer_costs(model, row) if cost is not None}
-    seconds = _seconds(job, layers, config, form, row if samples.stacked else None)
+    seconds = _seconds(job, layers, config, form, row)
     return _Work(job, tuple(layers), ranges, Trial.of(job.model, samples, folder, budget.threads), config, costs, seconds)
 
 
 def _seconds(
-    job: Job, layers: Sequence[Layer], config: MixedPrecisionConfig, form: Form, row: Mapping[str, tuple[int, ...]] | None
+    job: Job, layers: Sequence[Layer], config: MixedPrecisionConfig, form: Form, row: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[float, float]]:
     if config.form != "sensitivity" or config.count != "time":
         return {}

@@ -58,6 +58,10 @@ class Samples:
             arrays["__labels__"] = self.labels
         write_npz(path, arrays)
 
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model's inputs for one row; for one call, where samples are such."""
+        return {name: (1, *values.shape[1:]) if self.stacked else values.shape[1:] for name, values in self.inputs.items()}
+
     @classmethod
     def load(cls, path: Path, origin: str = "owner", stacked: bool = True) -> Samples:
         """Read what `save` wrote, or any .npz whose keys are the model's input names (labels: `__labels__` or `labels`).

@@ -24,6 +24,7 @@ from optimizers.onnx_graph import drop_unused_initializers, load, name_nodes, sa
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
 from optimizers.session import Settings, open_session
+from optimizers.trial import comparable
 
 GAIN: Final = 0.95
 """A split layer must take less than this share of the whole one's time."""
@@ -58,7 +59,7 @@ def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: B
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): low-rank needs a float model, and goes before int8")
     ready = prepared(source, folder)
-    row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()} if samples.stacked else None
+    row = samples.row_shapes()
     layers = {layer.name: layer for layer in layers_of(ready.model, row, frozenset(config.exclude))}
     if not layers:
         raise NotApplicable(f"there is no MatMul, Gemm or ungrouped Conv with a constant float weight to split{elsewhere(ready.model)}")
@@ -115,7 +116,9 @@ class _Work:
             for name, rank in ranks[layer.name].items():
                 twin = ModelProto.FromString(model.SerializeToString())
                 split(twin, layer, rank)
-                loss = _change(plain, self._outputs(twin, rows))
+                seen = self._outputs(twin, rows)
+                comparable(twin, plain, seen)
+                loss = _change(plain, seen)
                 table[layer.name].append(Choice(name, layer.operations_at(rank), loss))
                 self.curves.append({"layer": layer.name, "rank": rank, "saved": layer.operations - layer.operations_at(rank), "loss": loss})
         total = sum(layer.operations for layer in layers.values())

@@ -189,7 +189,7 @@ def delivered(
 def counted(path: Path, rows: Samples) -> dict[str, Any]:
     """Parameters, multiply-adds of one row, bytes on disk."""
     file = read(path)
-    found = census(file.model, path.parent, {name: (1, *values.shape[1:]) for name, values in rows.inputs.items()})
+    found = census(file.model, path.parent, rows.row_shapes())
     return {"parameters": found.parameters, "nonzeros": found.nonzeros, "multiply_adds": found.multiply_adds, "bytes": file.bytes}
 
 

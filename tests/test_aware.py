@@ -15,6 +15,7 @@ from optimizers.aware import Int8AwareConfig
 from optimizers.aware_search import same, search
 from optimizers.codebook import CodebookConfig
 from optimizers.int8 import Int8StaticConfig
+from optimizers.low_rank import LowRankConfig
 from optimizers.onnx_graph import set_constant
 from tests.families import FAMILIES, answers, built, error_of, keeps_the_contract, samples_of
 from tests.onnx_models import mlp, resnet
@@ -51,7 +52,7 @@ def test_outputs_whose_shape_hangs_on_the_numbers_are_told_of(tmp_path: Path) ->
     source.graph.node.append(onnx.helper.make_node("NonZero", ["kept"], ["found"], "found"))
     source.graph.node.insert(len(source.graph.node) - 1, onnx.helper.make_node("Relu", ["scores"], ["kept"], "kept"))
     source.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("found", onnx.TensorProto.INT64, [2, "K"]))
-    for config in (Int8AwareConfig(), CodebookConfig(bits=2)):
+    for config in (Int8AwareConfig(), CodebookConfig(bits=2), LowRankConfig(rank="sensitivity")):
         with pytest.raises(NotApplicable, match="shape of output 'found' hangs on the numbers"):
             built(source, config, tmp_path)
 
