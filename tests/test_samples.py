@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
         "dtype.npz": ({"x": np.array([["a"] * 4])}, "cannot be converted to FP32"),
         "length.npz": ({"x": np.zeros((3, 4), "f4"), "labels": np.arange(2)}, "must share one first axis"),
         "empty.npz": ({"x": np.zeros((0, 4), "f4")}, "holds no samples"),
+        "labels.npz": ({"x": np.zeros((2, 4), "f4"), "labels": np.array(["cat", "dog"])}, "labels must be one number"),
     }
     for name, (arrays, part) in bad.items():
         write_npz(tmp_path / "m" / name, arrays)
@@ -126,11 +128,22 @@ def test_what_is_not_there_or_no_sample_file_is_told(tmp_path: Path) -> None:
     read = reader(tmp_path)
     (tmp_path / "m" / "train.npz").write_bytes(b"no zip")
     (tmp_path / "m" / "data.csv").write_text("1,2")
+    np.savez(tmp_path / "m" / "one.npz", x=np.float32(1))
+    np.savez(tmp_path / "m" / "stray.npz", x=np.zeros((2, 4), "f4"))
+    whole = (tmp_path / "m" / "stray.npz").read_bytes()
+    (tmp_path / "m" / "cut.npz").write_bytes(whole[:-30])
+    (tmp_path / "m" / "flipped.npz").write_bytes(whole.replace(bytes(32), b"\1" * 32, 1))
+    with zipfile.ZipFile(tmp_path / "m" / "stray.npz", "a") as file:
+        file.writestr("readme", "which images these are")
     (tmp_path / "m" / "pickled.npz").write_bytes(b"")
     np.savez(tmp_path / "m" / "pickled.npz", x=np.array([{"a": 1}], object))
     for source, part in (
         ("trian.npz", "did you mean 'train.npz'"),
-        ("train.npz", "cannot be read"),
+        ("train.npz", "cannot be read as .npz: it is no .npz, as numpy.savez writes it"),
+        ("cut.npz", "it was copied in part"),
+        ("flipped.npz", "cannot be read as .npz: it is damaged"),
+        ("one.npz", "'x' is a single value"),
+        ("stray.npz", "'readme' in it is no array"),
         ("pickled.npz", "cannot be read"),
         ("data.csv", "neither an .npz"),
         ("../../../etc/passwd", "outside the repository|does not exist"),
