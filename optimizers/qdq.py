@@ -195,6 +195,7 @@ def quantized(job: Job, ranges: dict[str, Range], keep: Sequence[str] = (), only
     data = {name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32)) for name, (low, high) in ranges.items()}
     activation = _ACTIVATIONS[job.form.wide_activations, job.form.signed_activations]
     options: dict[str, Any] = {"ActivationSymmetric": job.config.symmetric, "MatMulConstBOnly": job.types == LINEAR}
+    options["TensorQuantOverrides"] = {name: [{"quant_type": QuantType.QInt8}] for name in _tied_tables(job.model)}
     if job.types == LINEAR:
         options["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
     with quiet():
@@ -207,6 +208,14 @@ def quantized(job: Job, ranges: dict[str, Range], keep: Sequence[str] = (), only
     result.producer_name, result.producer_version = "hone", ""
     sort_nodes(result)
     return result
+
+
+def _tied_tables(model: ModelProto) -> list[str]:
+    """Tables that are also the weight of a layer, as of an embedding and its head: a Gather's rows have one scale, so that the layer's channels cannot have
+    their own."""
+    tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    weights = initializers(model.graph)
+    return sorted({n.input[1] for n in model.graph.node if n.op_type in WEIGHTED - {"Gather"} and n.input[1] in tables & weights.keys()})
 
 
 def float_left(model: ModelProto, before: Path, after: Path, asked: Collection[str]) -> list[str]:

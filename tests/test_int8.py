@@ -169,6 +169,20 @@ def test_a_model_counts_with_the_data_that_lies_beside_it(tmp_path: Path) -> Non
     assert beside["float_left"] == inside["float_left"] == [] and beside["quantized_layers"] == inside["quantized_layers"] == 1
 
 
+@pytest.mark.parametrize("reduce_range", ["off", "on"])
+def test_a_table_that_is_the_heads_weight_too_has_one_scale_and_one_copy(reduce_range: str, tmp_path: Path) -> None:
+    """As PyTorch exports an embedding tied to its head: the channels of the head may not scale the rows of the table."""
+    nodes = [
+        node("Gather", ["table", "ids"], ["e"], "gather"), node("ReduceMean", ["e"], ["m"], "mean", axes=[1], keepdims=0),
+        node("Gemm", ["m", "table"], ["y"], "head", transB=1),
+    ]  # fmt: skip
+    source = model(nodes, [value("ids", I64, ["N", 6])], [value("y", F, ["N", 400])], weights(table=normal(0, 400, 32)))
+    artifact = built(source, Int8StaticConfig(reduce_range=reduce_range), tmp_path)
+    assert artifact.facts[-1]["quantized_layers"] == 2 and error_of(source, artifact) < 0.03
+    large = [t for t in onnx.load(artifact.path).graph.initializer if len(t.dims) == 2]
+    assert [(t.data_type, list(t.dims)) for t in large] == [(onnx.TensorProto.INT8, [400, 32])]
+
+
 def test_excluded_nodes_stay_float(tmp_path: Path) -> None:
     artifact = built(mlp((16, 32, 32, 4)), Int8StaticConfig(exclude=("gemm1",)), tmp_path)
     assert "w1" in {t.name for t in onnx.load(artifact.path).graph.initializer}
