@@ -1,6 +1,6 @@
 """Dynamic int8: weights of linear layers in 8 bits, activations quantized with the range of each call.
 
-The range is one for the whole call, so a row's answer hangs on its batch-mates (onnxruntime#10111): such a model is served row by row.
+The range is one for the whole call, so a row's answer hangs on its batch-mates (onnxruntime#10111): requests for such a model are not joined.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPERATORS: Final = ("MatMul", "Gemm", "Gather", "LSTM", "Attention", "EmbedLayer
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 MOSTLY: Final = 0.5
 """Share of the work (or, where shapes are unknown, of the weights) in convolutions from which on the method does not apply."""
-ROWS: Final = "dependent: activations are scaled over the whole batch, so it is served row by row"
+ROWS: Final = "dependent: activations are scaled over the whole batch, so requests are not joined"
 
 
 def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Samples, budget: Budget) -> Artifact:

@@ -193,7 +193,20 @@ def test_a_frozen_batch_fails(batch: int | str, golden: Path, reference: dict[st
 def test_rows_that_mind_their_company_are_judged_and_served_one_by_one(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     report = verify(golden, scaled_by_company(tmp_path / "company.onnx"), reference)
     assert report["rows"]["independent"] is False and report["serve"]["batch_limit"] == 1
-    assert any("one row at a time" in note for note in report["notes"])
+    assert any("requests must be served one at a time" in note for note in report["notes"])
+
+
+def test_what_is_right_alone_and_wrong_in_company_fails(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Requests may be kept apart, but the rows of one request are not: a caller may send any number of them."""
+    nodes = [
+        onnx.helper.make_node("Gather", ["logits", "first"], ["leader"], axis=0),
+        onnx.helper.make_node("Sub", ["logits", "leader"], ["apart"]),
+        onnx.helper.make_node("Mul", ["apart", "most"], ["drawn"]),
+        onnx.helper.make_node("Sub", ["logits", "drawn"], ["y"]),
+    ]
+    follows = mlp_with(tmp_path / "follows.onnx", nodes, SIZES, first=np.array([0]), most=np.array(0.9, dtype=np.float32))
+    report = verify(golden, follows, reference)
+    assert report["serve"]["batch_limit"] == 1 and report["verdict"] == "failed", report["summary"]
 
 
 def test_dynamic_quantization_is_found_out(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
