@@ -139,12 +139,14 @@ def _model_in(folder: Path) -> tuple[Path, Path | None]:
 
 
 def _side_files(yaml: Path) -> tuple[str, ...]:
-    """Labels and tokenizer that model.yaml names."""
+    """Labels and tokenizer that model.yaml names, and of its samples what lies beside it."""
+    from app.catalog.deploy import sample_files
     from app.catalog.model_config import load_model_config
     from app.errors import ModelRejected
 
     try:
-        return load_model_config(yaml).side_files
+        config = load_model_config(yaml)
+        return (*config.side_files, *(side for side in sample_files(config).values() if (yaml.parent / side).is_file()))
     except ModelRejected as error:
         raise ClientError(str(error)) from None
 

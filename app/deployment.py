@@ -17,7 +17,7 @@ from app.api.upload_form import receive_form
 from app.catalog import durable
 from app.catalog.card_facts import signature_of
 from app.catalog.deploy import deploy
-from app.catalog.model_config import FILE_NAME, ModelConfig, parse_model_config
+from app.catalog.model_config import CAPTURED, FILE_NAME, ModelConfig, parse_model_config
 from app.catalog.model_names import check_name, printable
 from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel, Repository
@@ -86,7 +86,7 @@ class Deployment:
                 await self._announce(found, actor)
             unused = sorted({*staged.data_files} - {*data_files})
         notes = [f"{printable(file)} was not kept: the model names no such data file" for file in unused]
-        return await self.serve_found(found, notes)
+        return await self.serve_found(found, [*notes, *(_missing_samples(found) if staged.config is not None else ())])
 
     def _check_processing(self, name: str, staged: Staged, report: Mapping[str, Any]) -> None:
         """Pre- and post-processing of model.yaml (the uploaded one, else what lies there) must fit what the model takes and gives."""
@@ -187,6 +187,16 @@ class Deployment:
                 await asyncio.to_thread(path.write_bytes, content)
                 paths[plain] = path
             await self.deploy_files(model, paths, actor)
+
+
+def _missing_samples(found: FoundModel) -> list[str]:
+    """What model.yaml names to judge or build with and is not there: the model serves without, but nothing can be built or proven."""
+    named = found.config.samples.model_dump(exclude_none=True) if found.config else {}
+    return [
+        f"samples.{key} = {name!r} is not there yet: send an .npz in the same upload, or put it into {found.folder}"
+        for key, name in named.items()
+        if name != CAPTURED and ".py:" not in name and not (found.folder / name).exists()
+    ]
 
 
 def _check_field(name: str, value: str) -> None:

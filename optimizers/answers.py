@@ -74,7 +74,7 @@ def side_by_side(
         done += len(chunk)
         kept += sum(values.nbytes for values in parts[0][-1].values())
         tick(done / len(order))
-    return Answers(_joined(parts[0]), _joined(parts[1]), order[:done])
+    return Answers(_joined(parts[0], "golden"), _joined(parts[1], "candidate"), order[:done])
 
 
 def answers_of(arm: Arm, samples: Samples, index: NDArray[np.intp], sizes: Sequence[int], side: str) -> Rows:
@@ -93,7 +93,7 @@ def answers_of(arm: Arm, samples: Samples, index: NDArray[np.intp], sizes: Seque
             raise Fault(side, f"{side} breaks down: {failed}") from None
         answers = [_alone(arm, each, len(rows), side) for each, rows in zip(feeds, batches, strict=True)]
     return _joined(
-        [_named(arm, outputs, len(rows) if samples.stacked else None, side) for outputs, rows in zip(answers, batches, strict=True)]
+        [_named(arm, outputs, len(rows) if samples.stacked else None, side) for outputs, rows in zip(answers, batches, strict=True)], side
     )
 
 
@@ -117,15 +117,16 @@ def _named(arm: Arm, outputs: list[Any], rows: int | None, side: str) -> Rows:
     return named
 
 
-def _joined(pieces: list[Rows]) -> Rows:
-    """All pieces as one; where the shapes of whole calls differ, those of the commonest shape only."""
+def _joined(pieces: list[Rows], side: str) -> Rows:
+    """All pieces as one. Raises Fault where the shapes of whole calls differ."""
     joined = {}
     for name in pieces[0]:
         shapes = Counter(piece[name].shape[1:] for piece in pieces)
         if len(shapes) > 1:
             raise Fault(
-                "golden",
-                f"output {name!r} has a different shape for each sample ({', '.join(str(list(s)) for s in list(shapes)[:3])}); name samples of one shape",
+                side,
+                f"output {name!r} of {side} has a different shape for each sample ({', '.join(str(list(s)) for s in list(shapes)[:3])}), "
+                "and only answers of one shape can be compared: name samples that have such",
             )
         joined[name] = np.concatenate([piece[name] for piece in pieces])
     return joined

@@ -17,14 +17,17 @@ from optimizers.aware import Int8AwareConfig
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import quantization_of
 from optimizers.int8 import Form
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import load, save
 from optimizers.prepare import prepared
 from optimizers.qdq import activation_ranges, planned, quantized, sensitivity
 from optimizers.samples import Samples
-from optimizers.trial import LOOKED_AT, Trial, matching, outputs, rows_of
+from optimizers.trial import LOOKED_AT, Trial, comparable, matching, outputs, rows_of
 
 LEAST_HELD: Final = 16
 """Held-out rows below which agreement says nothing."""
+NUMBERS: Final = frozenset({"regression", "embedding"})
+"""Tasks whose outputs are no scores of classes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def build(artifact: Artifact, config: Int8AwareConfig, form: Form, samples: Samp
         budget.tick(config.method, f"{len(kept)} layers in float", 0.7)
         models.clear()
         models[kept] = quantized(job, ranges, keep=kept)
-        return agreement_of(models[kept], judges)
+        return agreement_of(models[kept], judges, artifact.task)
 
     found = search(lambda: list(sensitivity(job, ranges, trial)), agreement, config.floor, min(config.most, len(job.layers) - 1))
     model = models.get(found.kept) or quantized(job, ranges, keep=found.kept)
@@ -70,7 +73,7 @@ def build(artifact: Artifact, config: Int8AwareConfig, form: Form, samples: Samp
         "agreement": found.agreement, "held_out": len(held), "kept_float": sorted({*config.exclude, *found.kept}), "tried": found.tried,
         "quantized_layers": len(job.layers) - len(found.kept), "calibration": config.calibration, "calibration_samples": len(rest),
         "calibration_origin": samples.origin, "calibration_hashes": [*rest.hashes(), *held.hashes()], "output_error": trial.error(model),
-        "prepared": ready.facts, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "prepared": ready.facts, "bytes_before": size_of(artifact.path), "bytes": size_of(path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
@@ -101,20 +104,23 @@ def search(ranked: Callable[[], Sequence[str]], agreement: Callable[[tuple[str, 
     return Found(kept, tried[kept], tuple(tried.items()))
 
 
-def agreement_of(model: ModelProto, trials: Sequence[Trial]) -> float:
-    """Mean over the rows of how far the first output says what the float model says."""
+def agreement_of(model: ModelProto, trials: Sequence[Trial], task: str) -> float:
+    """Mean over the rows of how far the first output says what the float model says. Raises NotApplicable as `comparable` does."""
     first = trials[0]
     answers = outputs(model, [trial.feeds for trial in trials], first.folder, first.threads)
-    return float(np.concatenate([same(trial.reference[0], seen[0]) for trial, seen in zip(trials, answers, strict=True)]).mean())
+    for trial, seen in zip(trials, answers, strict=True):
+        comparable(model, trial.reference, seen)
+    numbers = task in NUMBERS
+    return float(np.concatenate([same(trial.reference[0], seen[0], numbers) for trial, seen in zip(trials, answers, strict=True)]).mean())
 
 
-def same(expected: NDArray[Any], seen: NDArray[Any]) -> NDArray[np.float64]:
-    """By row: the share of places with the same best class; for a single number, 1 − |error| relative to the largest, at least 0."""
+def same(expected: NDArray[Any], seen: NDArray[Any], numbers: bool = False) -> NDArray[np.float64]:
+    """By row: the share of places with the same best class; for `numbers`, or a single one, 1 − |error| relative to the largest, at least 0."""
     expected, seen = (np.atleast_1d(values) for values in (expected, seen))
     if expected.dtype.kind != "f":
         return np.asarray((expected == seen).reshape(len(expected), -1).mean(axis=1))
     axis = 1 if expected.ndim == 4 else -1
-    if expected.ndim > 1 and expected.shape[axis] > 1:
+    if expected.ndim > 1 and expected.shape[axis] > 1 and not numbers:
         agreed = expected.argmax(axis) == seen.argmax(axis)
         return np.asarray(agreed.reshape(len(expected), -1).mean(axis=1))
     errors = np.abs(seen - expected).reshape(len(expected), -1).mean(axis=1)

@@ -23,6 +23,7 @@ from optimizers.clustering import kmeans
 from optimizers.codebook import TrainedCodebookConfig
 from optimizers.fake_quantization import LAYERS, folded
 from optimizers.lessons import facts_of
+from optimizers.onnx_file import size_of
 from optimizers.samples import Samples
 from optimizers.torch_source import counted, export, torch_for
 from optimizers.workshop import Workshop
@@ -107,7 +108,7 @@ def build(artifact: Artifact, config: TrainedCodebookConfig, samples: Samples, b
         "trained_layers": sum(each["error"] < EXACT for each in inner["layers"]), "score_untrained": before,
         "training": {**facts_of(lesson, samples), **trained.facts()}, "seed": budget.seed,
         "before": counted(artifact.path, work.opened.rows), "after": counted(plain, work.opened.rows),
-        "bytes_before": artifact.path.stat().st_size, "seconds": time.monotonic() - started,
+        "bytes_before": size_of(artifact.path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(made.path, config.to_json(), facts)

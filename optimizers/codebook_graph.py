@@ -22,7 +22,8 @@ from optimizers.census import quantization_of
 from optimizers.clustering import entropy_bits, entropy_constrained, kmeans, kmeans_errors
 from optimizers.codebook import CodebookConfig
 from optimizers.feedback import as_matrix, assign, from_matrix, gram, suits
-from optimizers.layers import Layer, input_statistics, weighted_layers
+from optimizers.layers import Layer, elsewhere, input_statistics, weighted_layers
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import initializers, load, save, set_constant, upgrade_opset
 from optimizers.packed import pack
 from optimizers.prepare import prepared
@@ -62,7 +63,9 @@ def build(artifact: Artifact, config: CodebookConfig, samples: Samples, budget: 
     model = ready.model
     layers = weighted_layers(model, exclude=config.exclude, least=1 << (config.bits + 1))
     if not layers:
-        raise NotApplicable("there is no convolution, matrix product or table with a constant float weight larger than its codebook")
+        raise NotApplicable(
+            f"there is no convolution, matrix product or table with a constant float weight larger than its codebook{elsewhere(model)}"
+        )
     weights = {layer.name: numpy_helper.to_array(initializers(model.graph)[layer.tensor]) for layer in layers}
     taken = matching(samples, model, config.samples, "perceptual codebook") if len(samples) or config.levels == "perceptual" else samples
     trial = Trial.of(model, taken, folder, budget.threads) if len(taken) else None
@@ -79,7 +82,7 @@ def build(artifact: Artifact, config: CodebookConfig, samples: Samples, budget: 
     facts = {
         "method": config.method, "levels": config.levels, "layers": [_told(each, weights) for each in coded], "sensitivity": sensitivity,
         "mean_bits": sum(each.bits * each.layer.size for each in coded) / sum(layer.size for layer in layers),
-        "output_error": error, "prepared": ready.facts, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
+        "output_error": error, "prepared": ready.facts, "bytes_before": size_of(artifact.path), "bytes": size_of(path),
         "bytes_packed": pack(path, folder / "model.packed").bytes, "memory": "that of the float model: the runtime looks the weights up when it loads",
         "seconds": time.monotonic() - started,
     }  # fmt: skip

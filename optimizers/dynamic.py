@@ -1,6 +1,6 @@
 """Dynamic int8: weights of linear layers in 8 bits, activations quantized with the range of each call.
 
-The range is one for the whole call, so a row's answer hangs on its batch-mates (onnxruntime#10111): such a model is served row by row.
+The range is one for the whole call, so a row's answer hangs on its batch-mates (onnxruntime#10111): requests for such a model are not joined.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import layer_costs, quantization_of
 from optimizers.int8 import Form, Int8DynamicConfig
+from optimizers.layers import elsewhere
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.qdq import float_left, quiet
@@ -27,7 +29,7 @@ OPERATORS: Final = ("MatMul", "Gemm", "Gather", "LSTM", "Attention", "EmbedLayer
 CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose"})
 MOSTLY: Final = 0.5
 """Share of the work (or, where shapes are unknown, of the weights) in convolutions from which on the method does not apply."""
-ROWS: Final = "dependent: activations are scaled over the whole batch, so it is served row by row"
+ROWS: Final = "dependent: activations are scaled over the whole batch, so requests are not joined"
 
 
 def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Samples, budget: Budget) -> Artifact:
@@ -37,16 +39,17 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
     source = load(artifact.path)
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): int8-dynamic needs a float model")
-    row = {name: (1, *values.shape[1:]) if samples.stacked else values.shape[1:] for name, values in samples.inputs.items()}
-    share = convolutional_share(source, row)
-    if share > MOSTLY:
+    share = convolutional_share(source, samples.row_shapes())
+    if share > MOSTLY and not elsewhere(source):
         raise NotApplicable(
             f"{share:.0%} of its work is in convolutions, which int8-dynamic leaves alone; int8-static is the method for them"
         )
     ready = prepared(source, folder)
     layers = _linear_layers(ready.model, set(config.exclude))
     if not layers:
-        raise NotApplicable("no layer multiplies by constant float weights (MatMul, Gemm, LSTM, Gather), so there is nothing to quantize")
+        raise NotApplicable(
+            f"no layer multiplies by constant float weights (MatMul, Gemm, LSTM, Gather), so there is nothing to quantize{elsewhere(source)}"
+        )
     budget.tick(config.method, "quantizing", 0.5)
     model = save_and_reload_model_with_shape_infer(ready.model)
     with quiet():
@@ -59,7 +62,7 @@ def build(artifact: Artifact, config: Int8DynamicConfig, form: Form, samples: Sa
     built.producer_name, built.producer_version = "hone", ""
     sort_nodes(built)
     path = save(built, folder / "model.onnx")
-    before, after = artifact.path.stat().st_size, path.stat().st_size
+    before, after = size_of(artifact.path), size_of(path)
     facts = {
         "method": config.method, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range, "per_channel": config.per_channel,
         "quantized_layers": len(layers), "kept_float": sorted(config.exclude), "convolutional_share": share, "prepared": ready.facts, "rows": ROWS,

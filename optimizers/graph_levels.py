@@ -5,6 +5,7 @@ A baked file is served without further optimization, so that what was measured i
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from optimizers.host import host_class, parse_target
 from optimizers.inputs import find_maker
 from optimizers.measure import Arm, ArmFailed, compare, interval_json
 from optimizers.offline import save_optimized
-from optimizers.onnx_file import RUNTIME_DOMAINS, SERVE_AT, STANDARD_DOMAINS, graphs
+from optimizers.onnx_file import RUNTIME_DOMAINS, SERVE_AT, STANDARD_DOMAINS, graphs, size_of
 from optimizers.onnx_graph import load, save
 from optimizers.prepare import tidy_domains
 from optimizers.running import ORT_ERRORS, RunRefused, brief, raise_if_memory, runner
@@ -60,17 +61,20 @@ def build(artifact: Artifact, config: GraphConfig, samples: Samples, budget: Bud
     if not variants:
         raise NotApplicable("graph optimization changes nothing" + "".join(f"; {name}: {why}" for name, why in dropped.items()))
     incumbent = Settings.from_json(artifact.extra.get("settings"))
-    timed = _timed(artifact.path, incumbent, variants, feeds, budget) if here else variants
+    row = feeds_for(artifact.path, source, samples, budget.seed, rows=1) if here else feeds
+    timed = _timed(artifact.path, incumbent, variants, row, budget) if here else variants
     best = min(timed, key=lambda v: v.ratio.estimate if v.ratio else 1.0)
     if config.level == "auto" and here and not (best.ratio and best.ratio.high < 1 - config.least_gain):
-        raise NotApplicable(f"no gain: CPU time relative to the file as it is served (level {incumbent.graph_level}): {told(timed)}")
+        raise NotApplicable(
+            f"{no_gain(timed)}: CPU time relative to the file as it is served (level {incumbent.graph_level}): {told(timed)}"
+        )
     path = best.path.rename(folder / "model.onnx")
     built = load(path)
     facts = {
         "method": config.method, "level": best.name, "output_error": best.error, "fused": best.fused, "measured": {v.name: interval_json(v.ratio) for v in timed if v.ratio},
         "dropped": dropped, "serve": {"graph_level": "none"}, "custom_domains": _custom_domains(built), "portable": not _host_specific(built),
         "target": host_class().key, "proven_here": here, "nodes_before": len(source.graph.node), "nodes": len(built.graph.node),
-        "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "bytes_before": size_of(artifact.path), "bytes": size_of(path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     made = artifact.derived(path, config.to_json(), facts)
@@ -78,7 +82,7 @@ def build(artifact: Artifact, config: GraphConfig, samples: Samples, budget: Bud
 
 
 def feeds_for(path: Path, model: ModelProto, samples: Samples, seed: int, rows: int = 4) -> Feeds:
-    """A few rows to run: of the samples, else made up. Raises NotApplicable where the model takes none of them."""
+    """A few rows to run (a whole call where samples are such): of the samples, else made up. Raises NotApplicable where the model takes none of them."""
     if len(samples):
         return {name: values[:rows] if samples.stacked else values[0] for name, values in samples.inputs.items()}
     try:
@@ -133,10 +137,9 @@ def _error(path: Path, feeds: Feeds, expected: list[Any]) -> float:
         raise NotApplicable(f"the optimized graph does not work: {brief(error)}") from None
 
 
-def _timed(parent: Path, incumbent: Settings, variants: list[Variant], feeds: Feeds, budget: Budget) -> list[Variant]:
+def _timed(parent: Path, incumbent: Settings, variants: list[Variant], row: Feeds, budget: Budget) -> list[Variant]:
     """Each variant with its CPU time relative to the parent as it is served, one quiet thread each, in turns."""
     timed: list[Variant] = []
-    row = {name: values[:1] for name, values in feeds.items()}
     with Arm(parent, incumbent.one_quiet_thread()) as first:
         for index, variant in enumerate(variants):
             budget.tick("graph", f"timing {variant.name}", 0.4 + 0.5 * index / len(variants))
@@ -152,6 +155,12 @@ def _timed(parent: Path, incumbent: Settings, variants: list[Variant], feeds: Fe
 
 def told(variants: list[Variant]) -> str:
     return ", ".join(f"{v.name} {v.ratio.estimate:.2f} ({v.ratio.low:.2f} to {v.ratio.high:.2f})" for v in variants if v.ratio)
+
+
+def no_gain(variants: list[Variant]) -> str:
+    """An interval without an end says that the host was too loud, and nothing about the variant."""
+    loud = any(v.ratio and not math.isfinite(v.ratio.high) for v in variants)
+    return "no gain to be seen, as the host was too busy to measure" if loud else "no gain"
 
 
 def _has_attention(model: ModelProto) -> bool:

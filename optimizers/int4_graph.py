@@ -13,7 +13,8 @@ from optimizers.artifact import Artifact
 from optimizers.base import Budget, NotApplicable
 from optimizers.census import quantization_of
 from optimizers.int4 import COMPUTE, Int4LinearConfig
-from optimizers.layers import LINEAR, Layer, weighted_layers
+from optimizers.layers import LINEAR, Layer, elsewhere, weighted_layers
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import attributes, drop_unused_initializers, initializers, load, save
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
@@ -36,7 +37,7 @@ def build(artifact: Artifact, config: Int4LinearConfig, samples: Samples, budget
     layers = _layers(model, config)
     if not layers:
         raise NotApplicable(
-            f"no MatMul or Gemm multiplies by a constant float matrix of at least {config.least} weights and {config.block} inputs"
+            f"no MatMul or Gemm multiplies by a constant float matrix of at least {config.least} weights and {config.block} inputs{elsewhere(model)}"
         )
     trial = Trial.of(model, matching(samples, model, len(samples), config.method), folder, budget.threads) if len(samples) else None
     for at, layer in enumerate(layers):
@@ -50,7 +51,7 @@ def build(artifact: Artifact, config: Int4LinearConfig, samples: Samples, budget
     facts = {
         "method": config.method, "layers": [layer.name for layer in layers], "block": config.block, "symmetric": config.symmetric,
         "compute": config.compute, "domains": [DOMAIN], "output_error": error, "prepared": ready.facts,
-        "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "bytes_before": size_of(artifact.path), "bytes": size_of(path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)

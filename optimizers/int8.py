@@ -71,7 +71,7 @@ class Int8StaticConfig(Config):
 
 @dataclass(frozen=True)
 class Int8DynamicConfig(Config):
-    """Weights of linear layers s8, activations u8 with the range of each call. Its rows are not independent: it is served row by row."""
+    """Weights of linear layers s8, activations u8 with the range of each call. Its rows are not independent: requests are not joined."""
 
     method: ClassVar[str] = "int8-dynamic"
     summary: ClassVar[str] = "8-bit weights of linear layers, activations quantized while running; no samples needed"

@@ -59,7 +59,7 @@ def verify(request: VerifyRequest, budget: Budget) -> VerifyReport:
         _judge(request, report, budget, started + min(request.seconds, max(1.0, budget.left_s - 5)))
     except Fault as fault:
         if fault.side != "candidate":
-            raise Rejected(f"{fault.side} cannot be run, so nothing can be judged: {fault}") from None
+            raise Rejected(f"nothing can be judged by {fault.side}: {fault}") from None
         report.verdict = Verdict.FAILED
         report.reasons.append(str(fault))
     report.seconds = time.monotonic() - started
@@ -176,7 +176,7 @@ def _check_rows(candidate: Arm, samples: Samples, report: VerifyReport) -> None:
     report.rows = asdict(proof)
     if not proof.independent:
         report.notes.append(
-            f"golden's rows are independent and the candidate's are not ({proof.reason}): it was judged and must be served one row at a time"
+            f"golden's rows are independent and the candidate's are not ({proof.reason}): requests must be served one at a time, and it was judged with several rows in each"
         )
         report.serve = replace(report.serve, batch_limit=1)
 
@@ -207,8 +207,6 @@ def _compare_sets(
             if batchable
             else ([1], [1])
         )
-        if report.serve.batch_limit == 1:
-            sizes = (sizes[0], [1])
         answers = side_by_side(
             known if known is not None else golden, candidate, samples, sizes, until=now + share * (at + 1),
             tick=partial(_tick_set, budget, name, at / len(sets), len(sets)),

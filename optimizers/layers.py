@@ -17,11 +17,13 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from optimizers.base import NotApplicable
 from optimizers.calibration import Activations
+from optimizers.onnx_file import graphs
 from optimizers.onnx_graph import attributes, initializers
 from optimizers.samples import Samples
 
 KINDS: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 LINEAR: Final = frozenset({"Gemm", "MatMul"})
+OTHER_FLOATS: Final = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "float64"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,16 @@ def weighted_layers(model: ModelProto, kinds: Collection[str] = KINDS, exclude: 
         if int(np.prod(tensor.dims)) >= least and not attributes(node).get("transA", 0):
             found.setdefault(tensor.name, _layer(node, tensor))
     return list(found.values())
+
+
+def elsewhere(model: ModelProto) -> str:
+    """The end of a sentence that says that there are no float32 weights: where they are instead. '' where there are none at all."""
+    main, *bodies = graphs(model.graph)
+    inner = {tensor.data_type for body in bodies for tensor in body.initializer if len(tensor.dims) > 1}
+    kinds = inner | {tensor.data_type for tensor in main.initializer if len(tensor.dims) > 1}
+    if others := sorted(OTHER_FLOATS[kind] for kind in kinds & OTHER_FLOATS.keys()):
+        return f": its weights are {' and '.join(others)}, so deploy the model with float32 weights for that"
+    return ": its weights lie in the bodies of If, Loop or Scan, which are left as they are" if TensorProto.FLOAT in inner else ""
 
 
 def _layer(node: NodeProto, tensor: TensorProto) -> Layer:

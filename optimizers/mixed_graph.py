@@ -24,6 +24,7 @@ from optimizers.int8 import Form, Int8StaticConfig, form_for
 from optimizers.layer_times import seconds_of
 from optimizers.layers import LINEAR, Layer, weighted_layers
 from optimizers.mixed import MixedPrecisionConfig
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import initializers, load, save, upgrade_opset
 from optimizers.prepare import prepared
 from optimizers.qdq import Job, activation_ranges, planned, quantized
@@ -82,8 +83,8 @@ def build(artifact: Artifact, config: MixedPrecisionConfig, samples: Samples, bu
         "method": config.method, "form": config.form, "target": form.target, "proven_here": form.here, "reduce_range": form.reduce_range,
         "precisions": precisions, "layer_seconds": work.seconds, "activation_bits": 16 if form.wide_activations else 8, "measured": measured, "output_error": error,
         "calibration": config.calibration, "calibration_samples": len(taken), "calibration_origin": samples.origin,
-        "calibration_hashes": taken.hashes(), "prepared": ready.facts, "bytes_before": artifact.path.stat().st_size,
-        "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "calibration_hashes": taken.hashes(), "prepared": ready.facts, "bytes_before": size_of(artifact.path),
+        "bytes": size_of(path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)
@@ -103,14 +104,14 @@ def _work(model: ModelProto, config: MixedPrecisionConfig, form: Form, samples: 
     int8 = Int8StaticConfig(calibration=config.calibration, samples=config.samples, exclude=(*config.exclude, *kept))
     job = planned(save_and_reload_model_with_shape_infer(model), int8, form, samples, budget, folder)
     ranges = activation_ranges(job)
-    row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()}
+    row = samples.row_shapes()
     costs = {node.name: cost for node, cost in layer_costs(model, row) if cost is not None}
-    seconds = _seconds(job, layers, config, form, row if samples.stacked else None)
+    seconds = _seconds(job, layers, config, form, row)
     return _Work(job, tuple(layers), ranges, Trial.of(job.model, samples, folder, budget.threads), config, costs, seconds)
 
 
 def _seconds(
-    job: Job, layers: Sequence[Layer], config: MixedPrecisionConfig, form: Form, row: Mapping[str, tuple[int, ...]] | None
+    job: Job, layers: Sequence[Layer], config: MixedPrecisionConfig, form: Form, row: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[float, float]]:
     if config.form != "sensitivity" or config.count != "time":
         return {}

@@ -99,6 +99,11 @@ def _parse(path: Path) -> ModelProto:
     return model
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a model with the data that lies beside it. Raises Rejected as `read` does."""
+    return read(path).bytes
+
+
 def graphs(graph: GraphProto) -> Iterator[GraphProto]:
     """`graph` and every graph inside it (bodies of If, Loop, Scan)."""
     waiting = [graph]

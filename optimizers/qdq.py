@@ -28,11 +28,12 @@ from optimizers.census import quantization_of
 from optimizers.equalize import correct_biases, cross_layer, smooth
 from optimizers.int8 import Form, Int8StaticConfig
 from optimizers.layers import LINEAR as LINEAR_LAYERS
-from optimizers.layers import Inputs, Layer, input_statistics, weighted_layers
+from optimizers.layers import Inputs, Layer, elsewhere, input_statistics, weighted_layers
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import attributes, initializers, load, save, sort_nodes
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
-from optimizers.trial import HOPELESS, Trial, matching
+from optimizers.trial import HOPELESS, Trial, change, matching
 
 CONVOLUTIONAL: Final = (
     "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Relu", "Clip", "LeakyRelu", "Sigmoid", "MaxPool", "AveragePool",
@@ -96,7 +97,7 @@ def build(artifact: Artifact, config: Int8StaticConfig, form: Form, samples: Sam
         "calibration_origin": samples.origin, "calibration_hashes": job.samples.hashes(), "quantized_layers": len(job.layers) - len(kept),
         "kept_float": [*_left_alone(job), *kept], "sensitivity": sensitive, "rescue": rescue,
         "operators": sorted({node.op_type for node in job.model.graph.node} & set(job.types)), "prepared": ready.facts,
-        "output_error": error, "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size,
+        "output_error": error, "bytes_before": size_of(artifact.path), "bytes": size_of(path),
         "float_left": left, "seconds": time.monotonic() - started,
     }  # fmt: skip
     job.tick("done", 1.0)
@@ -130,7 +131,7 @@ def planned(model: ModelProto, config: Int8StaticConfig, form: Form, samples: Sa
     candidates = [node for node in model.graph.node if node.op_type in WEIGHTED & set(types) and node.name not in excluded]
     layers = tuple(node.name for node in candidates if _weight_of(node, model))
     if not layers:
-        raise NotApplicable("there is no convolution, matrix product or table with constant float weights to quantize")
+        raise NotApplicable(f"there is no convolution, matrix product or table with constant float weights to quantize{elsewhere(model)}")
     return Job(model, config, form, samples, budget, folder, types, excluded, layers)
 
 
@@ -194,6 +195,7 @@ def quantized(job: Job, ranges: dict[str, Range], keep: Sequence[str] = (), only
     data = {name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32)) for name, (low, high) in ranges.items()}
     activation = _ACTIVATIONS[job.form.wide_activations, job.form.signed_activations]
     options: dict[str, Any] = {"ActivationSymmetric": job.config.symmetric, "MatMulConstBOnly": job.types == LINEAR}
+    options["TensorQuantOverrides"] = {name: [{"quant_type": QuantType.QInt8}] for name in _tied_tables(job.model)}
     if job.types == LINEAR:
         options["OpTypesToExcludeOutputQuantization"] = ["MatMul", "Gemm"]
     with quiet():
@@ -208,12 +210,20 @@ def quantized(job: Job, ranges: dict[str, Range], keep: Sequence[str] = (), only
     return result
 
 
+def _tied_tables(model: ModelProto) -> list[str]:
+    """Tables that are also the weight of a layer, as of an embedding and its head: a Gather's rows have one scale, so that the layer's channels cannot have
+    their own."""
+    tables = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    weights = initializers(model.graph)
+    return sorted({n.input[1] for n in model.graph.node if n.op_type in WEIGHTED - {"Gather"} and n.input[1] in tables & weights.keys()})
+
+
 def float_left(model: ModelProto, before: Path, after: Path, asked: Collection[str]) -> list[str]:
     """Where the file did not shrink: the large float weights that stayed, largest first.
 
     Raises NotApplicable where the most of its weights did though nobody `asked` their nodes to.
     """
-    if after.stat().st_size < before.stat().st_size:
+    if size_of(after) < size_of(before):
         return []
     sizes = {t.name: math.prod(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and math.prod(t.dims) > 256}
     small = sum(math.prod(t.dims) for t in model.graph.initializer if t.data_type in {TensorProto.INT8, TensorProto.UINT8})
@@ -249,7 +259,5 @@ def _look(model: ModelProto, job: Job, ranges: dict[str, Range], trial: Trial) -
     error = trial.error(model)
     if error > HOPELESS:
         worst, alone = next(iter(sensitivity(job, ranges, trial).items()))
-        raise NotApplicable(
-            f"int8 changes the outputs by {error:.0%} (root mean square); the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float"
-        )
+        raise NotApplicable(f"in int8 {change(error)}; the worst layer is {worst!r} ({alone:.0%} alone): exclude it, or keep_float")
     return error

@@ -22,6 +22,7 @@ from optimizers.fake_quantization import Learned, folded, simulate
 from optimizers.int8 import Form
 from optimizers.layers import weighted_layers
 from optimizers.lessons import facts_of
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import constants, load, save
 from optimizers.prepare import prepared
 from optimizers.qat import QatConfig
@@ -71,7 +72,7 @@ def build(artifact: Artifact, config: QatConfig, form: Form, samples: Samples, b
         "step_factors": {name: round(one.factor, 4) for name, one in learned.items()}, "score_untrained": before,
         "training": {**facts_of(lesson, samples), **trained.facts()}, "seed": budget.seed, "output_error": error,
         "before": counted(artifact.path, work.opened.rows), "after": counted(path, work.opened.rows),
-        "bytes_before": artifact.path.stat().st_size, "bytes": path.stat().st_size, "seconds": time.monotonic() - started,
+        "bytes_before": size_of(artifact.path), "bytes": size_of(path), "seconds": time.monotonic() - started,
     }  # fmt: skip
     budget.tick(config.method, "done", 1.0)
     return artifact.derived(path, config.to_json(), facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ class Samples:
             arrays["__labels__"] = self.labels
         write_npz(path, arrays)
 
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model's inputs for one row; for one call, where samples are such."""
+        return {name: (1, *values.shape[1:]) if self.stacked else values.shape[1:] for name, values in self.inputs.items()}
+
     @classmethod
     def load(cls, path: Path, origin: str = "owner", stacked: bool = True) -> Samples:
         """Read what `save` wrote, or any .npz whose keys are the model's input names (labels: `__labels__` or `labels`).
@@ -68,6 +73,10 @@ class Samples:
         labels = arrays.pop("__labels__", None)
         if labels is None and len(arrays) > 1:
             labels = arrays.pop("labels", None)
+        if single := [name for name, values in arrays.items() if not values.ndim]:
+            raise ValueError(f"{single[0]!r} is a single value; its first axis must be the samples")
+        if labels is not None and (labels.dtype.kind not in "iufb" or not labels.ndim):
+            raise ValueError("labels must be one number of a class for each sample")
         lengths = {name: len(values) for name, values in arrays.items()}
         if not lengths or len({*lengths.values(), *([len(labels)] if labels is not None else [])}) != 1:
             raise ValueError(f"{path}: arrays must share one first axis (the samples), got {lengths}")
@@ -84,9 +93,17 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz; text as arrays of str objects, as ONNX Runtime wants it. Pickles are refused (ValueError)."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    """The arrays of an .npz; text as arrays of str objects, as ONNX Runtime wants it. Raises ValueError for pickles, and for what is cut or damaged."""
+    path.stat()  # a file that is not there is another matter
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no .npz, as numpy.savez writes it, or it was copied in part")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"it is damaged: {error}") from None
+    if stray := [name for name, values in arrays.items() if not isinstance(values, np.ndarray)]:
+        raise ValueError(f"{stray[0]!r} in it is no array")
     return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in arrays.items()}
 
 

@@ -17,11 +17,14 @@ from optimizers.base import Budget, NotApplicable
 from optimizers.census import census, quantization_of
 from optimizers.factors import Layer, halves, input_of, layers_of, split, whole
 from optimizers.layer_times import in_turns
+from optimizers.layers import elsewhere
 from optimizers.low_rank import LowRankConfig
+from optimizers.onnx_file import size_of
 from optimizers.onnx_graph import drop_unused_initializers, load, name_nodes, save
 from optimizers.prepare import prepared
 from optimizers.samples import Samples
 from optimizers.session import Settings, open_session
+from optimizers.trial import comparable
 
 GAIN: Final = 0.95
 """A split layer must take less than this share of the whole one's time."""
@@ -56,10 +59,10 @@ def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: B
     if how := quantization_of(source):
         raise NotApplicable(f"already quantized ({how}): low-rank needs a float model, and goes before int8")
     ready = prepared(source, folder)
-    row = {name: (1, *values.shape[1:]) for name, values in samples.inputs.items()} if samples.stacked else None
+    row = samples.row_shapes()
     layers = {layer.name: layer for layer in layers_of(ready.model, row, frozenset(config.exclude))}
     if not layers:
-        raise NotApplicable("there is no MatMul, Gemm or ungrouped Conv with a constant float weight to split")
+        raise NotApplicable(f"there is no MatMul, Gemm or ungrouped Conv with a constant float weight to split{elsewhere(ready.model)}")
     work = _Work(config, budget, folder)
     splits = work.by_sensitivity(ready.model, layers, samples) if config.rank == "sensitivity" else work.one_by_one(layers)
     chosen = [s for s in splits if s.saves and (s.ratio is None or s.ratio < GAIN)]
@@ -73,8 +76,8 @@ def build(artifact: Artifact, config: LowRankConfig, samples: Samples, budget: B
     before, after = (census(each, row=row) for each in (source, ready.model))
     facts = {
         "method": config.method, "rank": config.rank, "split": [vars(s) for s in chosen], "left": [vars(s) for s in splits if s not in chosen],
-        "before": {"parameters": before.parameters, "multiply_adds": before.multiply_adds, "bytes": artifact.path.stat().st_size},
-        "after": {"parameters": after.parameters, "multiply_adds": after.multiply_adds, "bytes": path.stat().st_size},
+        "before": {"parameters": before.parameters, "multiply_adds": before.multiply_adds, "bytes": size_of(artifact.path)},
+        "after": {"parameters": after.parameters, "multiply_adds": after.multiply_adds, "bytes": size_of(path)},
         "curves": work.curves, "rows_timed": config.rows if config.split == "faster" else None, "prepared": ready.facts,
         "seconds": time.monotonic() - started,
     }  # fmt: skip
@@ -113,7 +116,9 @@ class _Work:
             for name, rank in ranks[layer.name].items():
                 twin = ModelProto.FromString(model.SerializeToString())
                 split(twin, layer, rank)
-                loss = _change(plain, self._outputs(twin, rows))
+                seen = self._outputs(twin, rows)
+                comparable(twin, plain, seen)
+                loss = _change(plain, seen)
                 table[layer.name].append(Choice(name, layer.operations_at(rank), loss))
                 self.curves.append({"layer": layer.name, "rank": rank, "saved": layer.operations - layer.operations_at(rank), "loss": loss})
         total = sum(layer.operations for layer in layers.values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ SAME: Final = 1e-3
 """How far PyTorch's and ONNX Runtime's outputs may be apart, as a share of the largest: rounding in another order."""
 LIMIT: Final = 1 << 30
 GOLDEN_SOURCE: Final = "golden_source"
+_COLOUR: Final = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED_AT: Final = re.compile(r'The following call raised this error:\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in .*\n(?P<code>.+)')
 Outputs = tuple[Tensor, ...]
 
 
@@ -186,10 +189,20 @@ def delivered(
     return replace(made, extra={**made.extra, **kept})
 
 
+def _why(error: BaseException) -> str:
+    """PyTorch's own reason, without its advice, and the line of the owner's code where it says which."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = _COLOUR.sub("", str(error))
+    at = _RAISED_AT.search(text)
+    where = f" (line {at['line']} of {Path(at['file']).name}: {at['code'].strip()})" if at else ""
+    return f"{type(error).__name__}: {text.strip().partition(chr(10))[0][:400]}{where}"
+
+
 def counted(path: Path, rows: Samples) -> dict[str, Any]:
     """Parameters, multiply-adds of one row, bytes on disk."""
     file = read(path)
-    found = census(file.model, path.parent, {name: (1, *values.shape[1:]) for name, values in rows.inputs.items()})
+    found = census(file.model, path.parent, rows.row_shapes())
     return {"parameters": found.parameters, "nonzeros": found.nonzeros, "multiply_adds": found.multiply_adds, "bytes": file.bytes}
 
 
@@ -209,7 +222,7 @@ def export(module: nn.Module, signature: Signature, rows: Samples, path: Path) -
             )  # fmt: skip
     except Exception as error:
         raise_if_memory(error)
-        raise NotApplicable(f"PyTorch cannot export the module: {type(error).__name__}: {brief(error)}") from error
+        raise NotApplicable(f"PyTorch cannot export the module: {_why(error)}") from error
     assert program is not None
     model: ModelProto = program.model_proto
     _tidy(model)

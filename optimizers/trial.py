@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,15 +44,34 @@ class Trial:
         return [cls(each, answer, folder, threads) for each, answer in zip(feeds, answers, strict=True)]
 
     def error(self, model: ModelProto) -> float:
-        """Relative root-mean-square error of the outputs."""
-        return root_mean_square(self.reference, outputs(model, [self.feeds], self.folder, self.threads)[0])
+        """Relative root-mean-square error of the outputs; infinite where other outputs are finite. Raises NotApplicable as `comparable` does."""
+        seen = outputs(model, [self.feeds], self.folder, self.threads)[0]
+        comparable(model, self.reference, seen)
+        return root_mean_square(self.reference, seen)
 
     def checked_error(self, model: ModelProto, remedy: str) -> float:
         """The error of the result. Raises NotApplicable where it is hopeless."""
         error = self.error(model)
         if error > HOPELESS:
-            raise NotApplicable(f"the outputs change by {error:.0%} (root mean square): {remedy}")
+            raise NotApplicable(f"{change(error)}: {remedy}")
         return error
+
+
+def change(error: float) -> str:
+    return (
+        f"the outputs change by {error:.0%} (root mean square)" if np.isfinite(error) else "other outputs than before are NaN or infinite"
+    )
+
+
+def comparable(model: ModelProto, expected: Sequence[Any], seen: Sequence[Any]) -> None:
+    """Outputs of one call, or of several in a row. Raises NotApplicable where one has another shape than the model's own: it hangs on the
+    numbers, as after a threshold."""
+    for value, a, b in zip(cycle(model.graph.output), expected, seen, strict=False):
+        if np.shape(a) != np.shape(b):
+            raise NotApplicable(
+                f"the shape of output {value.name!r} hangs on the numbers ({list(np.shape(b))} where the model itself gives {list(np.shape(a))}), "
+                "so that the two cannot be compared"
+            )
 
 
 def rows_of(samples: Samples, start: int) -> Feeds:
@@ -74,7 +94,7 @@ def matching(samples: Samples, model: ModelProto, count: int, method: str) -> Sa
     """`count` of the samples, evenly spread, with the inputs that the model takes. Raises NotApplicable where there are none."""
     if not len(samples):
         raise NotApplicable(
-            f"{method} needs calibration inputs, and there are none: name some in model.yaml (data: calibration) or capture live ones"
+            f"{method} needs calibration inputs, and there are none: name some in model.yaml (samples: calibration), or capture live ones"
         )
     weights = initializers(model.graph)
     names = [value.name for value in model.graph.input if value.name not in weights]

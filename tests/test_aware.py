@@ -13,10 +13,12 @@ from onnx import ModelProto, numpy_helper
 from optimizers import NotApplicable, Samples
 from optimizers.aware import Int8AwareConfig
 from optimizers.aware_search import same, search
+from optimizers.codebook import CodebookConfig
 from optimizers.int8 import Int8StaticConfig
+from optimizers.low_rank import LowRankConfig
 from optimizers.onnx_graph import set_constant
 from tests.families import FAMILIES, answers, built, error_of, keeps_the_contract, samples_of
-from tests.onnx_models import resnet
+from tests.onnx_models import mlp, resnet
 
 
 def spoiled() -> ModelProto:
@@ -41,6 +43,26 @@ def test_the_layer_that_spoils_it_stays_float(tmp_path: Path) -> None:
     assert same(expected, kept).mean() > 0.9 and same(expected, lost).mean() < 0.3
     with pytest.raises(NotApplicable, match=r"agreement reaches [\d.]+% with 0 layers in float \(none\), and the floor is 97.0%"):
         built(spoiled(), Int8AwareConfig(floor=0.97, per_channel=False, most=0), tmp_path, samples)
+
+
+def test_outputs_whose_shape_hangs_on_the_numbers_are_told_of(tmp_path: Path) -> None:
+    """What passes a threshold is counted anew in int8: there is no closeness to be had, and no error of numpy's either."""
+    source = mlp((16, 64, 10))
+    source.graph.node[-1].output[0] = "scores"
+    source.graph.node.append(onnx.helper.make_node("NonZero", ["kept"], ["found"], "found"))
+    source.graph.node.insert(len(source.graph.node) - 1, onnx.helper.make_node("Relu", ["scores"], ["kept"], "kept"))
+    source.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("found", onnx.TensorProto.INT64, [2, "K"]))
+    for config in (Int8AwareConfig(), CodebookConfig(bits=2), LowRankConfig(rank="sensitivity")):
+        with pytest.raises(NotApplicable, match="shape of output 'found' hangs on the numbers"):
+            built(source, config, tmp_path)
+
+
+def test_numbers_are_held_to_their_values_and_not_to_the_largest_of_them() -> None:
+    """A regression has no best class: of two outputs that are nearly alike either may be the larger one."""
+    expected, seen = np.array([[1.0, 0.999], [5.0, 4.999]]), np.array([[0.999, 1.0], [4.999, 5.0]])
+    assert same(expected, seen).mean() == 0 and same(expected, seen, numbers=True).min() > 0.99
+    wrong = same(expected, seen + 2.5, numbers=True)
+    assert wrong.max() < 0.6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

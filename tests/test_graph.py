@@ -14,7 +14,7 @@ from onnx import ModelProto
 
 from optimizers import Artifact, Budget, NotApplicable, Samples, graph_levels, optimize
 from optimizers.graph import GraphConfig
-from optimizers.graph_levels import Variant, told
+from optimizers.graph_levels import Variant, no_gain, told
 from optimizers.inspect import Request, inspect
 from optimizers.int8 import Int8StaticConfig
 from optimizers.onnx_file import SERVE_AT
@@ -67,6 +67,17 @@ def test_transformer_blocks_are_fused(tmp_path: Path) -> None:
     ids = np.arange(12).reshape(2, 6)
     expected, seen = (ort.InferenceSession(str(p)).run(None, {"ids": ids})[0] for p in (tmp_path / "model.onnx", artifact.path))
     assert np.allclose(expected, seen, atol=1e-5)
+
+
+def test_a_model_of_whole_calls_is_timed_with_one(tmp_path: Path) -> None:
+    """Its first axis is no batch: four images at once are what it takes, and a scalar has no axis at all."""
+    whole = resnet()
+    whole.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    whole.graph.input.append(value("gain", F, []))
+    whole.graph.node.append(node("Mul", ["logits", "gain"], ["scaled"]))
+    whole.graph.output[0].name = "scaled"
+    samples = Samples({"image": normal(1, 2, 4, 3, 8, 8), "gain": normal(2, 2)}, stacked=False)
+    assert "extended" in optimized(whole, GraphConfig(level="extended"), tmp_path, samples).facts[-1]["measured"]
 
 
 def test_fusions_can_be_left_out(tmp_path: Path) -> None:
@@ -143,7 +154,8 @@ def test_a_model_that_takes_no_input_we_can_make_up_says_so(tmp_path: Path) -> N
 
 def test_the_small_mlp_is_reported_level_by_level() -> None:
     timed = [Variant("basic", Path("b"), 0.0, {}, Interval(1.5, 1.4, 1.6)), Variant("all", Path("a"), 0.0, {}, Interval(0.7, 0.6, 0.8))]
-    assert told(timed) == "basic 1.50 (1.40 to 1.60), all 0.70 (0.60 to 0.80)"
+    assert told(timed) == "basic 1.50 (1.40 to 1.60), all 0.70 (0.60 to 0.80)" and no_gain(timed) == "no gain"
+    assert "too busy" in no_gain([*timed, Variant("fused", Path("f"), 0.0, {}, Interval(0.5, 0.0, float("inf")))])
     assert GraphConfig(level="all") == GraphConfig("all", True, 0.02) and mlp().graph.node
     with pytest.raises(ValueError, match="level must be one of"):
         GraphConfig(level="most")

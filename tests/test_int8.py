@@ -153,6 +153,36 @@ def test_a_recurrent_layer_that_stays_float_is_no_smaller_file(config: Config, t
         built(source, config, tmp_path, whole)
 
 
+def test_a_model_counts_with_the_data_that_lies_beside_it(tmp_path: Path) -> None:
+    """Newer exporters write the weights of any model into a file of their own: what is left beside is no size to be smaller than."""
+    nodes = [node("GRU", ["x", "w", "r"], ["", "h"], "gru", hidden_size=32), node("Squeeze", ["h", "first"], ["s"], "squeeze")]
+    nodes.append(node("Gemm", ["s", "head"], ["y"], "head"))
+    tensors = weights(w=normal(0, 1, 96, 16, scale=0.2), r=normal(1, 1, 96, 32, scale=0.2), first=np.array([0]), head=normal(2, 32, 128))
+    source = model(nodes, [value("x", F, [5, "N", 16])], [value("y", F, ["N", 128])], tensors)
+    whole = Samples({"x": normal(3, 8, 5, 1, 16)}, stacked=False)
+    inside = built(source, Int8StaticConfig(), tmp_path / "inside", whole).facts[-1]
+    path = tmp_path / "beside" / "model.onnx"
+    path.parent.mkdir()
+    onnx.save_model(source, str(path), save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    beside = optimize(Artifact(path), Int8StaticConfig(), whole, Budget(scratch=str(tmp_path / "scratch"))).facts[-1]
+    assert beside["bytes_before"] > 30_000 > path.stat().st_size
+    assert beside["float_left"] == inside["float_left"] == [] and beside["quantized_layers"] == inside["quantized_layers"] == 1
+
+
+@pytest.mark.parametrize("reduce_range", ["off", "on"])
+def test_a_table_that_is_the_heads_weight_too_has_one_scale_and_one_copy(reduce_range: str, tmp_path: Path) -> None:
+    """As PyTorch exports an embedding tied to its head: the channels of the head may not scale the rows of the table."""
+    nodes = [
+        node("Gather", ["table", "ids"], ["e"], "gather"), node("ReduceMean", ["e"], ["m"], "mean", axes=[1], keepdims=0),
+        node("Gemm", ["m", "table"], ["y"], "head", transB=1),
+    ]  # fmt: skip
+    source = model(nodes, [value("ids", I64, ["N", 6])], [value("y", F, ["N", 400])], weights(table=normal(0, 400, 32)))
+    artifact = built(source, Int8StaticConfig(reduce_range=reduce_range), tmp_path)
+    assert artifact.facts[-1]["quantized_layers"] == 2 and error_of(source, artifact) < 0.03
+    large = [t for t in onnx.load(artifact.path).graph.initializer if len(t.dims) == 2]
+    assert [(t.data_type, list(t.dims)) for t in large] == [(onnx.TensorProto.INT8, [400, 32])]
+
+
 def test_excluded_nodes_stay_float(tmp_path: Path) -> None:
     artifact = built(mlp((16, 32, 32, 4)), Int8StaticConfig(exclude=("gemm1",)), tmp_path)
     assert "w1" in {t.name for t in onnx.load(artifact.path).graph.initializer}

@@ -33,6 +33,7 @@ from tests.judged_models import (
     tokens_model,
     wrong_for_class,
 )  # fmt: skip
+from tests.models import save, value
 
 SIZES = (16, 32, 5)
 
@@ -79,6 +80,24 @@ def test_a_wrong_candidate_fails_with_its_worst_element(golden: Path, reference:
     assert report["verdict"] == "failed"
     assert any("agreement is" in reason and "worst: y[" in reason for reason in report["reasons"])
     assert report["latency"] == {}, "what is wrong is not timed"
+
+
+def test_answers_of_several_shapes_are_blamed_on_who_gives_them(tmp_path: Path) -> None:
+    """How many values pass a threshold differs by sample: of golden that ends the judging with the reason, of a candidate it is its fault."""
+
+    def kept(path: Path, threshold: float) -> Path:
+        nodes = [
+            onnx.helper.make_node("Greater", ["x", "t"], ["over"]),
+            onnx.helper.make_node("Compress", ["x", "over"], ["y"]),
+        ]
+        return save(path, nodes, [value("x", "FP32", [16])], [value("y", "FP32", ["K"])], {"t": np.float32(threshold)})
+
+    all_of_them, some = kept(tmp_path / "all.onnx", -99), kept(tmp_path / "some.onnx", 0)
+    sets = {"reference": {"path": samples(tmp_path / "whole.npz", 320), "stacked": False}}
+    report = verify(all_of_them, some, sets, task="generic")
+    assert report["verdict"] == "failed" and "output 'y' of candidate has a different shape for each sample" in report["summary"]
+    with pytest.raises(Rejected, match="nothing can be judged by golden: output 'y' of golden has a different shape for each sample"):
+        verify(some, all_of_them, sets, task="generic")
 
 
 def test_a_candidate_wrong_for_one_rare_class_fails(golden: Path, tmp_path: Path) -> None:
@@ -174,7 +193,20 @@ def test_a_frozen_batch_fails(batch: int | str, golden: Path, reference: dict[st
 def test_rows_that_mind_their_company_are_judged_and_served_one_by_one(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     report = verify(golden, scaled_by_company(tmp_path / "company.onnx"), reference)
     assert report["rows"]["independent"] is False and report["serve"]["batch_limit"] == 1
-    assert any("one row at a time" in note for note in report["notes"])
+    assert any("requests must be served one at a time" in note for note in report["notes"])
+
+
+def test_what_is_right_alone_and_wrong_in_company_fails(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Requests may be kept apart, but the rows of one request are not: a caller may send any number of them."""
+    nodes = [
+        onnx.helper.make_node("Gather", ["logits", "first"], ["leader"], axis=0),
+        onnx.helper.make_node("Sub", ["logits", "leader"], ["apart"]),
+        onnx.helper.make_node("Mul", ["apart", "most"], ["drawn"]),
+        onnx.helper.make_node("Sub", ["logits", "drawn"], ["y"]),
+    ]
+    follows = mlp_with(tmp_path / "follows.onnx", nodes, SIZES, first=np.array([0]), most=np.array(0.9, dtype=np.float32))
+    report = verify(golden, follows, reference)
+    assert report["serve"]["batch_limit"] == 1 and report["verdict"] == "failed", report["summary"]
 
 
 def test_dynamic_quantization_is_found_out(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
@@ -256,7 +288,7 @@ def test_a_candidate_that_does_not_open_fails_and_golden_that_does_not_is_reject
     broken.write_bytes(b"junk")
     report = verify(golden, broken, reference)
     assert report["verdict"] == "failed" and "cannot be opened" in report["summary"]
-    with pytest.raises(Rejected, match="golden cannot be run"):
+    with pytest.raises(Rejected, match="nothing can be judged by golden: "):
         verify(broken, golden, reference)
 
 

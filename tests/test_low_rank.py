@@ -92,6 +92,19 @@ def test_a_convolution_of_low_rank_is_split_without_loss_whatever_its_strides(tm
     assert facts["after"]["multiply_adds"] < facts["before"]["multiply_adds"]
 
 
+def test_images_have_the_size_of_the_samples_rows_or_whole_calls(tmp_path: Path) -> None:
+    path, x = convolutions(tmp_path / "m.onnx", 5), normal(9, 3, 8, 12, 12)
+    free = onnx.load(path)
+    for axis in (2, 3):
+        free.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"free{axis}"
+    write(free, path)
+    before = []
+    for samples in (Samples({"x": x}), Samples({"x": x[:, None]}, stacked=False)):
+        budget = Budget(scratch=str(tmp_path / "s"))
+        before.append(optimize(Artifact(path), LowRankConfig(energy=0.999999, split="fewer"), samples, budget).facts[-1]["before"])
+    assert before[0] == before[1] and before[0]["multiply_adds"] > 100_000
+
+
 def test_a_rank_for_a_speed_is_the_largest_that_reaches_it(tmp_path: Path) -> None:
     path = model_of_rank(tmp_path / "m.onnx", (1024, 1024, 4), 8)
     ranks = {}

@@ -18,6 +18,7 @@ from optimizers.int8 import Int8StaticConfig
 from optimizers.onnx_graph import load, save
 from optimizers.recipe import Order, build, run_steps, samples_for
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task_sync
+from tests import models
 from tests.onnx_models import mlp, normal, resnet, write
 
 
@@ -86,6 +87,41 @@ def test_a_step_that_does_not_apply_is_named(tmp_path: Path) -> None:
     configs = (Int8StaticConfig(), Int8StaticConfig())
     with pytest.raises(NotApplicable, match=r"step 2 \(int8-static\): already quantized"):
         run_steps(Artifact(path), configs, sets, Budget(scratch=str(tmp_path / "s")))
+
+
+@pytest.mark.parametrize("name", ["int8-static", "int8-aware", "int8-dynamic", "mixed-precision", "int4-linear", "codebook", "low-rank"])
+def test_weights_that_a_method_does_not_reach_are_told_of(tmp_path: Path, name: str) -> None:
+    """A model full of matrices is told what is the matter with them, rather than that it has none."""
+    half = mlp((16, 64, 64))
+    for tensor in half.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*half.graph.input, *half.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    config = catalogue.parse_step(name)
+    for path, dtype, said in (
+        (save(half, tmp_path / "half.onnx"), np.float16, "its weights are float16"),
+        (branches(tmp_path / "branches.onnx"), np.float32, "in the bodies of If"),
+    ):
+        samples = Samples({"x": normal(0, 64, 16).astype(dtype)})
+        with pytest.raises(NotApplicable, match=said):
+            base.optimize(Artifact(path), config, samples, Budget(scratch=str(tmp_path / "scratch")))
+
+
+def branches(path: Path) -> Path:
+    """Multiplies by one of two matrices, by the sign of the sum of all inputs."""
+    bodies = []
+    for at in range(2):
+        weight = onnx.numpy_helper.from_array(normal(at, 16, 64), f"w{at}")
+        out = models.value(f"y{at}", "FP32", ["N", 64])
+        bodies.append(
+            onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", f"w{at}"], [f"y{at}"])], f"body{at}", [], [out], [weight])
+        )
+    nodes = [
+        onnx.helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        onnx.helper.make_node("Cast", ["sum"], ["flag"], to=onnx.TensorProto.BOOL),
+        onnx.helper.make_node("If", ["flag"], ["y"], then_branch=bodies[0], else_branch=bodies[1]),
+    ]
+    return models.save(path, nodes, [models.value("x", "FP32", ["N", 16])], [models.value("y", "FP32", ["N", 64])])
 
 
 def test_each_step_gets_samples_by_its_needs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
         "dtype.npz": ({"x": np.array([["a"] * 4])}, "cannot be converted to FP32"),
         "length.npz": ({"x": np.zeros((3, 4), "f4"), "labels": np.arange(2)}, "must share one first axis"),
         "empty.npz": ({"x": np.zeros((0, 4), "f4")}, "holds no samples"),
+        "labels.npz": ({"x": np.zeros((2, 4), "f4"), "labels": np.array(["cat", "dog"])}, "labels must be one number"),
     }
     for name, (arrays, part) in bad.items():
         write_npz(tmp_path / "m" / name, arrays)
@@ -126,11 +128,22 @@ def test_what_is_not_there_or_no_sample_file_is_told(tmp_path: Path) -> None:
     read = reader(tmp_path)
     (tmp_path / "m" / "train.npz").write_bytes(b"no zip")
     (tmp_path / "m" / "data.csv").write_text("1,2")
+    np.savez(tmp_path / "m" / "one.npz", x=np.float32(1))
+    np.savez(tmp_path / "m" / "stray.npz", x=np.zeros((2, 4), "f4"))
+    whole = (tmp_path / "m" / "stray.npz").read_bytes()
+    (tmp_path / "m" / "cut.npz").write_bytes(whole[:-30])
+    (tmp_path / "m" / "flipped.npz").write_bytes(whole.replace(bytes(32), b"\1" * 32, 1))
+    with zipfile.ZipFile(tmp_path / "m" / "stray.npz", "a") as file:
+        file.writestr("readme", "which images these are")
     (tmp_path / "m" / "pickled.npz").write_bytes(b"")
     np.savez(tmp_path / "m" / "pickled.npz", x=np.array([{"a": 1}], object))
     for source, part in (
         ("trian.npz", "did you mean 'train.npz'"),
-        ("train.npz", "cannot be read"),
+        ("train.npz", "cannot be read as .npz: it is no .npz, as numpy.savez writes it"),
+        ("cut.npz", "it was copied in part"),
+        ("flipped.npz", "cannot be read as .npz: it is damaged"),
+        ("one.npz", "'x' is a single value"),
+        ("stray.npz", "'readme' in it is no array"),
         ("pickled.npz", "cannot be read"),
         ("data.csv", "neither an .npz"),
         ("../../../etc/passwd", "outside the repository|does not exist"),
@@ -253,6 +266,17 @@ def test_what_calibrates_or_trains_never_judges(tmp_path: Path, named: tuple[str
     }  # fmt: skip
 
 
+def test_all_that_the_owner_named_to_judge_does_where_other_samples_calibrate(tmp_path: Path) -> None:
+    """Who names the 300 that a verdict asks for has 300 that judge; a quarter is left aside only for want of anything else."""
+    (tmp_path / "m").mkdir(exist_ok=True)
+    samples(300).save(tmp_path / "m" / "r.npz")
+    read = reader(tmp_path)
+    for other in ({"calibration": "c.npz"}, {"train": "t.npz"}):
+        assert len(reference_inputs(SampleSources(reference="r.npz", **other), read)) == 300
+    for other in ({}, {"calibration": "captured"}):
+        assert 200 < len(reference_inputs(SampleSources(reference="r.npz", **other), read)) < 250
+
+
 def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path) -> None:
     read = reader(tmp_path)
     for name, seed in (("train", 1), ("validation", 2), ("calibration", 3)):
@@ -278,6 +302,20 @@ def test_a_job_before_the_reference_is_frozen_leaves_what_will_be_frozen_alone(t
     sources, read = SampleSources(reference="r.npz"), reader(tmp_path)
     early = assemble(sources, read, None, most_train=9)
     assert rows_of(early.calibration) and not rows_of(early.calibration) & rows_of(reference_inputs(sources, read))
+
+
+def test_without_a_frozen_reference_and_live_inputs_the_named_ones_judge_all_the_same(tmp_path: Path) -> None:
+    """Golden answers anew then; where it cannot, or the file is not there, that is what is said, and not that no samples were named."""
+    (tmp_path / "m").mkdir(exist_ok=True)
+    samples(40, seed=1).save(tmp_path / "m" / "c.npz")
+    sources, read = SampleSources(reference="r.npz", calibration="c.npz"), reader(tmp_path)
+    with pytest.raises(ModelRejected, match=r"samples.reference = 'r.npz' does not exist"):
+        assemble(sources, read, None)
+    samples(60).save(tmp_path / "m" / "r.npz")
+    found = assemble(sources, read, None)
+    assert found.reference is not None and rows_of(found.reference) == rows_of(samples(60))
+    captured_some(tmp_path, 8)
+    assert assemble(sources, read, None).reference is None, "what was frozen is better, and live inputs are there"
 
 
 def test_recent_inputs_calibrate_beside_named_ones_and_then_never_judge(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from app.arguments import files_to_deploy
@@ -253,7 +254,10 @@ def test_hone_deploy_sends_a_whole_folder_and_hone_remove_takes_it_back(running:
     folder = tmp_path / "packed"
     data = with_external_data(folder / "3" / "model.onnx")
     (folder / "3" / "model.onnx.data").write_bytes(data)
-    (folder / "model.yaml").write_text("postprocess: {labels: labels.txt}\n")
+    (folder / "model.yaml").write_text(
+        "postprocess: {labels: labels.txt}\nsamples: {reference: r.npz, calibration: c.npz, train: train/}\n"
+    )
+    np.savez(folder / "r.npz", x=np.eye(64, dtype=np.float32))
     (folder / "labels.txt").write_text("\n".join(f"class {number}" for number in range(64)) + "\n")
 
     def hone(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -263,11 +267,20 @@ def test_hone_deploy_sends_a_whole_folder_and_hone_remove_takes_it_back(running:
 
     sent = hone("deploy", str(folder))
     assert sent.returncode == 0, sent.stderr
+    assert "'c.npz' is not there" in sent.stdout and "'train/' is not there" in sent.stdout and "r.npz" not in sent.stdout, sent.stdout
+    running.until((running.folder / "state" / "models" / "packed" / "reference" / "meta.json").exists)
     answer = running.call("POST", "/models/packed/predict", json={"x": [[float(at == 7) for at in range(64)]]})
     assert answer.status_code == 200 and "class 7" in answer.text
     removed = hone("remove", "packed")
     assert removed.returncode == 0, removed.stderr
     running.until(lambda: running.call("GET", "/v2/models/packed/ready").status_code == 404)
+
+
+def test_samples_that_cannot_judge_are_told_where_one_looks(running: Running, good: bytes) -> None:
+    answer = upload(running, "unjudged", {"model.onnx": good, "model.yaml": b"samples: {reference: gone.npz}\n"})
+    assert answer.status_code == 201 and "'gone.npz' is not there" in answer.json()["notes"][0]
+    said = "its reference is not frozen yet: samples.reference = 'gone.npz' does not exist"
+    running.until(lambda: said in str(running.admin("GET", "/admin/models/unjudged")["loaded"]))
 
 
 def test_a_packed_model_is_deployed_as_it_is_and_a_damaged_one_is_not(running: Running, tmp_path: Path) -> None:

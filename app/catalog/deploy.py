@@ -103,8 +103,9 @@ def plan_of(repository: Repository, source: Path, name: str, config: bytes | Non
 
 
 def _side_files(repository: Repository, source: Path, name: str, config: ModelConfig, policy: LinkPolicy) -> tuple[ModelFile, ...]:
-    """What model.yaml names beside itself (labels, tokenizer): from where the model came, else what the model has already."""
-    files = []
+    """What model.yaml names beside itself (labels, tokenizer): from where the model came, else what the model has already. Samples too, if they came."""
+    samples = (side for side in sample_files(config).values() if (source / side).exists() or (source / side).is_symlink())
+    files = [checked_file(source / side, side, policy, repository.limits) for side in dict.fromkeys(samples)]
     for side in config.side_files:
         if not is_plain(side) or Path(side).suffix.lower() not in _SIDE:
             raise ModelRejected(f"{FILE_NAME} names {printable(side)}; labels and tokenizers are plain .txt or .json files beside it")
@@ -113,6 +114,12 @@ def _side_files(repository: Repository, source: Path, name: str, config: ModelCo
         elif not (repository.root / name / side).exists():
             raise ModelRejected(f"{FILE_NAME} names {side!r}, which is neither beside the model nor deployed already; {UPLOAD_HELP}")
     return tuple(files)
+
+
+def sample_files(config: ModelConfig) -> dict[str, str]:
+    """By key of `samples`, what an upload may bring of them: plain .npz files beside model.yaml. They may come later, too."""
+    named = config.samples.model_dump(exclude_none=True)
+    return {key: str(name) for key, name in named.items() if is_plain(str(name)) and str(name).endswith(".npz")}
 
 
 def is_plain(name: str) -> bool:

@@ -167,11 +167,12 @@ class SampleSets:
 
 
 def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0) -> Samples:
-    """What to freeze at the first deploy: three quarters of what the owner named (the rest may calibrate), else made up."""
+    """What to freeze at the first deploy: what the owner named, else made up. Where nothing else that is named calibrates, a quarter is left for that."""
     if sources.reference is None:
         return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed, reader.row_shapes, reader.integers)
     named = reader.read(sources.reference, "samples.reference", seed)
-    kept = named.split(1 - _HELD_BACK, seed)[0] if len(named) > 8 else named
+    other = sources.train or (sources.calibration and sources.calibration != "captured")
+    kept = named if other or len(named) <= 8 else named.split(1 - _HELD_BACK, seed)[0]
     return kept.rows(slice(0, REFERENCE_SAMPLES))
 
 
@@ -235,6 +236,8 @@ def assemble(
         raise ModelRejected(
             f"samples.validation = {sources.validation!r} holds no labels; add an array `labels`, or one subfolder for each label"
         )
+    if frozen is None and live is None and labelled is None:  # golden answers anew then, and where it cannot, that is told
+        frozen = reference_inputs(sources, reader, seed)
     return SampleSets(
         calibration=calibration,
         reference=_unspent(frozen, used),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from app.catalog import durable
-from app.catalog.deploy import UPLOAD_HELP, check_file_name, is_plain, listed
-from app.catalog.model_config import FILE_NAME, parse_model_config, read_config
+from app.catalog.deploy import UPLOAD_HELP, check_file_name, is_plain, listed, sample_files
+from app.catalog.model_config import FILE_NAME, ModelConfig, parse_model_config, read_config
 from app.catalog.model_files import checked_file, copy_regular, links_within
 from app.catalog.model_names import printable
 from app.catalog.repository import ONNX_NAME, Repository
@@ -49,7 +49,8 @@ def stage_upload(state: StateFolder, files: Mapping[str, Path], repository: Repo
     if len(models) != 1:
         raise ModelRejected(f"an upload holds one .onnx file, got {len(models)} among {listed(files)}; {UPLOAD_HELP}")
     config = read_config(files[FILE_NAME]) if FILE_NAME in files else None
-    beside = parse_model_config(config, Path(FILE_NAME)).side_files if config is not None else ()
+    parsed = parse_model_config(config, Path(FILE_NAME)) if config is not None else ModelConfig()
+    beside = {*parsed.side_files, *sample_files(parsed).values()}
     data_files = tuple(name for name in files if name not in {models[0], FILE_NAME, *beside})
     for name in data_files:
         check_file_name(name, models[0])

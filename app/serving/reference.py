@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
+from typing import Final
 
 from app.catalog.repository import FoundModel
 from app.domain import Event, ModelState, Signature
@@ -17,6 +18,7 @@ from app.serving.loader import Loader
 from app.serving.slot import Loaded, Slot
 
 log = logging.getLogger("hone.serving")
+UNFROZEN: Final = "its reference is not frozen yet"
 
 
 class ReferenceFreezer:
@@ -44,7 +46,9 @@ class ReferenceFreezer:
         try:
             reference = await self._admission.freeze_reference(found, golden.admitted)
         except HoneError as error:
-            log.warning("model %s: its reference is not frozen yet: %s", self._slot.name, error)
+            log.warning("model %s: %s: %s", self._slot.name, UNFROZEN, error)
+            kept = [note for note in golden.notes if not note.startswith(UNFROZEN)]
+            golden.notes = (*kept, f"{UNFROZEN}: {error}")
             return
         golden.admitted = replace(golden.admitted, reference=reference)
         data = {"version": golden.version, "samples": len(reference.samples), "origin": reference.meta.origin}
