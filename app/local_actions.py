@@ -18,7 +18,7 @@ from app.settings import Settings
 def serve(arguments: argparse.Namespace) -> int:
     from app.main import run_server
 
-    return run_server(_settings(arguments)) or 0
+    run_server(_settings(arguments))
 
 
 def worker(arguments: argparse.Namespace) -> int:
