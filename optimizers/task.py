@@ -187,10 +187,8 @@ async def _converse(
     on_progress: Callable[[Progress], None] | None,
     cancelled: asyncio.Event | None,
 ) -> dict[str, Any]:
-    assert process.stdin and process.stdout and process.stderr
-    with contextlib.suppress(ConnectionError):
-        process.stdin.write(message)
-        await process.stdin.drain()
+    assert process.stdout and process.stderr
+    await _say(process, message)
     errors = asyncio.create_task(_tail(process.stderr))
     stopping = asyncio.create_task(_stop_when(cancelled, process)) if cancelled else None
     try:
@@ -208,6 +206,14 @@ async def _converse(
         for task in both:
             task.cancel()
         await asyncio.gather(*both, return_exceptions=True)
+
+
+async def _say(process: asyncio.subprocess.Process, message: bytes) -> None:
+    """To a child that may be dead already: its exit status tells the rest."""
+    assert process.stdin
+    with contextlib.suppress(ConnectionError, RuntimeError):  # uvloop's word for a pipe that it has closed itself
+        process.stdin.write(message)
+        await process.stdin.drain()
 
 
 async def _answer(lines: asyncio.StreamReader, on_progress: Callable[[Progress], None] | None) -> dict[str, Any] | None:
@@ -233,10 +239,7 @@ async def _tail(stream: asyncio.StreamReader) -> str:
 
 async def _stop_when(cancelled: asyncio.Event, process: asyncio.subprocess.Process) -> None:
     await cancelled.wait()
-    assert process.stdin
-    with contextlib.suppress(ConnectionError):
-        process.stdin.write(b"cancel\n")
-        await process.stdin.drain()
+    await _say(process, b"cancel\n")
     await asyncio.sleep(CANCEL_GRACE_S)
     _kill(process)
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from optimizers import task, task_child
 from optimizers.base import Progress
 from optimizers.host import cpu_budget, spare_ratio
-from optimizers.task import Failure, TaskFailed, TaskLimits, run_task, run_task_sync
+from optimizers.task import Failure, TaskFailed, TaskLimits, _say, run_task, run_task_sync
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -123,6 +124,19 @@ def test_a_child_that_dies_says_how_and_its_last_words(how: str, text: str) -> N
         run_task_sync(kind("crashes"), {"how": how})
     assert caught.value.kind is Failure.DIED
     assert "last words" in caught.value.stderr
+
+
+def test_a_child_that_died_at_birth_is_a_failed_task_also_under_the_servers_event_loop() -> None:
+    async def tell_the_dead() -> int:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", "", stdin=asyncio.subprocess.PIPE)
+        code = await process.wait()
+        await asyncio.sleep(0.1)
+        await _say(process, b"a task\n")
+        return code
+
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            assert runner.run(tell_the_dead()) == 0
 
 
 def test_memory_is_bounded() -> None:
