@@ -40,6 +40,8 @@ CANCEL_GRACE_S: Final = 5.0
 TIME_GRACE_S: Final = 3.0
 STDERR_KEPT: Final = 8192
 LINE_LIMIT: Final = 1 << 26
+REAP_S: Final = 2.0
+"""So long a killed process may take until it is gone."""
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -266,6 +268,16 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     _kill(process)
     process.stdin.close()
     await asyncio.gather(process.wait(), _tail(process.stdout), _tail(process.stderr))
+    await _reap(process.pid)
+
+
+async def _reap(group: int) -> None:
+    """Where we are process 1 of a container, what the child left of its group (its guardian at least) is ours to bury."""
+    until = time.monotonic() + REAP_S
+    with contextlib.suppress(ChildProcessError):  # none is ours
+        while time.monotonic() < until:
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:  # noqa: ASYNC222  it does not wait
+                await asyncio.sleep(0.01)
 
 
 if __name__ == "__main__":

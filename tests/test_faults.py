@@ -29,7 +29,7 @@ from app.store.open import open_journal
 from optimizers.samples import Samples
 from tests.models import KILLING_ROW, endless, failing, heavy, identity, killer, memory_eater, scaled
 from tests.odd_models import binary_body, json_input
-from tests.running_server import ROOT, Running, server
+from tests.running_server import ROOT, Running, server, start
 from tests.test_swap import children, command
 
 MODELS = ("m", "killer", "slow", "plain", "failing")
@@ -351,6 +351,26 @@ def test_no_child_keeps_the_port_when_the_server_has_closed_it() -> None:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     with child, pytest.raises(ConnectionRefusedError), socket.create_connection(address, timeout=5):
         pass
+
+
+@pytest.mark.parametrize("command_name", ["serve", "worker"])
+def test_an_order_to_end_is_heard_before_anything_was_begun(tmp_path: Path, command_name: str) -> None:
+    """Process 1 of a container hears only what it has a handler for."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HONE_")} | {
+        "HONE_STATE": str(tmp_path / "state")
+    }
+    process = start(command_name, tmp_path, environment)
+    try:
+        wait_for(lambda: _handles(process.pid, signal.SIGTERM))
+        process.terminate()
+        assert process.wait(30) == 0 and not (tmp_path / "state").exists()
+    finally:
+        process.kill()
+
+
+def _handles(pid: int, number: int) -> bool:
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def test_the_end_of_a_server_by_signal_and_by_kill(tmp_path: Path) -> None:

@@ -139,6 +139,20 @@ def test_a_child_that_died_at_birth_is_a_failed_task_also_under_the_servers_even
             assert runner.run(tell_the_dead()) == 0
 
 
+def test_process_1_of_a_container_keeps_no_zombies_of_a_childs_group() -> None:
+    code = """if True:
+        import ctypes, os
+        from optimizers.task import TaskFailed, run_task_sync
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans are ours, as they are process 1's
+        run_task_sync("tests.task_kinds:echo", {})
+        try:
+            run_task_sync("tests.task_kinds:crashes", {"how": "kill"})
+        except TaskFailed:
+            os.waitpid(-1, os.WNOHANG)"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "ChildProcessError" in ended.stderr, "somebody was left"
+
+
 def test_memory_is_bounded() -> None:
     limits = TaskLimits(memory_bytes=600 << 20)
     assert run_task_sync(kind("takes_memory"), {"bytes": 100 << 20}, limits) == {"taken": 100 << 20}
