@@ -250,7 +250,7 @@ def _obituary(code: int, cancelled: bool) -> tuple[Failure, str]:
     if cancelled:
         return Failure.CANCELLED, "cancelled; it did not stop by itself and was killed"
     if code == -signal.SIGKILL:
-        return Failure.DIED, "the task was killed (SIGKILL): most likely the kernel was out of memory"
+        return Failure.OUT_OF_MEMORY, "the task was killed (SIGKILL): most likely the kernel was out of memory"
     if code < 0:
         return Failure.DIED, f"the task was ended by {signal.Signals(-code).name}: native code crashed on this model"
     return Failure.DIED, f"the task ended with exit status {code} and without an answer"
