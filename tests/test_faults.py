@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -163,6 +164,20 @@ def test_models_that_take_all_memory_or_crash_leave_no_trace_and_the_next_one_lo
     assert set(statuses) == {200}
     running.admin("DELETE", "/admin/models/good", 200)
     wait_for(lambda: not {pid for pid in set(children(running.process.pid)) - before if alive(pid)})
+
+
+def test_a_version_whose_folder_went_is_no_failed_one_any_more(running: Running) -> None:
+    broken = running.folder / "models" / "plain" / "2"
+    broken.mkdir()
+    (broken / "model.onnx").write_bytes(b"no model")
+
+    def failed() -> set[str]:
+        return set(running.admin("GET", "/admin/models/plain")["failed"])
+
+    wait_for(lambda: failed() == {"2"})
+    shutil.rmtree(broken)
+    wait_for(lambda: not failed())
+    assert infer(running, "plain", X).status_code == 200
 
 
 def test_slots_and_gauges_are_exactly_zero_after_a_mixed_crowd(running: Running) -> None:
