@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,22 @@ from app.settings import Settings
 
 
 def serve(arguments: argparse.Namespace) -> int:
+    _hear_the_end()
     from app.main import run_server
 
-    return run_server(_settings(arguments)) or 0
+    run_server(_settings(arguments))
 
 
 def worker(arguments: argparse.Namespace) -> int:
+    _hear_the_end()
     from app.control.worker import run_worker
 
     return run_worker(_settings(arguments)) or 0
+
+
+def _hear_the_end() -> None:
+    """SIGTERM ends what has not begun yet. Process 1 of a container would not notice it otherwise, and to import everything takes a while."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 def demo(arguments: argparse.Namespace) -> int:

@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -65,6 +66,10 @@ from optimizers.task import TaskLimits, run_task
 log = logging.getLogger("hone")
 PAST_S: Final = 2.0
 """So long a start waits to hear from the store what died before; if it is away, serving begins all the same."""
+
+ADMIN_END_S: Final = 1.0
+"""So long the admin port may go on with what it has begun, once nothing is served any more."""
+INTERRUPTED: Final = 130
 
 
 @dataclass
@@ -236,6 +241,8 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, parts: Parts) -> None:
         super().__init__(config)
         self._parts = parts
+        self.status = 0
+        """The process's exit status: an order to end (SIGTERM) that was obeyed is a success."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         duck = self._parts.lame_duck
@@ -246,7 +253,7 @@ class Server(uvicorn.Server):
         duck.closing = True
         self._parts.at_work.close()
         self._parts.metrics.gauge("hone_server_ready", value=0)
-        self._captured_signals.append(sig)
+        self.status = INTERRUPTED if sig == signal.SIGINT else 0
         asyncio.get_running_loop().call_later(self._parts.settings.lame_duck_s, self._stop)
 
     def _stop(self) -> None:
@@ -254,8 +261,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(settings: Settings) -> int:
-    """Serve until a signal. Returns the exit status; raises HoneError with the remedy when it cannot start."""
+def run_server(settings: Settings) -> NoReturn:
+    """Serve until a signal, then end the process. Raises HoneError with the remedy when it cannot start."""
     _log_to_stderr(settings.log_level)
     sockets = [_listen(settings.host, settings.port)]
     if settings.admin_port:
@@ -267,13 +274,16 @@ def run_server(settings: Settings) -> int:
         parts = assemble(settings, forkserver, lame_duck)
         _announce(settings, sockets)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(parts, sockets))
+            status = runner.run(_serve(parts, sockets))
+            forkserver.close()
+            logging.shutdown()
+            os._exit(status)  # a thread may still wait for a journal or a disk that is away: it must not hold up the end
     finally:
         forkserver.close()
-    return 0
 
 
-async def _serve(parts: Parts, sockets: list[socket.socket]) -> None:
+async def _serve(parts: Parts, sockets: list[socket.socket]) -> int:
+    """Returns the exit status."""
     settings = parts.settings
     limits = HttpLimits(settings.max_header_bytes, header_timeout_s=settings.header_timeout_s, body_timeout_s=settings.body_timeout_s)
 
@@ -287,17 +297,21 @@ async def _serve(parts: Parts, sockets: list[socket.socket]) -> None:
     main = Server(config(create_app(parts, Surfaces(admin=not apart))), parts)
     if not apart:
         await main.serve(sockets=sockets)
-        return
+        return main.status
     admin = uvicorn.Server(config(create_app(parts, Surfaces(inference=False), owns_lifespan=False)))
     admin.config.lifespan = "off"
     side = asyncio.create_task(admin._serve(sockets[1:]), name="admin-port")
     await main.serve(sockets=sockets[:1])
     admin.should_exit = True
-    await side
+    await asyncio.wait({side}, timeout=ADMIN_END_S)
+    return main.status
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket, or NotAllowed with the remedy: a port in use must not be found out after models were loaded."""
+    """A listening socket, or NotAllowed with the remedy: a port in use must not be found out after models were loaded.
+
+    No child inherits it: who connects while the server ends is refused, not left waiting for nobody.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -307,7 +321,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise NotAllowed(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port or HONE_PORT") from None
     listener.listen(2048)
-    listener.set_inheritable(True)
     return listener
 
 

@@ -40,6 +40,8 @@ CANCEL_GRACE_S: Final = 5.0
 TIME_GRACE_S: Final = 3.0
 STDERR_KEPT: Final = 8192
 LINE_LIMIT: Final = 1 << 26
+REAP_S: Final = 2.0
+"""So long a killed process may take until it is gone."""
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -187,10 +189,8 @@ async def _converse(
     on_progress: Callable[[Progress], None] | None,
     cancelled: asyncio.Event | None,
 ) -> dict[str, Any]:
-    assert process.stdin and process.stdout and process.stderr
-    with contextlib.suppress(ConnectionError):
-        process.stdin.write(message)
-        await process.stdin.drain()
+    assert process.stdout and process.stderr
+    await _say(process, message)
     errors = asyncio.create_task(_tail(process.stderr))
     stopping = asyncio.create_task(_stop_when(cancelled, process)) if cancelled else None
     try:
@@ -208,6 +208,14 @@ async def _converse(
         for task in both:
             task.cancel()
         await asyncio.gather(*both, return_exceptions=True)
+
+
+async def _say(process: asyncio.subprocess.Process, message: bytes) -> None:
+    """To a child that may be dead already: its exit status tells the rest."""
+    assert process.stdin
+    with contextlib.suppress(ConnectionError, RuntimeError):  # uvloop's word for a pipe that it has closed itself
+        process.stdin.write(message)
+        await process.stdin.drain()
 
 
 async def _answer(lines: asyncio.StreamReader, on_progress: Callable[[Progress], None] | None) -> dict[str, Any] | None:
@@ -233,10 +241,7 @@ async def _tail(stream: asyncio.StreamReader) -> str:
 
 async def _stop_when(cancelled: asyncio.Event, process: asyncio.subprocess.Process) -> None:
     await cancelled.wait()
-    assert process.stdin
-    with contextlib.suppress(ConnectionError):
-        process.stdin.write(b"cancel\n")
-        await process.stdin.drain()
+    await _say(process, b"cancel\n")
     await asyncio.sleep(CANCEL_GRACE_S)
     _kill(process)
 
@@ -245,7 +250,7 @@ def _obituary(code: int, cancelled: bool) -> tuple[Failure, str]:
     if cancelled:
         return Failure.CANCELLED, "cancelled; it did not stop by itself and was killed"
     if code == -signal.SIGKILL:
-        return Failure.DIED, "the task was killed (SIGKILL): most likely the kernel was out of memory"
+        return Failure.OUT_OF_MEMORY, "the task was killed (SIGKILL): most likely the kernel was out of memory"
     if code < 0:
         return Failure.DIED, f"the task was ended by {signal.Signals(-code).name}: native code crashed on this model"
     return Failure.DIED, f"the task ended with exit status {code} and without an answer"
@@ -263,6 +268,16 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     _kill(process)
     process.stdin.close()
     await asyncio.gather(process.wait(), _tail(process.stdout), _tail(process.stderr))
+    await _reap(process.pid)
+
+
+async def _reap(group: int) -> None:
+    """Where we are process 1 of a container, what the child left of its group (its guardian at least) is ours to bury."""
+    until = time.monotonic() + REAP_S
+    with contextlib.suppress(ChildProcessError):  # none is ours
+        while time.monotonic() < until:
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:  # noqa: ASYNC222  it does not wait
+                await asyncio.sleep(0.01)
 
 
 if __name__ == "__main__":

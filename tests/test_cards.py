@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.api.auth import token_file
 from app.catalog import durable
 from app.catalog.cards import CardFile, Cards, Draft, GoldenCard, Proof, RowsProof
 from app.catalog.state_folder import StateFolder
@@ -307,6 +309,20 @@ def test_a_read_only_state_is_said_so(cards: Cards) -> None:
         ):
             with pytest.raises(NotAllowed, match="make it writable"):
                 change()
+
+
+def test_the_place_that_refuses_is_named_where_those_above_it_do_not(tmp_path: Path) -> None:
+    inner = tmp_path / "models"
+    inner.mkdir()
+    for refused in (inner, inner / ".hone-tmp-1"):
+        with pytest.raises(NotAllowed, match=f"{inner} cannot be written.*make it writable"), durable.storage_errors("preparing", tmp_path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(refused))
+
+
+def test_the_admin_token_says_what_it_needs_and_is_made_once_there_is_room(tmp_path: Path) -> None:
+    with largest_file(0), pytest.raises(InsufficientStorage, match=f"admin token: no room in {tmp_path}.*free some"):
+        token_file(tmp_path)
+    assert token_file(tmp_path) == token_file(tmp_path) != ""
 
 
 def test_damage_is_found_by_the_hash_and_a_torn_card_is_no_version(cards: Cards) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from optimizers import task, task_child
 from optimizers.base import Progress
 from optimizers.host import cpu_budget, spare_ratio
-from optimizers.task import Failure, TaskFailed, TaskLimits, run_task, run_task_sync
+from optimizers.task import Failure, TaskFailed, TaskLimits, _say, run_task, run_task_sync
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -117,12 +118,50 @@ def test_errors_come_back_by_kind(error: str, failure: Failure) -> None:
     assert ("Traceback" in caught.value.stderr) == (failure in {Failure.ERROR, Failure.OUT_OF_MEMORY})
 
 
-@pytest.mark.parametrize(("how", "text"), [("segfault", "SIGSEGV"), ("kill", "SIGKILL"), ("exit", "exit status 3")])
-def test_a_child_that_dies_says_how_and_its_last_words(how: str, text: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "text", "failure"),
+    [
+        ("segfault", "SIGSEGV", Failure.DIED),
+        (
+            "kill",
+            "SIGKILL",
+            Failure.OUT_OF_MEMORY,
+        ),  # nearly always the kernel's, which takes task children first: no fault of what was sent
+        ("exit", "exit status 3", Failure.DIED),
+    ],
+)
+def test_a_child_that_dies_says_how_and_its_last_words(how: str, text: str, failure: Failure) -> None:
     with pytest.raises(TaskFailed, match=text) as caught:
         run_task_sync(kind("crashes"), {"how": how})
-    assert caught.value.kind is Failure.DIED
+    assert caught.value.kind is failure
     assert "last words" in caught.value.stderr
+
+
+def test_a_child_that_died_at_birth_is_a_failed_task_also_under_the_servers_event_loop() -> None:
+    async def tell_the_dead() -> int:
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", "", stdin=asyncio.subprocess.PIPE)
+        code = await process.wait()
+        await asyncio.sleep(0.1)
+        await _say(process, b"a task\n")
+        return code
+
+    for factory in (asyncio.new_event_loop, uvloop.new_event_loop):
+        with asyncio.Runner(loop_factory=factory) as runner:
+            assert runner.run(tell_the_dead()) == 0
+
+
+def test_process_1_of_a_container_keeps_no_zombies_of_a_childs_group() -> None:
+    code = """if True:
+        import ctypes, os
+        from optimizers.task import TaskFailed, run_task_sync
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans are ours, as they are process 1's
+        run_task_sync("tests.task_kinds:echo", {})
+        try:
+            run_task_sync("tests.task_kinds:crashes", {"how": "kill"})
+        except TaskFailed:
+            os.waitpid(-1, os.WNOHANG)"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "ChildProcessError" in ended.stderr, "somebody was left"
 
 
 def test_memory_is_bounded() -> None:

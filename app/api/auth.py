@@ -10,6 +10,7 @@ from pathlib import Path
 from starlette.requests import HTTPConnection
 
 from app.bearer import bears
+from app.catalog.durable import storage_errors
 from app.errors import NotAllowed, NotFound, Unauthorized
 from app.settings import Settings
 
@@ -62,9 +63,13 @@ def _authorization(request: HTTPConnection) -> str:
 
 
 def token_file(state: Path) -> str:
-    """The admin token of this state folder; made at first start in a file that only its owner can read."""
-    path = state / "admin-token"
-    state.mkdir(parents=True, exist_ok=True)
+    """The admin token of this state folder; made at first start in a file that only its owner can read. Raises InsufficientStorage or NotAllowed."""
+    with storage_errors("the admin token", state):
+        return _token_in(state / "admin-token")
+
+
+def _token_in(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

@@ -36,6 +36,7 @@ def storage_errors(what: str, folder: Path) -> Iterator[None]:
 
 
 def explained(error: OSError, what: str, folder: Path) -> HoneError | OSError:
+    folder = _refused(error, folder)
     if error.errno in _NO_ROOM:
         return InsufficientStorage(
             f"{what}: no room in {folder} ({error.strerror}, {free_bytes(folder)} bytes free); free some, nothing was changed"
@@ -45,6 +46,14 @@ def explained(error: OSError, what: str, folder: Path) -> HoneError | OSError:
             f"{what}: {folder} cannot be written ({error.strerror}); make it writable for user {os.geteuid()}, nothing was changed"
         )
     return error
+
+
+def _refused(error: OSError, folder: Path) -> Path:
+    """The file or folder below `folder` that the system refused, where it says so: it may be another user's, though `folder` is not."""
+    path = Path(error.filename) if isinstance(error.filename, str) else folder
+    if error.errno not in _NOT_WRITABLE or not path.is_relative_to(folder):
+        return folder
+    return path if os.path.lexists(path) else path.parent
 
 
 def free_bytes(folder: Path) -> int:

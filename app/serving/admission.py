@@ -176,8 +176,8 @@ class Admission:
             text = failure.text.strip() or failure.kind.value
             if failure.kind is Failure.OUT_OF_MEMORY:
                 raise InsufficientStorage(
-                    f"the model takes more memory to be checked than it may: {text}; serve a smaller one, or raise the bound on the server "
-                    "(HONE_JOB_MEMORY_BYTES, at most the memory for models)"
+                    f"there was not enough memory to check the model: {text}; serve a smaller one, or give the server more "
+                    "(HONE_JOB_MEMORY_BYTES bounds a check, at most the memory for models)"
                 ) from None
             raise ModelRejected(text) from None
 

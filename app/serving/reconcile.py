@@ -101,6 +101,8 @@ class ModelReconciler:
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded
         slot.golden_kind = next((version.kind for version in found.versions if version.number == want.golden), slot.golden_kind)
         slot.known = known(want, found)
+        for version in slot.failed.keys() - {*slot.known, want.desired}:
+            del slot.failed[version]  # its folder is gone
         if want.unloaded:
             slot.active, slot.reason = None, ""
             for loaded in list(slot.versions.values()):
