@@ -228,6 +228,11 @@ def event_line(event: JSON) -> str:
     subject = f"{event.get('model', '')}:{version}" if version else str(event.get("model", ""))
     first = " ".join(str(data.pop(key)) for key in ("outcome", "verdict", "mode") if data.get(key))
     reason = str(data.pop("reason", "") or data.pop("summary", "") or "")
+    if isinstance(state := data.get("state"), dict):  # all of it, put back at once
+        del data["state"]
+        reason = (
+            f"state of event {state.get('seq', 0)} (models: {len(state.get('models') or ())}); all change is frozen until `hone unfreeze`"
+        )
     report = data.get("report")
     if not reason and isinstance(report, dict):
         reason = str(report.get("summary") or report.get("reason") or "")

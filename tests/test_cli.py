@@ -23,6 +23,8 @@ from app import tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.cli import main, parser
 from app.client import Address, Client, ClientError
+from app.store.codec import dumps, loads
+from tests.journal_story import deployed, requested, told
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -290,6 +292,13 @@ def test_an_event_is_one_line_with_what_of_whom_and_why() -> None:
     for part in ("desired.changed", "digits:1.1", "asked for", "from=1", "(by admin:eve)"):
         assert part in line
     assert "sha256" not in line
+
+
+def test_a_state_that_was_put_back_is_one_short_line() -> None:
+    """Not everything that stands in it, which is every model with all that it ever built."""
+    state = loads(dumps(told(deployed(), requested("j"))))
+    line = tables.event_line({"kind": "journal.recovered", "seq": 9, "at": 0.0, "data": {"state": state}})
+    assert line.split(maxsplit=2)[2] == "state of event 2 (models: 1); all change is frozen until `hone unfreeze`"
 
 
 def test_an_event_of_an_unknown_kind_is_shown_all_the_same() -> None:
