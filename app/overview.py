@@ -112,10 +112,16 @@ def _standing(found: JSON) -> Iterator[str]:
     elif found.get("rungs"):
         yield f"under load {' then '.join(found['rungs'])} may answer in its place"
     if found.get("split"):
-        yield "traffic is split: " + ", ".join(f"{key} {value}" for key, value in found["split"].items() if value not in (None, "", [], {}))
+        yield _split(found["split"])
     yield from (f"version {version} failed: {why}" for version, why in (found.get("failed") or {}).items())
     if found.get("captured"):
         yield f"{found['captured']} live inputs are kept"
+
+
+def _split(split: JSON) -> str:
+    share = split.get("share") or 0.0
+    does = f"answers {100 * share:.3g}% of the requests" if share else "is asked again what others answered"
+    return f"traffic is split: version {split.get('version')} {does} ({split.get('stage')}, since {tables.clock(split.get('since'))})"
 
 
 def _loaded(rows: list[JSON]) -> str:

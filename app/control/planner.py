@@ -13,7 +13,9 @@ from typing import Final
 from app.catalog.model_config import ModelConfig
 from app.control.choices import builds, exports, recalibrations, settings
 from app.control.diagnosis import Cause, Diagnosis
-from app.domain import Mode
+from app.control.findings import PRESSED, THROTTLED
+from app.control.suspicion import Kind
+from app.domain import JSON, Mode
 from optimizers.base import Gain
 
 FIRST_WAIT_S: Final = 60.0
@@ -238,10 +240,22 @@ def _told(wanted: Plan, why: str) -> Plan:
 def _advice(diagnosis: Diagnosis) -> tuple[str, ...]:
     match diagnosis.cause:
         case Cause.HOST:
-            return ("move the neighbour, or give this server cores of its own", *diagnosis.beside)
+            return (_for_host(diagnosis.evidence), *diagnosis.beside)
         case Cause.LOAD:
             return ("add replicas, or have a faster version proven: hone optimize MODEL", *diagnosis.beside)
     return diagnosis.beside
+
+
+def _for_host(evidence: JSON) -> str:
+    """By what the host was blamed for: no core helps whom the kernel kills for its memory."""
+    host = evidence.get("host") or {}
+    if Kind.DEATHS.value in (evidence.get("suspicions") or ()):
+        return "see who ends its runner: the kernel's log tells where memory ran out, else a limit of the container, or a person"
+    if (host.get("memory_pressure") or 0.0) > PRESSED:
+        return "give this host more memory, or its programs less to do"
+    if (host.get("throttled_ratio") or 0.0) > THROTTLED:
+        return "raise the CPU quota of this server, or have it serve less"
+    return "move the neighbour, or give this server cores of its own"
 
 
 def _allowed(recipe: Sequence[str], config: ModelConfig) -> bool:

@@ -55,11 +55,11 @@ class Rollout:
     async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Callable[[], str]) -> End:
         """Bring `version` up to the largest share of the canary, or end on the incumbent. The split stays in place when it passed.
 
-        `stop` says why it must not go on; '' while it may.
+        `stop` says why it must not go on; '' while it may. What was stopped is undecided: nobody erred.
         """
         await self._let_watch_end(model, config.rollout.watch_s, stop)
         if why := stop():
-            return End(Verdict.ERROR, why, True)
+            return End(Verdict.INCONCLUSIVE, why, True)
         view = self._plane.model(model)
         rules = config.rollout
         if view is None or not rules.canary:
@@ -112,12 +112,13 @@ class Rollout:
             failed = dict(view.failed).get(version) if view is not None else None
             why = stop()
             if failed or why or monotonic() > loading_until:
-                return End(Verdict.FAILED if failed else Verdict.ERROR, failed or why or "it was not loaded in time")
+                verdict = Verdict.FAILED if failed else Verdict.INCONCLUSIVE if why else Verdict.ERROR
+                return End(verdict, failed or why or "it was not loaded in time")
             await asyncio.sleep(LOOK_S)
         began, until = self._window.cut(model), monotonic() + SHADOW_S
         while monotonic() < until:
             if why := stop():
-                return End(Verdict.ERROR, why)
+                return End(Verdict.INCONCLUSIVE, why)
             block = self._window.since(model, version, began)
             if block.deaths:
                 return End(Verdict.FAILED, "its runner ended on mirrored requests")
@@ -134,7 +135,7 @@ class Rollout:
             await asyncio.sleep(LOOK_S)
             view = self._plane.model(model)
             if (why := stop()) or view is None or view.active != incumbent:
-                return Judgement(Verdict.ERROR, why or "another version serves meanwhile", {})
+                return Judgement(Verdict.INCONCLUSIVE, why or "another version serves meanwhile", {})
             judgement = compared(self._window, model, incumbent, version, began, view, config, LEAST_COMPARED)
             undecided = judgement.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)
             if not undecided or monotonic() > until:
