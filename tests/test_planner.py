@@ -133,6 +133,8 @@ def test_a_pytorch_golden_is_built_for_onnx_runtime_and_its_settings_are_not_mea
     drifted = Diagnosis(Cause.INPUT, 0.9, "", {"suspicions": ["confidence"]})
     assert plan(drifted, replace(here, active="2.1", onnx=True), ModelConfig()).tries == (("export", "int8-static"),)
     assert decide(Cause.PROCESS, Situation("2", "2", "1", onnx=False)) is Action.RESTART
+    grown = replace(here, tried_actions=frozenset({(Action.RESTART, (), "2")}))
+    assert "nothing is left" in plan(Diagnosis(Cause.PROCESS, 0.9, ""), grown, ModelConfig()).text, "of settings nobody spoke"
     assert decide(Cause.VERSION, Situation("2", "2", "1", onnx=False, faults=True)) is Action.ROLL_BACK
 
 

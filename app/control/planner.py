@@ -95,13 +95,14 @@ def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
         return Plan(
             Action.NOTHING, f"the same cause came back without a gain; looking again in {now.wait_s:.0f} s", advice=_advice(diagnosis)
         )
-    for candidate in _remedies(diagnosis, now, config):
+    remedies = _remedies(diagnosis, now, config)
+    for candidate in remedies:
         if candidate.remedy in now.tried_actions and candidate.action is not Action.NOTHING:
             continue
         if candidate.action is Action.TUNE and not now.onnx:
             continue
         return _permitted(candidate, now)
-    if not now.onnx:
+    if not now.onnx and any(one.action is Action.TUNE for one in remedies):
         advice = (f"have version {now.golden} built for ONNX Runtime, whose settings are: hone optimize MODEL", *_advice(diagnosis))
         return Plan(Action.NOTHING, "settings of a PyTorch version are not measured, and nothing else is left", advice=advice)
     return Plan(Action.NOTHING, "nothing is left that is allowed and was not tried", advice=_advice(diagnosis))
