@@ -20,7 +20,7 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.worker import Worker, run_worker
 from app.domain import JobState, Signature
-from app.errors import NotAllowed
+from app.errors import Conflict, NotAllowed
 from app.settings import Settings
 from app.store.base import StoreUnavailable
 from app.store.open import open_journal
@@ -29,6 +29,7 @@ from app.telemetry.metrics import Metrics
 from optimizers import Samples
 from optimizers.recipe import Order
 from tests.journal_story import claimed, deployed, job_event, requested
+from tests.models import scaled
 from tests.redis_server import RedisServer
 
 
@@ -70,6 +71,16 @@ def test_what_repairs_most_for_its_cost_is_built_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.rank=-1"):
         journal.append(replace(requested("wrong"), data={**requested("wrong").data, "rank": -1}))
     journal.close()
+
+
+def test_a_worker_in_another_state_folder_than_the_server_is_told_so(tmp_path: Path) -> None:
+    with contextlib.closing(SqliteJournal(tmp_path / "journal.sqlite")) as journal:
+        worker, _ = worker_of(tmp_path, journal)
+        scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+        with pytest.raises(Conflict, match=r"this state folder has no card of golden 1 of 'm'.*HONE_STATE"):
+            worker._bench.workpiece("m", "1", "aa")
+        with pytest.raises(Conflict, match="changed or is gone"):
+            worker._bench.workpiece("m", "2", "aa")
 
 
 def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> None:
