@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 from app import tables
+from app.domain import short
 
 JSON: TypeAlias = dict[str, Any]
 _SHOWN: Final = frozenset({
@@ -55,7 +56,7 @@ def job(found: JSON) -> str:
         told.append(tables.progress(found))
     elif found.get("finished_at"):
         took = f"took {tables.age(found['finished_at'] - found['requested_at'])}"
-        told.append(f"{took}, {report['cpu_s']:.3g} s of CPU" if report.get("cpu_s") else took)
+        told.append(f"{took}, {short(report['cpu_s'])} s of CPU" if report.get("cpu_s") else took)
     if found.get("worker"):
         told.append(
             f"{'was built' if found.get('state') == 'finished' else 'is done'} by {found['worker']}, attempt {found.get('attempt', 1)}"

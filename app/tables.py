@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
+from app.domain import short
+
 JSON: TypeAlias = dict[str, Any]
 Cell: TypeAlias = Callable[[JSON], object]
 
@@ -85,7 +87,7 @@ def _state_of(row: JSON) -> str:
 
 
 def _p95(loop: JSON) -> str:
-    return f"p95 {loop['p95_s'] * 1e3:.3g} ms" if loop.get("p95_s") else ""
+    return f"p95 {short(loop['p95_s'] * 1e3)} ms" if loop.get("p95_s") else ""
 
 
 def _trend(ratio: float | None) -> str:
@@ -131,10 +133,10 @@ def now(loop: JSON) -> Iterable[str]:
         held = "no answers to hold to it" if met is None else f"met by {met:.1%} of the answers of five minutes"
         yield f"objective {loop['objective']}: {held}"
     if loop.get("p95_s"):
-        yield f"p95 {loop['p95_s'] * 1e3:.3g} ms at {loop.get('requests_per_s', 0):.3g} requests/s"
+        yield f"p95 {short(loop['p95_s'] * 1e3)} ms at {short(loop.get('requests_per_s', 0))} requests/s"
     fidelity = loop.get("fidelity")
     if fidelity:
-        yield f"agrees with golden on {fidelity['agreed']:.4g} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
+        yield f"agrees with golden on {short(fidelity['agreed'], 4)} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
     if loop.get("entropy_shift") is not None:
         yield (
             f"beside golden on the same requests: entropy {loop['entropy_shift']:+.2f}, margin {loop['margin_shift']:+.2f} standard deviations"

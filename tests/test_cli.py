@@ -23,6 +23,7 @@ from app import tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.cli import main, parser
 from app.client import Address, Client, ClientError
+from app.domain import short
 from app.store.codec import dumps, loads
 from tests.journal_story import deployed, requested, told
 
@@ -292,6 +293,12 @@ def test_an_event_is_one_line_with_what_of_whom_and_why() -> None:
     for part in ("desired.changed", "digits:1.1", "asked for", "from=1", "(by admin:eve)"):
         assert part in line
     assert "sha256" not in line
+
+
+def test_numbers_for_people_are_no_powers_of_ten() -> None:
+    assert [short(value) for value in (1100.4, 999.7, 839.4, 26.06, 0.0414, 0)] == ["1100", "1000", "839", "26.1", "0.0414", "0"]
+    assert short(1234.0, 4) == "1234" and short(12345.5, 4) == "12346"
+    assert list(tables.now({"p95_s": 1.1004, "requests_per_s": 2345.6})) == ["p95 1100 ms at 2346 requests/s"]
 
 
 def test_a_state_that_was_put_back_is_one_short_line() -> None:

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from app.catalog.model_config import ModelConfig
 from app.control.concurrent import ArmFacts, Judgement, Policy, judge
 from app.control.quality import worst_class
-from app.domain import Event, ModelView, Verdict
+from app.domain import Event, ModelView, Verdict, short
 from app.store.base import Journal
 from app.telemetry.window import Block, Window
 from optimizers.stats import wilson
@@ -196,6 +196,8 @@ def _disagrees(block: Block, config: ModelConfig) -> End | None:
     metric, floor = config.quality.resolved(config.task)
     least = floor if metric in ("agreement", "accuracy") else 0.99
     if block.compared >= SHADOW_ENOUGH and wilson(block.agreed, block.compared)[1] < least:
-        return End(Verdict.FAILED, f"agrees with golden on {block.agreed:.4g} of {block.compared} mirrored requests (floor {least:.1%})")
+        return End(
+            Verdict.FAILED, f"agrees with golden on {short(block.agreed, 4)} of {block.compared} mirrored requests (floor {least:.1%})"
+        )
     worst = worst_class(block.likeness, config)
     return End(Verdict.FAILED, worst.text) if worst is not None else None
