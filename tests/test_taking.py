@@ -27,6 +27,7 @@ from app.store.base import Journal
 from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.task import TaskFailed
 from tests.journal_story import SHA, claimed, deployed, desired, job_event, published, requested
 
 HERE = "x86_64-test"
@@ -138,6 +139,26 @@ def test_a_freeze_or_another_mode_holds_back_what_is_under_way(bed: Bed, during:
     splits = len([event for event in bed.journal.read() if event.kind == "traffic.split"])
     assert bed.take()[0] == "kept"
     assert len([event for event in bed.journal.read() if event.kind == "traffic.split"]) == splits
+
+
+@pytest.mark.parametrize("gone", [deployed("m", "2", "c" * 64), Event("model.removed", "m", data={"reason": "gone"}), None])
+def test_what_ended_a_job_in_its_canary_is_said(bed: Bed, gone: Event | None) -> None:
+    """A new golden is no wish of anybody to cancel it."""
+    job, stop, said = bed.journal.state().jobs["j"], asyncio.Event(), []
+
+    async def run(model: str, version: str, config: ModelConfig, job: str, stopped: Any) -> End:
+        if gone is not None:
+            bed.journal.append(gone)
+        bed.keeper._taking.seen = bed.journal.state()
+        stop.set()
+        said.append(stopped())
+        return End(Verdict.INCONCLUSIVE, said[0])
+
+    bed.trial.run = run  # type: ignore[method-assign]
+    with pytest.raises(TaskFailed, match="cancelled during its canary"):
+        asyncio.run(bed.keeper._taking.take(job, SimpleNamespace(config=ModelConfig(), golden=GOLDEN), WINNER, None, {}, stop))
+    expected = {"model.deployed": "golden changed from 1", "model.removed": "the model was removed"}
+    assert expected.get(gone.kind if gone is not None else "", "the job was cancelled") in said[0]
 
 
 def test_measured_settings_are_not_taken_while_frozen_or_for_another_version(bed: Bed) -> None:

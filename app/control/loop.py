@@ -310,7 +310,7 @@ class Loop:
             patient.incident = None  # while it was looked into, somebody asked for another version, or put one on trial
             return
         want = now  # its mode, settings and what was left may be others by now, and so may a freeze
-        changed = incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
+        changed = (news and not only_event) or incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
         incident.diagnosis = diagnosis
         self._metrics.count("hone_diagnoses", view.name, diagnosis.cause.value)
         waited = monotonic() - patient.remedied_at.get(diagnosis.cause, 0.0)
