@@ -154,7 +154,7 @@ def test_what_ended_a_job_in_its_canary_is_said(bed: Bed, gone: Event | None) ->
         said.append(stopped())
         return End(Verdict.INCONCLUSIVE, said[0])
 
-    bed.trial.run = run  # type: ignore[method-assign]
+    bed.keeper._taking._rollout.run = run
     with pytest.raises(TaskFailed, match="cancelled during its canary"):
         asyncio.run(bed.keeper._taking.take(job, SimpleNamespace(config=ModelConfig(), golden=GOLDEN), WINNER, None, {}, stop))
     expected = {"model.deployed": "golden changed from 1", "model.removed": "the model was removed"}

@@ -22,7 +22,7 @@ from app.control.worker import Worker, run_worker
 from app.domain import JobState, Signature
 from app.errors import Conflict, NotAllowed
 from app.settings import Settings
-from app.store.base import StoreUnavailable
+from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
@@ -41,7 +41,7 @@ class Overtaken(SqliteJournal):
         return super().acquire(lease, holder, ttl_s)
 
 
-def worker_of(tmp_path: Path, journal: SqliteJournal) -> tuple[Any, StateFolder]:
+def worker_of(tmp_path: Path, journal: Journal) -> tuple[Any, StateFolder]:
     settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
     settings.repository.mkdir()
     folder = StateFolder(settings.state).prepare()
