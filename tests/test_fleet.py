@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.catalog.repository import Repository
-from app.domain import Event
+from app.domain import Event, State
 from app.serving.fleet import Fleet
 from app.serving.past_deaths import PastDeaths
 from app.store.base import Journal
@@ -64,6 +64,7 @@ def test_a_journal_that_is_away_is_told_once_and_so_is_its_return(fleet: Fleet, 
 def test_a_freeze_and_its_end_are_in_the_log_with_the_reason(fleet: Fleet, journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever reads it next morning learns there why nothing was changed since."""
     caplog.set_level("INFO", "hone.serving")
+    fleet.state = State(frozen=True)  # as the last process left it
     for frozen in (True, True, False):
         journal.append(Event("loop.frozen" if frozen else "loop.unfrozen", actor="admin:eve"))
         asyncio.run(fleet.refresh())

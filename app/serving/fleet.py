@@ -107,6 +107,8 @@ class Fleet:
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
+        self._frozen = False
+        """As the log was told, which begins with this process."""
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
         self.latest: dict[str, JSON] = {}
@@ -249,10 +251,11 @@ class Fleet:
             log.info("the journal is back")
             self.store_error = ""
         self._metrics.gauge("hone_store_up", value=0 if refused else 1)
-        if state.frozen and not self.state.frozen:
+        if state.frozen and not self._frozen:
             log.warning("all change is frozen, but rollback, until `hone unfreeze`: %s", state.frozen_because)
-        elif self.state.frozen and not state.frozen:
+        elif self._frozen and not state.frozen:
             log.info("change is allowed again")
+        self._frozen = state.frozen
         if state.seq != self.state.seq:
             self.state = state
             self._news.set()
