@@ -214,6 +214,19 @@ def test_weights_of_a_version_that_was_promoted_at_the_same_moment_stay(bed: Bed
     assert bed.journal.state().models["m"].built[0].removed
 
 
+def test_weights_that_nobody_needs_go_but_not_while_all_is_frozen(bed: Bed) -> None:
+    [card] = bed.cards.built("m")
+    weights = bed.cards.path(card)
+    bed.journal.append(job_event("finished", "j", outcome="refused", report={}))
+    bed.journal.append(Event("version.verified", "m", "1.1", data={"version": "1.1", "host_class": HERE, "verdict": "failed"}))
+    bed.journal.append(Event("loop.frozen", actor="ann"))
+    asyncio.run(bed.keeper._remove_unneeded("m"))
+    assert weights.exists()
+    bed.journal.append(Event("loop.unfrozen", actor="ann"))
+    asyncio.run(bed.keeper._remove_unneeded("m"))
+    assert not weights.exists()
+
+
 def test_jobs_are_counted_once_by_the_recipe_that_came_out(bed: Bed) -> None:
     tally = JobTally(bed.metrics)
     tally.count(bed.journal.state())

@@ -178,10 +178,11 @@ class JobKeeper:
         return now is None or now.cancel_asked or now.state is JobState.FINISHED
 
     async def _remove_unneeded(self, model: str) -> None:
-        """Weights that nobody needs go; cards, proofs and events stay."""
+        """Weights that nobody needs go; cards, proofs and events stay. Not while all is frozen: a person is to look first, also at what the
+        journal lost, and weights do not come back."""
         state = await asyncio.to_thread(self._journal.state)
         want = state.models.get(model)
-        if want is None:
+        if want is None or state.frozen:
             return
         for version in unneeded(want, list(state.jobs.values()), self._host_class):
             try:
