@@ -19,7 +19,7 @@ from app.catalog.samples import SampleSets
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.worker import Worker, run_worker
-from app.domain import JobState, Signature
+from app.domain import Event, JobState, Signature
 from app.errors import Conflict, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -92,7 +92,10 @@ def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> N
     journal.append(job_event("finished", "done", outcome="failed", attempt=1, report={}))
     for job in ("j", "done", "gone"):
         (folder.checkpoints / job / "0").mkdir(parents=True)
-    assert asyncio.run(worker._claim()).id == "j"
+    for frozen in (True, False):
+        journal.append(Event("loop.frozen" if frozen else "loop.unfrozen"))
+        claim = asyncio.run(worker._claim())
+        assert (claim is None and len(list(folder.checkpoints.iterdir())) == 3) if frozen else claim.id == "j"
     assert [path.name for path in folder.checkpoints.iterdir()] == ["j"]
     nothing: Any = None
     rows = Samples({"x": np.zeros((4, 16), np.float32)})

@@ -94,9 +94,9 @@ class Worker:
     async def _claim(self) -> Job | None:
         """The first job that needs building and that nobody builds; claimed by lease, then by the log's order."""
         state = await self._reach.state()
+        if state.frozen or not state.seq:
+            return None  # a store that was emptied is not believed: what was learned of a job stays until a person has looked
         await asyncio.to_thread(self._sweep_checkpoints, state)
-        if state.frozen:
-            return None
         for seen in in_order(state.jobs.values(), time()):
             if not _wants_a_worker(seen) or not await asyncio.to_thread(self._journal.acquire, f"job:{seen.id}", self.name, LEASE_S):
                 continue
