@@ -301,6 +301,11 @@ def test_numbers_for_people_are_no_powers_of_ten() -> None:
     assert list(tables.now({"p95_s": 1.1004, "requests_per_s": 2345.6})) == ["p95 1100 ms at 2346 requests/s"]
 
 
+def test_what_a_build_is_expected_to_bring_is_said_once() -> None:
+    data = {"summary": "plan: build int8-static; expected 2.6 × as fast", "expected": {"gain": 2.563, "cpu_s": 5.7}, "action": "optimize"}
+    assert tables.event_line({"kind": "plan.made", "model": "m", "data": data}).endswith("expected 2.6 × as fast")
+
+
 def test_a_state_that_was_put_back_is_one_short_line() -> None:
     """Not everything that stands in it, which is every model with all that it ever built."""
     state = loads(dumps(told(deployed(), requested("j"))))
