@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from app import tables
 from app.client import Client, ClientError
-from app.domain import JSON
+from app.domain import JSON, short
 from app.errors import HoneError, InvalidRequest
 from app.faulty_models import free_size, not_a_number, slower_twin
 from app.traffic import MODEL, RATE, Traffic
@@ -104,7 +104,7 @@ class Scene:
         path = self.repository / MODEL / "model.yaml"
         lines = [line for line in path.read_text().splitlines() if not line.startswith("objective:")]
         path.write_text("\n".join([*lines, f"objective: {{p95_ms: {milliseconds:g}}}"]) + "\n")
-        self.say(f"objective from now on: p95 ≤ {milliseconds:g} ms (it takes {takes_ms:.3g} ms)")
+        self.say(f"objective from now on: p95 ≤ {milliseconds:g} ms (it takes {short(takes_ms)} ms)")
         time.sleep(4.0)
 
 
