@@ -240,7 +240,24 @@ async def test_a_rollback_is_verified_once_the_version_before_answers_well(ward:
         ward.answers("1")
         ward.now += 5.0
         await ward.tick()
-    assert [event.data["cause"] for event in ward.told("recovery.verified")] == ["version"]
+    [verified] = ward.told("recovery.verified")
+    assert verified.data["cause"] == "version" and "after the repair" in verified.data["summary"]
+
+
+async def test_what_a_person_did_about_it_is_not_told_as_the_loops_repair(ward: Ward) -> None:
+    ward.journal.append(Event("mode.changed", "m", data={"mode": "observe"}))
+    await ward.tick()
+    await fall(ward, "2", OTHER_SHA)
+    ward.journal.append(desired("1"))
+    ward.serves("1")
+    await ward.tick()
+    ward.patient.incident.acted_at -= 100.0
+    for _ in range(8):
+        ward.answers("1")
+        ward.now += 5.0
+        await ward.tick()
+    [verified] = ward.told("recovery.verified")
+    assert "well again after another change" in verified.data["summary"]
 
 
 LARGE: Final = 1 << 16

@@ -265,7 +265,7 @@ class Loop:
         if incident.diagnosis is None or (all(one.kind is Kind.EVENT for one in incident.suspicions) and not incident.tried):
             return
         took = monotonic() - incident.began
-        how = "after the repair" if incident.acted_at else "by itself"
+        how = "after the repair" if incident.acted_on is not None else "after another change" if incident.acted_at else "by itself"
         p95 = self._window.since(view.name, view.active, self._window.now() - 2 * self._window.block_s).total.quantile(0.95)
         now = f", p95 {short(p95 * 1e3)} ms" if p95 else ""
         data = {"cause": cause.value if cause else "", "took_s": round(took, 1), "summary": f"well again {how} in {took:.0f} s{now}"}
