@@ -82,7 +82,7 @@ def _answers(client: Client) -> bool:
 def _told(found: dict[str, object]) -> int:
     blamed, plans = found["blamed"] or ["nothing"], found["plans"] or ["nothing"]
     assert isinstance(blamed, list) and isinstance(plans, list)
-    recovered = f"well again {found['recovered_s']} s after it was broken" if found["recovered_s"] else "nothing was to be repaired"
+    recovered = f"well again {found['recovered_s']} s after it was broken" if found["recovered_s"] else "nothing was repaired"
     _print(
         f"\n{found['injected']} was injected; blamed on {', '.join(dict.fromkeys(blamed))}; plan: {', '.join(dict.fromkeys(plans))}; {recovered}; "
         f"{found['failed']} of {found['sent']} requests failed"

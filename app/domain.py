@@ -330,3 +330,8 @@ class State:
     epoch: int = 1
     left_at: dict[int, int] = field(default_factory=dict)
     removed: dict[str, RemovedModel] = field(default_factory=dict)
+
+
+def short(number: float, digits: int = 3) -> str:
+    """As many digits as say something, never as a power of ten: 1234, 56.7, 0.0123."""
+    return f"{number:.0f}" if abs(number) >= 10**digits - 0.5 else f"{number:.{digits}g}"

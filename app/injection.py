@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from app import tables
 from app.client import Client, ClientError
-from app.domain import JSON
+from app.domain import JSON, short
 from app.errors import HoneError, InvalidRequest
 from app.faulty_models import free_size, not_a_number, slower_twin
 from app.traffic import MODEL, RATE, Traffic
@@ -104,7 +104,7 @@ class Scene:
         path = self.repository / MODEL / "model.yaml"
         lines = [line for line in path.read_text().splitlines() if not line.startswith("objective:")]
         path.write_text("\n".join([*lines, f"objective: {{p95_ms: {milliseconds:g}}}"]) + "\n")
-        self.say(f"objective from now on: p95 ≤ {milliseconds:g} ms (it takes {takes_ms:.3g} ms)")
+        self.say(f"objective from now on: p95 ≤ {milliseconds:g} ms (it takes {short(takes_ms)} ms)")
         time.sleep(4.0)
 
 
@@ -225,8 +225,10 @@ def inputs(scene: Scene) -> Iterator[None]:
     """An int8 version serves, and the images change: dim and noisy ones, unlike those it was calibrated with."""
     if "." not in scene.model()["active"]:
         scene.say("building an int8 version first …")
-        scene.client.optimize(MODEL, [["int8-static"]], "for --break input", "auto")
-        wait(lambda: "." in scene.model()["active"], 180.0, "no int8 version took over")
+        job = scene.client.optimize(MODEL, [["int8-static"]], "for --break input", "auto")["id"]
+        wait(lambda: scene.client.job(job)["state"] == "finished", 180.0, f"no int8 version was built in 180 s: see hone jobs {job}")
+        if "." not in scene.model()["active"]:
+            raise HoneError(f"no int8 version took over: {scene.client.job(job)['report'].get('summary')}")
     scene.say("waiting until it is confirmed beside the version before …")
     wait(lambda: scene.model()["split"] is None, 330.0, "the watch over the int8 version did not end")
     if "." not in scene.model()["active"]:

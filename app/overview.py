@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final, TypeAlias
 
 from app import tables
+from app.domain import short
 
 JSON: TypeAlias = dict[str, Any]
 _SHOWN: Final = frozenset({
@@ -55,7 +56,7 @@ def job(found: JSON) -> str:
         told.append(tables.progress(found))
     elif found.get("finished_at"):
         took = f"took {tables.age(found['finished_at'] - found['requested_at'])}"
-        told.append(f"{took}, {report['cpu_s']:.3g} s of CPU" if report.get("cpu_s") else took)
+        told.append(f"{took}, {short(report['cpu_s'])} s of CPU" if report.get("cpu_s") else took)
     if found.get("worker"):
         told.append(
             f"{'was built' if found.get('state') == 'finished' else 'is done'} by {found['worker']}, attempt {found.get('attempt', 1)}"
@@ -112,10 +113,16 @@ def _standing(found: JSON) -> Iterator[str]:
     elif found.get("rungs"):
         yield f"under load {' then '.join(found['rungs'])} may answer in its place"
     if found.get("split"):
-        yield "traffic is split: " + ", ".join(f"{key} {value}" for key, value in found["split"].items() if value not in (None, "", [], {}))
+        yield _split(found["split"])
     yield from (f"version {version} failed: {why}" for version, why in (found.get("failed") or {}).items())
     if found.get("captured"):
         yield f"{found['captured']} live inputs are kept"
+
+
+def _split(split: JSON) -> str:
+    share = split.get("share") or 0.0
+    does = f"answers {100 * share:.3g}% of the requests" if share else "is asked again what others answered"
+    return f"traffic is split: version {split.get('version')} {does} ({split.get('stage')}, since {tables.clock(split.get('since'))})"
 
 
 def _loaded(rows: list[JSON]) -> str:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
+from app.domain import short
+
 JSON: TypeAlias = dict[str, Any]
 Cell: TypeAlias = Callable[[JSON], object]
 
 _QUIET: Final = frozenset({
     "sha256", "golden_sha256", "report", "epoch", "attempt", "evidence", "numbers", "kinds", "confidence", "rules_out", "beside", "action",
-    "cause", "waits", "took_s", "host_class", "watch_share", "keep_since",
+    "cause", "waits", "took_s", "host_class", "watch_share", "keep_since", "expected",
 })  # fmt: skip
 """Keys of an event that say nothing to a person."""
 
@@ -85,7 +87,7 @@ def _state_of(row: JSON) -> str:
 
 
 def _p95(loop: JSON) -> str:
-    return f"p95 {loop['p95_s'] * 1e3:.3g} ms" if loop.get("p95_s") else ""
+    return f"p95 {short(loop['p95_s'] * 1e3)} ms" if loop.get("p95_s") else ""
 
 
 def _trend(ratio: float | None) -> str:
@@ -131,10 +133,10 @@ def now(loop: JSON) -> Iterable[str]:
         held = "no answers to hold to it" if met is None else f"met by {met:.1%} of the answers of five minutes"
         yield f"objective {loop['objective']}: {held}"
     if loop.get("p95_s"):
-        yield f"p95 {loop['p95_s'] * 1e3:.3g} ms at {loop.get('requests_per_s', 0):.3g} requests/s"
+        yield f"p95 {short(loop['p95_s'] * 1e3)} ms at {short(loop.get('requests_per_s', 0))} requests/s"
     fidelity = loop.get("fidelity")
     if fidelity:
-        yield f"agrees with golden on {fidelity['agreed']:.4g} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
+        yield f"agrees with golden on {short(fidelity['agreed'], 4)} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
     if loop.get("entropy_shift") is not None:
         yield (
             f"beside golden on the same requests: entropy {loop['entropy_shift']:+.2f}, margin {loop['margin_shift']:+.2f} standard deviations"
@@ -228,6 +230,11 @@ def event_line(event: JSON) -> str:
     subject = f"{event.get('model', '')}:{version}" if version else str(event.get("model", ""))
     first = " ".join(str(data.pop(key)) for key in ("outcome", "verdict", "mode") if data.get(key))
     reason = str(data.pop("reason", "") or data.pop("summary", "") or "")
+    if isinstance(state := data.get("state"), dict):  # all of it, put back at once
+        del data["state"]
+        reason = (
+            f"state of event {state.get('seq', 0)} (models: {len(state.get('models') or ())}); all change is frozen until `hone unfreeze`"
+        )
     report = data.get("report")
     if not reason and isinstance(report, dict):
         reason = str(report.get("summary") or report.get("reason") or "")

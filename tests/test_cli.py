@@ -23,6 +23,9 @@ from app import tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.cli import main, parser
 from app.client import Address, Client, ClientError
+from app.domain import short
+from app.store.codec import dumps, loads
+from tests.journal_story import deployed, requested, told
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -290,6 +293,24 @@ def test_an_event_is_one_line_with_what_of_whom_and_why() -> None:
     for part in ("desired.changed", "digits:1.1", "asked for", "from=1", "(by admin:eve)"):
         assert part in line
     assert "sha256" not in line
+
+
+def test_numbers_for_people_are_no_powers_of_ten() -> None:
+    assert [short(value) for value in (1100.4, 999.7, 839.4, 26.06, 0.0414, 0)] == ["1100", "1000", "839", "26.1", "0.0414", "0"]
+    assert short(1234.0, 4) == "1234" and short(12345.5, 4) == "12346"
+    assert list(tables.now({"p95_s": 1.1004, "requests_per_s": 2345.6})) == ["p95 1100 ms at 2346 requests/s"]
+
+
+def test_what_a_build_is_expected_to_bring_is_said_once() -> None:
+    data = {"summary": "plan: build int8-static; expected 2.6 × as fast", "expected": {"gain": 2.563, "cpu_s": 5.7}, "action": "optimize"}
+    assert tables.event_line({"kind": "plan.made", "model": "m", "data": data}).endswith("expected 2.6 × as fast")
+
+
+def test_a_state_that_was_put_back_is_one_short_line() -> None:
+    """Not everything that stands in it, which is every model with all that it ever built."""
+    state = loads(dumps(told(deployed(), requested("j"))))
+    line = tables.event_line({"kind": "journal.recovered", "seq": 9, "at": 0.0, "data": {"state": state}})
+    assert line.split(maxsplit=2)[2] == "state of event 2 (models: 1); all change is frozen until `hone unfreeze`"
 
 
 def test_an_event_of_an_unknown_kind_is_shown_all_the_same() -> None:

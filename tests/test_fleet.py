@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from app.catalog.repository import Repository
+from app.domain import Event, State
 from app.serving.fleet import Fleet
 from app.serving.past_deaths import PastDeaths
 from app.store.base import Journal
 from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
 from tests.models import scaled
+from tests.redis_server import RedisServer
 
 
 @pytest.fixture
@@ -57,3 +59,40 @@ def test_a_journal_that_is_away_is_told_once_and_so_is_its_return(fleet: Fleet, 
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2 and "the journal is away" in told[0] and "127.0.0.1:1" in told[0] and "back" in told[1]
     assert "secret" not in caplog.text
+
+
+def test_a_freeze_and_its_end_are_in_the_log_with_the_reason(fleet: Fleet, journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever reads it next morning learns there why nothing was changed since."""
+    caplog.set_level("INFO", "hone.serving")
+    fleet.state = State(frozen=True)  # as the last process left it
+    for frozen in (True, True, False):
+        journal.append(Event("loop.frozen" if frozen else "loop.unfrozen", actor="admin:eve"))
+        asyncio.run(fleet.refresh())
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "frozen" in told[0] and "admin:eve" in told[0] and "allowed again" in told[1]
+
+
+@pytest.mark.needs("redis-server")
+def test_why_a_store_lost_keys_is_among_the_warnings_while_it_lacks_them(fleet: Fleet, tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start()
+    try:
+        fleet._journal = open_journal(server.url)
+        asyncio.run(fleet._scan())
+        for command in (("CONFIG", "SET", "maxmemory-policy", "allkeys-lru"), ("FLUSHALL",), ("CONFIG", "SET", "maxmemory", "1mb")):
+            server.run(*command)
+        asyncio.run(fleet.refresh())
+        assert "memory is full" in fleet.store_error and any("set it to noeviction" in warning for warning in fleet.warnings)
+    finally:
+        fleet._journal.close()
+        server.stop()
+
+
+def test_a_store_that_refuses_to_be_written_is_told_once(fleet: Fleet, journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
+    """It is read all the while, so that only who writes learns of it."""
+    fleet.refused = lambda: "its memory is full"
+    asyncio.run(fleet.refresh())
+    asyncio.run(fleet.refresh())
+    assert [record.getMessage() for record in caplog.records if "memory is full" in record.getMessage()] == [
+        caplog.records[-1].getMessage()
+    ]
+    assert fleet.store_error == "its memory is full"

@@ -240,7 +240,24 @@ async def test_a_rollback_is_verified_once_the_version_before_answers_well(ward:
         ward.answers("1")
         ward.now += 5.0
         await ward.tick()
-    assert [event.data["cause"] for event in ward.told("recovery.verified")] == ["version"]
+    [verified] = ward.told("recovery.verified")
+    assert verified.data["cause"] == "version" and "after the repair" in verified.data["summary"]
+
+
+async def test_what_a_person_did_about_it_is_not_told_as_the_loops_repair(ward: Ward) -> None:
+    ward.journal.append(Event("mode.changed", "m", data={"mode": "observe"}))
+    await ward.tick()
+    await fall(ward, "2", OTHER_SHA)
+    ward.journal.append(desired("1"))
+    ward.serves("1")
+    await ward.tick()
+    ward.patient.incident.acted_at -= 100.0
+    for _ in range(8):
+        ward.answers("1")
+        ward.now += 5.0
+        await ward.tick()
+    [verified] = ward.told("recovery.verified")
+    assert "well again after another change" in verified.data["summary"]
 
 
 LARGE: Final = 1 << 16
@@ -286,6 +303,24 @@ async def test_an_event_is_looked_into_again_where_the_host_was_too_busy_to_tell
     wait(400)
     await ward.tick()
     assert len(looked.asked) == 3, "by then what happened so long ago explains nothing"
+
+
+async def test_each_suspicion_that_is_told_is_answered_though_the_cause_is_the_same(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who follows the story would wait for the end of it."""
+    wait, looked = later(monkeypatch), Looked(ward, monkeypatch)
+    await ward.tick()
+    for nan in (5, 0):
+        ward.answers("1", nan=nan)
+        await ward.tick()
+        for _ in range(20 if not nan else 0):
+            ward.window.observe(Observation("m", "1", 500, 0.01, 0.0, 0.001, 0.005, 0.0, 1, 1, 0.001, 0.0))
+        await ward.tick()
+    kinds = [event.data["kinds"] for event in ward.told("suspicion.raised")]
+    assert len(kinds) == 2 and "errors" in kinds[1] and "errors" not in kinds[0]
+    assert [len(ward.told(kind)) for kind in ("diagnosis.made", "plan.made")] == [2, 2]
+    wait(61)
+    await ward.tick()
+    assert len(looked.asked) == 3 and len(ward.told("diagnosis.made")) == 2, "nothing new, nothing told"
 
 
 async def test_other_shapes_are_an_event_while_it_is_slow_already_but_not_at_each_to_and_fro(

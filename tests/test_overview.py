@@ -45,6 +45,9 @@ def test_a_model_says_how_it_does_and_where_a_rollback_goes() -> None:
     for part in ("p95 20 ms at 5 requests/s", "rollback goes back to 1", "under load 1.2 may answer", "1.5 MB", "nobody knows yet"):
         assert part in text, text
     assert "version 1.3 failed: crashed" in text and "\x1b" not in text
+    for share, does in ((0.05, "answers 5% of the requests"), (0.0, "is asked again what others answered")):
+        split = {"version": "1.4", "share": share, "stage": "canary", "since": 100.0}
+        assert f"version 1.4 {does} (canary, since 1970-01-01 " in overview.model(MODEL | {"split": split})
     assert "under load 1.2 answers" in overview.model(MODEL | {"stepped_down_to": "1.2"})
 
 

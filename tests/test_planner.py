@@ -49,6 +49,18 @@ def test_the_cheapest_remedy_that_fits_comes_first() -> None:
     assert decide(Cause.UNKNOWN, HERE) is Action.NOTHING
 
 
+def test_what_a_person_could_do_fits_what_the_host_is_blamed_for() -> None:
+    """More cores help nobody whom the kernel kills for his memory."""
+
+    def said(**evidence: Any) -> str:
+        return plan(Diagnosis(Cause.HOST, 0.9, "because", evidence), HERE, ModelConfig()).advice[0]
+
+    assert "neighbour" in said() and "neighbour" in said(suspicions=["latency"], host={"throttled_ratio": 0.0, "memory_pressure": None})
+    assert "who ends its runner" in said(suspicions=["deaths", "latency"], host={"throttled_ratio": 0.5})
+    assert "memory" in said(host={"memory_pressure": 0.2})
+    assert "quota" in said(host={"throttled_ratio": 0.2})
+
+
 def test_golden_answers_at_once_where_inputs_changed_and_the_rest_is_built_where_there_is_budget() -> None:
     decided = plan(FELL, HERE, ModelConfig())
     assert (decided.version, decided.tries) == ("1", (("int8-static",),)) and "meanwhile" in decided.text
@@ -121,6 +133,8 @@ def test_a_pytorch_golden_is_built_for_onnx_runtime_and_its_settings_are_not_mea
     drifted = Diagnosis(Cause.INPUT, 0.9, "", {"suspicions": ["confidence"]})
     assert plan(drifted, replace(here, active="2.1", onnx=True), ModelConfig()).tries == (("export", "int8-static"),)
     assert decide(Cause.PROCESS, Situation("2", "2", "1", onnx=False)) is Action.RESTART
+    grown = replace(here, tried_actions=frozenset({(Action.RESTART, (), "2")}))
+    assert "nothing is left" in plan(Diagnosis(Cause.PROCESS, 0.9, ""), grown, ModelConfig()).text, "of settings nobody spoke"
     assert decide(Cause.VERSION, Situation("2", "2", "1", onnx=False, faults=True)) is Action.ROLL_BACK
 
 

@@ -185,6 +185,7 @@ def test_links_that_leave_are_refused_with_the_remedy_unless_the_operator_allowe
     (repository.root / "m/1/model.onnx").symlink_to(blob)
     error = error_of(repository, "m")
     assert "outside the repository" in error and "HONE_ALLOWED_ROOTS" in error and "hone deploy" in error
+    assert str(tmp_path / "cache") not in error, "callers read it, too"
     allowed = Repository(repository.root, allowed_roots=[tmp_path / "cache"])
     golden = allowed.find("m").golden
     assert golden is not None and golden.path == blob.resolve() and not golden.error

@@ -152,7 +152,7 @@ def test_what_stays_undecided_ends_on_the_incumbent_and_too_little_traffic_needs
     many = CONFIG.model_copy(update={"rollout": CONFIG.rollout.model_copy(update={"min_samples": 20_000, "max_age_s": 1_000_000.0})})
     asked = iter([""] * 60 + ["all change is frozen"] * 1000)
     end = run(Serving(journal), monkeypatch, many, lambda: next(asked))
-    assert end.verdict is Verdict.ERROR and "frozen" in end.text and journal.state().models["m"].split is None
+    assert end.verdict is Verdict.INCONCLUSIVE and "frozen" in end.text and journal.state().models["m"].split is None
     rare = run(Serving(journal, quiet=True), monkeypatch)
     assert rare.verdict is Verdict.PASSED and rare.skipped and "too little traffic" in rare.text
 
@@ -174,7 +174,7 @@ def test_a_trial_waits_until_the_watch_over_the_version_before_is_over(journal: 
 
 
 def test_what_must_not_go_on_never_begins_and_ends_in_the_shadow(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(Serving(journal), monkeypatch, stop=lambda: "frozen") == End(Verdict.ERROR, "frozen", True) and stages(journal) == []
+    assert run(Serving(journal), monkeypatch, stop=lambda: "frozen") == End(Verdict.INCONCLUSIVE, "frozen", True) and stages(journal) == []
     asked = iter([""] * 4)
     end = run(Serving(journal), monkeypatch, stop=lambda: next(asked, "frozen"))
-    assert end == End(Verdict.ERROR, "frozen") and max(share for _, share in stages(journal)) == 0.0
+    assert end == End(Verdict.INCONCLUSIVE, "frozen") and max(share for _, share in stages(journal)) == 0.0

@@ -27,6 +27,7 @@ from app.store.base import Journal
 from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.task import TaskFailed
 from tests.journal_story import SHA, claimed, deployed, desired, job_event, published, requested
 
 HERE = "x86_64-test"
@@ -140,6 +141,26 @@ def test_a_freeze_or_another_mode_holds_back_what_is_under_way(bed: Bed, during:
     assert len([event for event in bed.journal.read() if event.kind == "traffic.split"]) == splits
 
 
+@pytest.mark.parametrize("gone", [deployed("m", "2", "c" * 64), Event("model.removed", "m", data={"reason": "gone"}), None])
+def test_what_ended_a_job_in_its_canary_is_said(bed: Bed, gone: Event | None) -> None:
+    """A new golden is no wish of anybody to cancel it."""
+    job, stop, said = bed.journal.state().jobs["j"], asyncio.Event(), []
+
+    async def run(model: str, version: str, config: ModelConfig, job: str, stopped: Any) -> End:
+        if gone is not None:
+            bed.journal.append(gone)
+        bed.keeper._taking.seen = bed.journal.state()
+        stop.set()
+        said.append(stopped())
+        return End(Verdict.INCONCLUSIVE, said[0])
+
+    bed.keeper._taking._rollout.run = run
+    with pytest.raises(TaskFailed, match="cancelled during its canary"):
+        asyncio.run(bed.keeper._taking.take(job, SimpleNamespace(config=ModelConfig(), golden=GOLDEN), WINNER, None, {}, stop))
+    expected = {"model.deployed": "golden changed from 1", "model.removed": "the model was removed"}
+    assert expected.get(gone.kind if gone is not None else "", "the job was cancelled") in said[0]
+
+
 def test_measured_settings_are_not_taken_while_frozen_or_for_another_version(bed: Bed) -> None:
     meanwhile: list[Event] = []
 
@@ -191,6 +212,19 @@ def test_weights_of_a_version_that_was_promoted_at_the_same_moment_stay(bed: Bed
     assert weights.exists(), "the previous version"
     commands.let_go("m", "1.1", "ann", "asked for")
     assert bed.journal.state().models["m"].built[0].removed
+
+
+def test_weights_that_nobody_needs_go_but_not_while_all_is_frozen(bed: Bed) -> None:
+    [card] = bed.cards.built("m")
+    weights = bed.cards.path(card)
+    bed.journal.append(job_event("finished", "j", outcome="refused", report={}))
+    bed.journal.append(Event("version.verified", "m", "1.1", data={"version": "1.1", "host_class": HERE, "verdict": "failed"}))
+    bed.journal.append(Event("loop.frozen", actor="ann"))
+    asyncio.run(bed.keeper._remove_unneeded("m"))
+    assert weights.exists()
+    bed.journal.append(Event("loop.unfrozen", actor="ann"))
+    asyncio.run(bed.keeper._remove_unneeded("m"))
+    assert not weights.exists()
 
 
 def test_jobs_are_counted_once_by_the_recipe_that_came_out(bed: Bed) -> None:

@@ -195,3 +195,25 @@ def test_totals_grow_whatever_the_blocks_do() -> None:
     assert abs(after.queue_ratio - 0.4) < 1e-9
     clock.now += 20.0
     assert found.totals("m", "1").minus(before) == after, "also where asking is what closes a block"
+
+
+def test_the_rate_is_of_the_model_and_of_the_time_in_which_it_answered() -> None:
+    """A version that took over a moment ago did not get one request in ten minutes."""
+    found, clock = window()
+    assert found.rate("m", 300.0) == 0.0
+    for second in range(60):
+        clock.now += 1.0
+        for _ in range(4):
+            found.observe(seen(version="1" if second < 40 else "1.1"))
+    assert found.rate("m", 300.0) == pytest.approx(4.0, rel=0.1)
+    clock.now += 60.0
+    assert found.rate("m", 300.0) == pytest.approx(2.0, rel=0.1)
+    assert found.rate("other", 300.0) == 0.0
+
+
+def test_a_block_that_ended_unnoticed_is_counted_in_the_reading_that_closes_it() -> None:
+    found, clock = window()
+    for _ in range(3):
+        found.observe(seen())
+    clock.now += 11.0
+    assert found.since("m", "1", 0.0).requests == 3

@@ -19,15 +19,18 @@ from app.catalog.samples import SampleSets
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.worker import Worker, run_worker
-from app.domain import Signature
-from app.errors import NotAllowed
+from app.domain import Event, JobState, Signature
+from app.errors import Conflict, NotAllowed
 from app.settings import Settings
+from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
 from optimizers import Samples
 from optimizers.recipe import Order
 from tests.journal_story import claimed, deployed, job_event, requested
+from tests.models import scaled
+from tests.redis_server import RedisServer
 
 
 class Overtaken(SqliteJournal):
@@ -38,7 +41,7 @@ class Overtaken(SqliteJournal):
         return super().acquire(lease, holder, ttl_s)
 
 
-def worker_of(tmp_path: Path, journal: SqliteJournal) -> tuple[Any, StateFolder]:
+def worker_of(tmp_path: Path, journal: Journal) -> tuple[Any, StateFolder]:
     settings = Settings(repository=tmp_path / "models", state=tmp_path / "state")
     settings.repository.mkdir()
     folder = StateFolder(settings.state).prepare()
@@ -70,6 +73,16 @@ def test_what_repairs_most_for_its_cost_is_built_first(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_a_worker_in_another_state_folder_than_the_server_is_told_so(tmp_path: Path) -> None:
+    with contextlib.closing(SqliteJournal(tmp_path / "journal.sqlite")) as journal:
+        worker, _ = worker_of(tmp_path, journal)
+        scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+        with pytest.raises(Conflict, match=r"this state folder has no card of golden 1 of 'm'.*HONE_STATE"):
+            worker._bench.workpiece("m", "1", "aa")
+        with pytest.raises(Conflict, match="changed or is gone"):
+            worker._bench.workpiece("m", "2", "aa")
+
+
 def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> None:
     """A job that is claimed again, since its worker was killed, finds what it had learned; of one that is finished or gone nothing stays."""
     journal = SqliteJournal(tmp_path / "journal.sqlite")
@@ -79,7 +92,10 @@ def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> N
     journal.append(job_event("finished", "done", outcome="failed", attempt=1, report={}))
     for job in ("j", "done", "gone"):
         (folder.checkpoints / job / "0").mkdir(parents=True)
-    assert asyncio.run(worker._claim()).id == "j"
+    for frozen in (True, False):
+        journal.append(Event("loop.frozen" if frozen else "loop.unfrozen"))
+        claim = asyncio.run(worker._claim())
+        assert (claim is None and len(list(folder.checkpoints.iterdir())) == 3) if frozen else claim.id == "j"
     assert [path.name for path in folder.checkpoints.iterdir()] == ["j"]
     nothing: Any = None
     rows = Samples({"x": np.zeros((4, 16), np.float32)})
@@ -90,16 +106,46 @@ def test_checkpoints_stay_as_long_as_their_job_is_not_built(tmp_path: Path) -> N
     journal.close()
 
 
+@pytest.mark.needs("redis-server")
+def test_what_was_built_is_told_though_the_store_lost_the_claim_meanwhile(tmp_path: Path) -> None:
+    """Nobody else knows of it: the worker alone saw the claim. Its hours of work are neither thrown away nor done twice."""
+    server = RedisServer(tmp_path).start()
+    with contextlib.closing(open_journal(server.url)) as journal:
+        worker, _ = worker_of(tmp_path, journal)
+        for event in (deployed(), requested("j")):
+            journal.append(event)
+
+        async def work() -> None:
+            job = await worker._claim()
+            server.stop()
+            saying = asyncio.create_task(worker._say("job.built", job, candidates=["1.1"], report={}))
+            await asyncio.sleep(0.2)
+            server.start()  # empty
+            await saying
+
+        try:
+            asyncio.run(work())
+            now = journal.state()
+            assert (now.jobs["j"].state, now.jobs["j"].attempt, now.jobs["j"].candidates) == (JobState.BUILT, 1, ("1.1",))
+            assert now.frozen and list(now.models) == ["m"]
+            worker.stop()
+            server.stop()
+            with pytest.raises(StoreUnavailable):
+                asyncio.run(worker._say("job.built", now.jobs["j"], candidates=[], report={}))
+        finally:
+            server.stop()
+
+
 @pytest.mark.anyio
 async def test_a_journal_that_is_away_is_told_once_however_often_it_is_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "hone")
     with contextlib.closing(SqliteJournal(tmp_path / "journal.db")) as journal:
         worker, _ = worker_of(tmp_path, journal)
-        worker._journal = open_journal("redis://127.0.0.1:1/0")
+        worker._journal = worker._reach.journal = open_journal("redis://127.0.0.1:1/0")
         worker._rest = lambda seconds: asyncio.sleep(0.01)
         running = asyncio.create_task(worker.run())
         await asyncio.sleep(0.5)
-        worker._journal = journal
+        worker._journal = worker._reach.journal = journal
         await asyncio.sleep(0.5)
         worker.stop()
         await running

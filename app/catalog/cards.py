@@ -79,7 +79,10 @@ class Cards:
         """Raises NotFound, or InvalidRequest for what is no version name."""
         found = self._card(model, version)
         if found is None:
-            raise NotFound(f"nothing is known of version {version} of {model!r}; hone versions {model} lists what there is")
+            raise NotFound(
+                f"nothing is known here of version {version} of {model!r}; hone versions {model} lists what there is, "
+                "and what another host built needs its files in this state folder too"
+            )
         return found
 
     def publish(self, model: str, folder: Path, draft: Draft, taken: Collection[str] = ()) -> BuiltCard:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from app.catalog.model_names import printable
 from app.errors import ModelRejected
 
 MAX_DEPTH: Final = 3
@@ -54,18 +53,18 @@ class LinkPolicy:
     roots: tuple[Path, ...]
 
     def resolve(self, path: Path) -> Path:
-        """Where `path` really lies. Raises ModelRejected for links that end elsewhere or nowhere."""
+        """Where `path` really lies. Raises ModelRejected for links that end elsewhere or nowhere; where is not told, since callers read why."""
         try:
             real = path.resolve(strict=True)
         except OSError as error:
-            ends = f" (a link to {printable(os.readlink(path))})" if path.is_symlink() else ""
+            ends = " (a link)" if path.is_symlink() else ""
             raise ModelRejected(f"{path}{ends} cannot be followed: {error.strerror}") from None
         except RuntimeError:
             raise ModelRejected(f"{path} cannot be followed: a link that leads back to itself") from None
         if any(real.is_relative_to(root) for root in self.roots):
             return real
         raise ModelRejected(
-            f"{path} is a link that ends in {real}, outside the repository; "
+            f"{path} is a link that ends outside the repository (`readlink -f` tells where); "
             f"add that folder to HONE_ALLOWED_ROOTS, or let `hone deploy` copy the file"
         )
 

@@ -64,6 +64,11 @@ class Bench:
         card = self.cards.golden(model, golden)
         if version is not None and version.error:
             raise ModelRejected(version.error)
+        if version is not None and card is None:
+            raise Conflict(
+                f"this state folder has no card of golden {golden} of {model!r}: a worker works in the server's, or in one that is shared with it "
+                "(--state, HONE_STATE)"
+            )
         if version is None or version.path is None or card is None or card.sha256 != golden_sha256:
             raise Conflict(f"golden {golden} of {model!r} changed or is gone; ask for the job again")
         config = found.config or ModelConfig()

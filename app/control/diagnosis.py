@@ -31,7 +31,7 @@ from app.control.findings import (
 )
 from app.control.normal import cost_ratio
 from app.control.suspicion import Kind
-from app.domain import JSON
+from app.domain import JSON, short
 
 DRIFTED: Final = 0.25
 """PSI of the predicted classes from which the traffic is another one."""
@@ -150,7 +150,7 @@ def _by_fidelity(found: Findings) -> Diagnosis | None:
     drift = found.drift
     agreed, compared = found.agreed_before
     if compared >= BEFORE_ANSWERS and agreed >= BEFORE_AGREED * compared:
-        text = f"{fidelity.text}, and did on {agreed:.4g} of the {compared} before: the inputs changed"
+        text = f"{fidelity.text}, and did on {short(agreed, 4)} of the {compared} before: the inputs changed"
         return Diagnosis(Cause.INPUT, 0.8, text, numbers(found), ("version: it agreed on the traffic before",))
     if drift is not None and drift > DRIFTED and not found.began_with_version:
         text = f"{fidelity.text}, and the traffic is another one (PSI of the predicted classes {drift:.2f}): its calibration does not fit any more"
@@ -242,7 +242,7 @@ def _by_load(found: Findings) -> Diagnosis | None:
     block = found.block
     refused = "".join(f", {count} {how}" for count, how in ((block.refused, "refused"), (block.expired, "expired")) if count)
     crowd = f", {mean_batch(block):.1f} rows a call ({found.normal.mean_batch:.1f} when all was well)" if is_crowded(found) else ""
-    text = f"queue {block.queue_ratio:.0%} of latency at {block.offered / block.seconds:.3g} requests/s{crowd}{refused}, cost as proven"
+    text = f"queue {block.queue_ratio:.0%} of latency at {short(block.offered / block.seconds)} requests/s{crowd}{refused}, cost as proven"
     return Diagnosis(Cause.LOAD, 0.9, text, numbers(found), ("version, process: a row costs what it always cost",))
 
 

@@ -21,6 +21,7 @@ from app.control.commands import Commands
 from app.control.endings import is_server_side, outcome_without_winner, summary_of, told, unneeded
 from app.control.expected import in_order
 from app.control.live_tune import Plane
+from app.control.reach import Away
 from app.control.rollout import Rollout
 from app.control.steps import is_recalibration
 from app.control.taking import Taking
@@ -177,10 +178,11 @@ class JobKeeper:
         return now is None or now.cancel_asked or now.state is JobState.FINISHED
 
     async def _remove_unneeded(self, model: str) -> None:
-        """Weights that nobody needs go; cards, proofs and events stay."""
+        """Weights that nobody needs go; cards, proofs and events stay. Not while all is frozen: a person is to look first, also at what the
+        journal lost, and weights do not come back."""
         state = await asyncio.to_thread(self._journal.state)
         want = state.models.get(model)
-        if want is None:
+        if want is None or state.frozen:
             return
         for version in unneeded(want, list(state.jobs.values()), self._host_class):
             try:
@@ -307,6 +309,7 @@ class JobKeeper:
 
     async def _watch(self, job: Job, stop: asyncio.Event) -> None:
         """Keep the lease, and set `stop` when the job is cancelled or superseded meanwhile."""
+        away = Away(log)
         while not stop.is_set():
             try:
                 held = await self._lead()
@@ -314,8 +317,9 @@ class JobKeeper:
                 now = state.jobs.get(job.id)
                 if not held or now is None or now.cancel_asked or now.state is JobState.FINISHED:
                     stop.set()
-            except StoreUnavailable:
-                log.warning("the journal is away while %s is judged", job.id)
+                away.back()
+            except StoreUnavailable as error:
+                away.gone(f"while {job.id} is judged", error)
             await asyncio.sleep(1.0)
 
     async def _say(self, kind: str, job: Job, **data: Any) -> None:

@@ -28,7 +28,7 @@ from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
 from app.control.suspicion import Kind, Suspicion
-from app.domain import JSON, Event, JobState, ModelState, ModelView, State
+from app.domain import JSON, Event, JobState, ModelState, ModelView, State, short
 from app.errors import HoneError
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -265,9 +265,9 @@ class Loop:
         if incident.diagnosis is None or (all(one.kind is Kind.EVENT for one in incident.suspicions) and not incident.tried):
             return
         took = monotonic() - incident.began
-        how = "after the repair" if incident.acted_at else "by itself"
+        how = "after the repair" if incident.acted_on is not None else "after another change" if incident.acted_at else "by itself"
         p95 = self._window.since(view.name, view.active, self._window.now() - 2 * self._window.block_s).total.quantile(0.95)
-        now = f", p95 {p95 * 1e3:.3g} ms" if p95 else ""
+        now = f", p95 {short(p95 * 1e3)} ms" if p95 else ""
         data = {"cause": cause.value if cause else "", "took_s": round(took, 1), "summary": f"well again {how} in {took:.0f} s{now}"}
         await self._say("recovery.verified", view, data)
         self._metrics.time("hone_recovery_duration_seconds", view.name, cause.value if cause else "", seconds=took)
@@ -310,7 +310,7 @@ class Loop:
             patient.incident = None  # while it was looked into, somebody asked for another version, or put one on trial
             return
         want = now  # its mode, settings and what was left may be others by now, and so may a freeze
-        changed = incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
+        changed = (news and not only_event) or incident.diagnosis is None or incident.diagnosis.cause is not diagnosis.cause
         incident.diagnosis = diagnosis
         self._metrics.count("hone_diagnoses", view.name, diagnosis.cause.value)
         waited = monotonic() - patient.remedied_at.get(diagnosis.cause, 0.0)

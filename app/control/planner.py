@@ -13,7 +13,9 @@ from typing import Final
 from app.catalog.model_config import ModelConfig
 from app.control.choices import builds, exports, recalibrations, settings
 from app.control.diagnosis import Cause, Diagnosis
-from app.domain import Mode
+from app.control.findings import PRESSED, THROTTLED
+from app.control.suspicion import Kind
+from app.domain import JSON, Mode
 from optimizers.base import Gain
 
 FIRST_WAIT_S: Final = 60.0
@@ -93,13 +95,14 @@ def plan(diagnosis: Diagnosis, now: Situation, config: ModelConfig) -> Plan:
         return Plan(
             Action.NOTHING, f"the same cause came back without a gain; looking again in {now.wait_s:.0f} s", advice=_advice(diagnosis)
         )
-    for candidate in _remedies(diagnosis, now, config):
+    remedies = _remedies(diagnosis, now, config)
+    for candidate in remedies:
         if candidate.remedy in now.tried_actions and candidate.action is not Action.NOTHING:
             continue
         if candidate.action is Action.TUNE and not now.onnx:
             continue
         return _permitted(candidate, now)
-    if not now.onnx:
+    if not now.onnx and any(one.action is Action.TUNE for one in remedies):
         advice = (f"have version {now.golden} built for ONNX Runtime, whose settings are: hone optimize MODEL", *_advice(diagnosis))
         return Plan(Action.NOTHING, "settings of a PyTorch version are not measured, and nothing else is left", advice=advice)
     return Plan(Action.NOTHING, "nothing is left that is allowed and was not tried", advice=_advice(diagnosis))
@@ -238,10 +241,22 @@ def _told(wanted: Plan, why: str) -> Plan:
 def _advice(diagnosis: Diagnosis) -> tuple[str, ...]:
     match diagnosis.cause:
         case Cause.HOST:
-            return ("move the neighbour, or give this server cores of its own", *diagnosis.beside)
+            return (_for_host(diagnosis.evidence), *diagnosis.beside)
         case Cause.LOAD:
             return ("add replicas, or have a faster version proven: hone optimize MODEL", *diagnosis.beside)
     return diagnosis.beside
+
+
+def _for_host(evidence: JSON) -> str:
+    """By what the host was blamed for: no core helps whom the kernel kills for its memory."""
+    host = evidence.get("host") or {}
+    if Kind.DEATHS.value in (evidence.get("suspicions") or ()):
+        return "see who ends its runner: the kernel's log tells where memory ran out, else a limit of the container, or a person"
+    if (host.get("memory_pressure") or 0.0) > PRESSED:
+        return "give this host more memory, or its programs less to do"
+    if (host.get("throttled_ratio") or 0.0) > THROTTLED:
+        return "raise the CPU quota of this server, or have it serve less"
+    return "move the neighbour, or give this server cores of its own"
 
 
 def _allowed(recipe: Sequence[str], config: ModelConfig) -> bool:

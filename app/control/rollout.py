@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from app.catalog.model_config import ModelConfig
 from app.control.concurrent import ArmFacts, Judgement, Policy, judge
 from app.control.quality import worst_class
-from app.domain import Event, ModelView, Verdict
+from app.domain import Event, ModelView, Verdict, short
 from app.store.base import Journal
 from app.telemetry.window import Block, Window
 from optimizers.stats import wilson
@@ -55,11 +55,11 @@ class Rollout:
     async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Callable[[], str]) -> End:
         """Bring `version` up to the largest share of the canary, or end on the incumbent. The split stays in place when it passed.
 
-        `stop` says why it must not go on; '' while it may.
+        `stop` says why it must not go on; '' while it may. What was stopped is undecided: nobody erred.
         """
         await self._let_watch_end(model, config.rollout.watch_s, stop)
         if why := stop():
-            return End(Verdict.ERROR, why, True)
+            return End(Verdict.INCONCLUSIVE, why, True)
         view = self._plane.model(model)
         rules = config.rollout
         if view is None or not rules.canary:
@@ -112,12 +112,13 @@ class Rollout:
             failed = dict(view.failed).get(version) if view is not None else None
             why = stop()
             if failed or why or monotonic() > loading_until:
-                return End(Verdict.FAILED if failed else Verdict.ERROR, failed or why or "it was not loaded in time")
+                verdict = Verdict.FAILED if failed else Verdict.INCONCLUSIVE if why else Verdict.ERROR
+                return End(verdict, failed or why or "it was not loaded in time")
             await asyncio.sleep(LOOK_S)
         began, until = self._window.cut(model), monotonic() + SHADOW_S
         while monotonic() < until:
             if why := stop():
-                return End(Verdict.ERROR, why)
+                return End(Verdict.INCONCLUSIVE, why)
             block = self._window.since(model, version, began)
             if block.deaths:
                 return End(Verdict.FAILED, "its runner ended on mirrored requests")
@@ -134,7 +135,7 @@ class Rollout:
             await asyncio.sleep(LOOK_S)
             view = self._plane.model(model)
             if (why := stop()) or view is None or view.active != incumbent:
-                return Judgement(Verdict.ERROR, why or "another version serves meanwhile", {})
+                return Judgement(Verdict.INCONCLUSIVE, why or "another version serves meanwhile", {})
             judgement = compared(self._window, model, incumbent, version, began, view, config, LEAST_COMPARED)
             undecided = judgement.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)
             if not undecided or monotonic() > until:
@@ -195,6 +196,8 @@ def _disagrees(block: Block, config: ModelConfig) -> End | None:
     metric, floor = config.quality.resolved(config.task)
     least = floor if metric in ("agreement", "accuracy") else 0.99
     if block.compared >= SHADOW_ENOUGH and wilson(block.agreed, block.compared)[1] < least:
-        return End(Verdict.FAILED, f"agrees with golden on {block.agreed:.4g} of {block.compared} mirrored requests (floor {least:.1%})")
+        return End(
+            Verdict.FAILED, f"agrees with golden on {short(block.agreed, 4)} of {block.compared} mirrored requests (floor {least:.1%})"
+        )
     worst = worst_class(block.likeness, config)
     return End(Verdict.FAILED, worst.text) if worst is not None else None

@@ -15,7 +15,7 @@ from app.catalog.model_config import ModelConfig, Promise
 from app.control.normal import BASE_LABELS, LEAST_CALLS, REFUSED_LIMIT, Normal, cost_ratio
 from app.control.objectives import Burn
 from app.control.quality import sureness_shift, worst_class
-from app.domain import JSON
+from app.domain import JSON, short
 from app.telemetry.hostfacts import HostFacts
 from app.telemetry.window import Block
 from optimizers.stats import wilson
@@ -148,7 +148,7 @@ def _too_few(blocks: Sequence[Block], least: float | None) -> list[Suspicion | N
     if least is None or len(blocks) < 2 or not all(block.offered >= least * block.seconds > block.requests for block in blocks):
         return []
     answered = blocks[-1].requests / blocks[-1].seconds
-    text = f"answers {answered:.3g} requests/s of {blocks[-1].offered / blocks[-1].seconds:.3g} that come; the objective is {least:g}"
+    text = f"answers {short(answered)} requests/s of {short(blocks[-1].offered / blocks[-1].seconds)} that come; the objective is {least:g}"
     return [Suspicion(Kind.REFUSALS, text, {"answered_per_s": round(answered, 3), "objective": least})]
 
 
@@ -283,4 +283,4 @@ def _labels(lately: Block, normal: Normal) -> list[Suspicion | None]:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{short(seconds * 1e3)} ms"

@@ -15,7 +15,7 @@ from app.control.commands import Commands
 from app.control.rollout import Rollout
 from app.control.steps import target_of
 from app.control.verification import Judged, held_back, may_promote_alone
-from app.domain import JSON, Job, ModelState, RuntimeSettings, State, Verdict
+from app.domain import JSON, Job, JobState, ModelState, RuntimeSettings, State, Verdict
 from app.errors import Conflict, NotAllowed
 from app.store.base import Journal
 from app.telemetry.metrics import Metrics
@@ -54,14 +54,17 @@ class Taking:
             return "kept", winner.version, report | {"waits": waits}
 
         def hindered() -> str:
-            return "the job was cancelled" if stop.is_set() else held_back(self.seen, job.model, piece.config)
+            if not stop.is_set():
+                return held_back(self.seen, job.model, piece.config)
+            now = self.seen.jobs.get(job.id)  # ended with its golden or its model, which is told there
+            return str((now.report if now is not None and now.state is JobState.FINISHED else {}).get("reason") or "the job was cancelled")
 
         promoted = None
         try:
             end = await self._rollout.run(job.model, winner.version, piece.config, job.id, hindered)
             report["canary"] = end.text
             if stop.is_set():
-                raise TaskFailed(Failure.CANCELLED, "cancelled during its canary")
+                raise TaskFailed(Failure.CANCELLED, f"cancelled during its canary, {end.text}")
             if not end.skipped:
                 self._metrics.count("hone_verdicts", "canary", end.verdict.value)
             if end.verdict is Verdict.FAILED:

@@ -31,6 +31,7 @@ from app.control.bench import Bench, Workpiece
 from app.control.choices import exports
 from app.control.endings import is_server_side
 from app.control.expected import in_order
+from app.control.reach import Away, Reach
 from app.control.steps import is_recalibration, target_of
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
@@ -38,7 +39,6 @@ from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
-from app.store.recovery import catch_up
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
 from optimizers.base import Need, Progress
@@ -65,28 +65,23 @@ class Worker:
         self._doing = ""
         self._cpu_s = 0.0
         """CPU seconds of the present job's tasks."""
-        self._seen: State | None = None
+        self._reach, self._away = Reach(journal, self._stopping), Away(log)
 
     def stop(self) -> None:
         self._stopping.set()
 
     async def run(self) -> None:
         board = asyncio.create_task(self._show_alive(), name="board")
-        away = False
         try:
             while not self._stopping.is_set():
                 try:
                     job = await self._claim()
-                    if away:
-                        log.info("the journal is back")
-                    away = False
+                    self._away.back()
                     if job is not None:
                         await self._work(job)
                         continue
                 except StoreUnavailable as error:
-                    if not away:
-                        log.warning("the journal is away, so no job can be claimed: %s", error)
-                    away = True
+                    self._away.gone("and no job can be claimed", error)
                     await self._rest(2.0)
                 except Exception:
                     log.exception("a pass of the worker failed")
@@ -98,10 +93,10 @@ class Worker:
     # ---- claiming
     async def _claim(self) -> Job | None:
         """The first job that needs building and that nobody builds; claimed by lease, then by the log's order."""
-        state = self._seen = await asyncio.to_thread(catch_up, self._journal, self._seen)
+        state = await self._reach.state()
+        if state.frozen or not state.seq:
+            return None  # a store that was emptied is not believed: what was learned of a job stays until a person has looked
         await asyncio.to_thread(self._sweep_checkpoints, state)
-        if state.frozen:
-            return None
         for seen in in_order(state.jobs.values(), time()):
             if not _wants_a_worker(seen) or not await asyncio.to_thread(self._journal.acquire, f"job:{seen.id}", self.name, LEASE_S):
                 continue
@@ -158,7 +153,7 @@ class Worker:
 
     async def _cancel_asked(self, job: Job) -> bool:
         """True where somebody cancelled it; else the worker ends or the claim was lost, and another goes on."""
-        now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+        now = (await self._reach.state_at_last()).jobs.get(job.id)
         return now is not None and now.cancel_asked
 
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
@@ -226,7 +221,7 @@ class Worker:
             draft = Draft(
                 job.id, index, job.golden, job.golden_sha256, job.golden, recipe, signature, rows, job.reason, tuple(facts)
             )  # fmt: skip
-            state = (await asyncio.to_thread(self._journal.state)).models.get(job.model)
+            state = (await self._reach.state_at_last()).models.get(job.model)
             if state is None or state.golden_sha256 != job.golden_sha256:
                 raise Conflict(f"golden of {job.model!r} changed or the model is gone; nothing is published")
             taken = [version.version for version in state.built]
@@ -239,7 +234,7 @@ class Worker:
             "version": version, "parent": draft.parent, "golden_sha256": job.golden_sha256, "recipe": [dict(step) for step in draft.recipe],
             "sha256": sha256, "bytes": size,
         }  # fmt: skip
-        await asyncio.to_thread(self._journal.append, Event("version.published", job.model, version, job.id, data=data))
+        await self._reach.append_at_last(Event("version.published", job.model, version, job.id, data=data))
 
     def _request(self, piece: Workpiece, steps: list[JSON], folder: Path, keep: Path, exported: BuiltCard | None) -> JSON:
         paths = piece.samples.save(folder)
@@ -296,12 +291,13 @@ class Worker:
         while not stop.is_set():
             try:
                 held = await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self.name, LEASE_S)
-                now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
+                now = (await self._reach.state()).jobs.get(job.id)
+                self._away.back()
                 gone = now is None or now.state is not JobState.BUILDING or now.attempt != job.attempt
                 if not held or gone or (now is not None and now.cancel_asked) or self._stopping.is_set():
                     stop.set()
-            except StoreUnavailable:
-                log.warning("the journal is away while %s is built", job.id)
+            except StoreUnavailable as error:
+                self._away.gone(f"while {job.id} is built", error)
             await asyncio.sleep(1.0)
 
     async def _show_alive(self) -> None:
@@ -318,7 +314,7 @@ class Worker:
 
     async def _say(self, kind: str, job: Job, **data: Any) -> None:
         event = Event(kind, job.model, "", job.id, f"worker {self.name}", {"attempt": job.attempt, **data})
-        await asyncio.to_thread(self._journal.append, event)
+        await self._reach.append_at_last(event)
 
     async def _rest(self, seconds: float) -> None:
         try:

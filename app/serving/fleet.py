@@ -107,6 +107,8 @@ class Fleet:
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
+        self._frozen = False
+        """As the log was told, which begins with this process."""
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
         self.latest: dict[str, JSON] = {}
@@ -243,10 +245,17 @@ class Fleet:
             self._metrics.gauge("hone_store_up", value=0)
             return
         refused = self.refused()
-        if self.store_error and not refused:
+        if refused:
+            self._journal_is_away(refused)
+        elif self.store_error:
             log.info("the journal is back")
-        self.store_error = refused
+            self.store_error = ""
         self._metrics.gauge("hone_store_up", value=0 if refused else 1)
+        if state.frozen and not self._frozen:
+            log.warning("all change is frozen, but rollback, until `hone unfreeze`: %s", state.frozen_because)
+        elif self._frozen and not state.frozen:
+            log.info("change is allowed again")
+        self._frozen = state.frozen
         if state.seq != self.state.seq:
             self.state = state
             self._news.set()
@@ -260,9 +269,9 @@ class Fleet:
 
     def _catch_up(self) -> tuple[State, dict[str, JSON]]:
         """The store's state, after putting back what it lost of what was seen here; blocks."""
+        self.warnings = self._journal.warnings()  # first: they may tell why something was lost
         state = catch_up(self._journal, self.state if self._remembered else None)
         self._remembered = True
-        self.warnings = self._journal.warnings()
         self._note_latest(state)
         return state, self._journal.board()
 
@@ -316,7 +325,7 @@ class Fleet:
         except StoreUnavailable as error:
             self._journal_is_away(error)
 
-    def _journal_is_away(self, error: StoreUnavailable) -> None:
+    def _journal_is_away(self, error: StoreUnavailable | str) -> None:
         if not self.store_error:
             log.warning("the journal is away, so nothing changes here until it is back: %s", error)
         self.store_error = str(error)

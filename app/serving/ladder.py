@@ -17,7 +17,7 @@ from functools import reduce
 from time import monotonic
 from typing import Final, NamedTuple
 
-from app.domain import Event, ModelState
+from app.domain import Event, ModelState, short
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Neighbours, Slot, asked_alike
 from app.telemetry.metrics import Metrics
@@ -148,7 +148,7 @@ class Ladder:
             return
         answered = own.minus(full.own).requests / span_s  # of long calls none may have ended in so short a time
         footing.capacities[current.version] = self._capacity(slot, footing, rungs, current, max(answered, queued / waits_s), now)
-        why = f"load: what waits takes {waits_s * 1e3:.0f} ms, {promise.threshold_s * 1e3:.0f} are promised; {answered:.3g} requests/s answered"
+        why = f"load: what waits takes {waits_s * 1e3:.0f} ms, {promise.threshold_s * 1e3:.0f} are promised; {short(answered)} requests/s answered"
         self._step(slot, footing, rungs, lower, why, now, up=False)
 
     def look(self, slot: Slot) -> None:
@@ -178,7 +178,7 @@ class Ladder:
             lower = self._lower(slot, footing, rungs[at + 1 :], seen.offered / span_s)
             if footing.bad_looks >= DOWN_LOOKS and lower is not None:
                 footing.capacities[current] = self._capacity(slot, footing, rungs, slot.versions.get(current), own.requests / span_s, now)
-                why = f"load: {seen.offered / span_s:.3g} requests/s offered, {own.requests / span_s:.3g} answered, queue {own.queue_ratio:.0%} of latency"
+                why = f"load: {short(seen.offered / span_s)} requests/s offered, {short(own.requests / span_s)} answered, queue {own.queue_ratio:.0%} of latency"
                 self._step(slot, footing, rungs, lower, why, now, up=False)
             return
         footing.bad_looks = 0
@@ -196,8 +196,8 @@ class Ladder:
             return
         loaded = self._loaded(slot, [upper])
         if loaded is not None:
-            known = f"below {UP_SHARE:.0%} of the {capacity:.3g} that {upper} answered when it was full" if capacity is not None else ""
-            why = f"{offered:.3g} requests/s offered for {footing.hold_s:.0f} s, {known or f'what {upper} can do is not known'}"
+            known = f"below {UP_SHARE:.0%} of the {short(capacity)} that {upper} answered when it was full" if capacity is not None else ""
+            why = f"{short(offered)} requests/s offered for {footing.hold_s:.0f} s, {known or f'what {upper} can do is not known'}"
             footing.hold_s = min(MOST_HOLD_S, 2 * footing.hold_s)
             footing.up_at, footing.up_offered = now, offered
             footing.marks.append(Mark(now, upper, self._window.totals(slot.name, upper), footing.marks[-1].all))

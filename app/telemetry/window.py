@@ -174,6 +174,10 @@ class Track:
         self.open = Block(now, now + block_s)
         self.before = Totals()
 
+    @property
+    def began(self) -> float:
+        return (self.blocks[0] if self.blocks else self.open).began
+
     def at(self, now: float) -> Block:
         """The block that `now` falls into; those that ended before are closed."""
         if now >= self.open.ended:
@@ -197,8 +201,8 @@ class Track:
 
     def since(self, began: float, now: float, sketches: bool = True) -> Block:
         """All blocks that began at or after `began`, merged, the open one with them."""
-        merged = Block(began, now)
-        for block in (*self.blocks, self.at(now)):
+        merged, opened = Block(began, now), self.at(now)  # first: it may close a block
+        for block in (*self.blocks, opened):
             if block.began >= began and block.offered + block.failed_calls + block.calls + block.compared + block.deaths + block.labelled:
                 merged.merge(block, sketches)
         merged.began, merged.ended = began, now
@@ -361,6 +365,13 @@ class Window:
             return Totals()
         opened = track.at(self._clock())  # may close a block, which is of what was before from then on
         return track.before.plus(opened)
+
+    def rate(self, model: str, seconds: float) -> float:
+        """Answers a second of all versions together, over the last `seconds` or since the model answers at all; never over less than a block."""
+        now = self._clock()
+        tracks = [track for (name, _), track in self.tracks.items() if name == model]
+        began = max(now - seconds, min((track.began for track in tracks), default=now))
+        return sum(track.since(began, now, False).requests for track in tracks) / max(self.block_s, now - began)
 
     def good_and_bad(self, model: str, seconds: float) -> tuple[int, int]:
         """Answers of the last `seconds`, by whether they were what the objective promises."""
