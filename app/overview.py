@@ -110,8 +110,8 @@ def _standing(found: JSON) -> Iterator[str]:
         yield f"rollback goes back to {found['previous']}"
     if found.get("stepped_down_to"):
         yield f"under load {found['stepped_down_to']} answers in its place"
-    elif found.get("rungs"):
-        yield f"under load {' then '.join(found['rungs'])} may answer in its place"
+    elif rungs := [rung for rung in found.get("rungs") or () if rung != found.get("active")]:
+        yield f"under load {' then '.join(rungs)} may answer in its place"
     if found.get("split"):
         yield _split(found["split"])
     yield from (f"version {version} failed: {why}" for version, why in (found.get("failed") or {}).items())

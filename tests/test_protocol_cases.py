@@ -333,7 +333,8 @@ def test_priority_and_timeout_are_64_bit_numbers_as_clients_have_them(running: R
     ("body", "said"),
     [
         ("5", "the body is 5; it must be a JSON object"), ("", "the body is missing"), ('{"version": 5}', "version is 5; it should be a"),
-        ('{"version": "1", "why": 1}', "why is nothing that this takes"), ("{}", "version is missing"),
+        ('{"version": "1", "resaon": "x"}', "resaon is nothing that this takes; did you mean 'reason'? Known are version, reason"),
+        ("{}", "version is missing"),
     ],
 )  # fmt: skip
 def test_admin_bodies_say_what_is_wrong_with_which_value(running: Running, body: str, said: str) -> None:

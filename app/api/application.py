@@ -24,7 +24,7 @@ from app import __version__
 from app.api.admin import Admin
 from app.api.auth import Guard
 from app.api.docs import docs_routes
-from app.api.errors import error_response, response_of
+from app.api.errors import error_response, problem_text, response_of
 from app.api.exchange import Door, request_id
 from app.api.infer import Infer
 from app.api.labels import feedback_route
@@ -32,7 +32,6 @@ from app.api.offload import Offload
 from app.api.oip import Protocol2
 from app.api.openapi import build_openapi
 from app.api.predict import PATHS, Predict
-from app.api.wire.tensors import show
 from app.errors import HoneError, NotReady
 from app.serving.service import InferenceService
 from app.store.base import StoreUnavailable
@@ -194,7 +193,8 @@ def _answer_errors_as_json(app: FastAPI, surfaces: Surfaces) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(400, "; ".join(_problem(problem) for problem in error.errors()[:5]))
+        keys = _keys_of(request)
+        return error_response(400, "; ".join(problem_text(problem, keys) for problem in error.errors()[:5]))
 
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed inside the server", request.method, request.url.path, exc_info=error)
@@ -207,16 +207,7 @@ def _answer_errors_as_json(app: FastAPI, surfaces: Surfaces) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-def _problem(problem: dict[str, Any]) -> str:
-    if problem.get("type") == "json_invalid":
-        why = problem.get("ctx", {}).get("error", "it cannot be read")
-        return f"the body is not JSON: {why} at character {problem.get('loc', ('?',))[-1]}; it must be an object"
-    place = ".".join(str(part) for part in problem.get("loc", ()) if part not in ("body", "query", "path"))
-    kind, rule = str(problem.get("type")), str(problem.get("msg", "is wrong"))
-    if kind == "missing":
-        return f"{place or 'the body'} is missing; /docs shows what this takes"
-    if kind == "extra_forbidden":
-        return f"{place} is nothing that this takes; /docs shows what is"
-    if not place:
-        return f"the body is {show(problem.get('input'))}; it must be a JSON object, as /docs shows"
-    return f"{place} is {show(problem.get('input'))}; {rule.replace('Input should', 'it should', 1)}"
+def _keys_of(request: Request) -> Sequence[str]:
+    """What the body that this route takes may hold."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    return tuple(getattr(field.field_info.annotation, "model_fields", ())) if field is not None else ()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Final
 
 import orjson
 from starlette.responses import Response
 
 from app import errors
+from app.api.wire.tensors import show
 
 _STATUS: Final[tuple[tuple[type[errors.HoneError], int], ...]] = (
     (errors.PayloadTooLarge, 413),
@@ -54,3 +57,22 @@ def headers_of(error: errors.HoneError) -> dict[str, str]:
 
 def response_of(error: errors.HoneError) -> Response:
     return error_response(status_of(error), str(error), headers_of(error))
+
+
+def problem_text(problem: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
+    """What pydantic found wrong with a body, in one sentence: the place, its value, the rule. `keys`: what the body may hold."""
+    if problem.get("type") == "json_invalid":
+        why = problem.get("ctx", {}).get("error", "it cannot be read")
+        at = f" at character {problem['loc'][-1]}" if problem.get("loc") else ""
+        return f"the body is not JSON: {why}{at}; it must be an object"
+    place = ".".join(str(part) for part in problem.get("loc", ()) if part not in ("body", "query", "path"))
+    kind, rule = str(problem.get("type")), str(problem.get("msg", "is wrong"))
+    if kind == "missing":
+        return f"{place or 'the body'} is missing; /docs shows what this takes"
+    if kind == "extra_forbidden":
+        near = get_close_matches(place, keys, 1)
+        known = f"; did you mean {near[0]!r}? Known are {', '.join(keys)}" if near else f"; known are {', '.join(keys)}" if keys else ""
+        return f"{place} is nothing that this takes{known}; /docs shows more"
+    if not place:
+        return f"the body is {show(problem.get('input'))}; it must be a JSON object, as /docs shows"
+    return f"{place} is {show(problem.get('input'))}; {rule.replace('Input should', 'it should', 1)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,10 +12,13 @@ from starlette.routing import Route
 
 from app.api.auth import Guard
 from app.api.bodies import parts_of
+from app.api.errors import problem_text
 from app.errors import Conflict, InvalidRequest, NotFound, PayloadTooLarge
 from app.serving.service import InferenceService
 
 MOST_BYTES = 1 << 20
+_KINDS_OF_LABEL = {"constrained-str", "int"}
+"""What the validator calls the two forms of a label, in the place of an error."""
 
 
 class TrueLabel(BaseModel):
@@ -62,6 +65,11 @@ async def _body(request: Request) -> FeedbackBody:
     try:
         return FeedbackBody.model_validate_json(b"".join(parts))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "body"
-        raise InvalidRequest(f'{place}: {first["msg"]}; send {{"labels": [{{"id": REQUEST_ID, "label": CLASS}}]}}') from None
+        raise InvalidRequest(f'{_told(error)}; send {{"labels": [{{"id": REQUEST_ID, "label": CLASS}}]}}') from None
+
+
+def _told(error: ValidationError) -> str:
+    first: dict[str, Any] = dict(error.errors(include_url=False)[0])
+    if _KINDS_OF_LABEL & {*first["loc"]}:
+        first |= {"loc": first["loc"][:-1], "msg": "it should be a class's number, or its name of at most 1000 characters"}
+    return problem_text(first)

@@ -42,6 +42,7 @@ from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.allocator import give_back
 from optimizers.base import Progress
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
@@ -167,6 +168,7 @@ class JobKeeper:
             outcome, candidate, report = "failed", "", {"reason": f"internal error: {type(error).__name__}: {error}; the log tells more"}
         finally:
             watch.cancel()
+            await asyncio.to_thread(give_back)  # the samples that it was judged with are gone
         report = {**job.report, **report}
         report["cpu_s"] = round(float(job.report.get("cpu_s") or 0.0) + self._cpu_s.pop(job.id, 0.0), 1)
         report["summary"] = summary_of(report)

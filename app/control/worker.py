@@ -41,6 +41,7 @@ from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
+from optimizers.allocator import give_back
 from optimizers.base import Need, Progress
 from optimizers.catalogue import catalogue, config_types
 from optimizers.host import memory_budget
@@ -149,6 +150,7 @@ class Worker:
             watch.cancel()
             self._doing = ""
             self._metrics.gauge("hone_worker_busy", value=0)
+            await asyncio.to_thread(give_back)
             await asyncio.to_thread(self._journal.release, f"job:{job.id}", self.name)
 
     async def _cancel_asked(self, job: Job) -> bool:

@@ -28,6 +28,7 @@ from app.serving import procfs
 from app.serving.runner_loop import MESSAGE_BYTES, Instance, Meter, Model, Named, cleaned, is_memory
 from app.serving.runner_tensors import DTYPES, Array
 from app.serving.runner_torch import TorchModel
+from optimizers.allocator import give_back
 
 _FDS: Final = 4
 NICE: Final = 5
@@ -204,7 +205,7 @@ def _control(control: socket.socket) -> None:
                     if order["at_rest"] and row is not None:
                         with contextlib.suppress(MemoryError):
                             _tried(each, row)
-                _trim()
+                give_back()
             case "stop":
                 return
 
@@ -225,15 +226,6 @@ def _report(control: socket.socket, report: dict[str, Any]) -> None:
     control.send(orjson.dumps(report))
 
 
-def _trim() -> None:
-    """Hand freed memory back to the kernel."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def _opened(control: socket.socket, spec: dict[str, Any]) -> tuple[Model | None, dict[str, Array] | None]:
     """Open the session and run it once or twice; report what came of it. Also a made-up row that it takes, and takes little time for."""
     started = time.monotonic()
@@ -241,9 +233,9 @@ def _opened(control: socket.socket, spec: dict[str, Any]) -> tuple[Model | None,
         _name_and_bound(spec)
         model: Model = TorchModel(spec) if spec["kind"] == "torch" else OnnxModel(spec)
         load_s = time.monotonic() - started
-        _trim()  # parsing and packing leave up to twice the weights behind in the allocator: 138 -> 45 MB for 45 MB of weights
+        give_back()  # parsing and packing leave up to twice the weights behind in the allocator: 138 -> 45 MB for 45 MB of weights
         warm, row = _warm_up(model, spec)
-        _trim()
+        give_back()
     except MemoryError:
         _report(control, {"failed": "ModelRejected", "text": _too_large(spec)})
         return None, None
@@ -259,7 +251,7 @@ def _open_lone(control: socket.socket, spec: dict[str, Any], lone: list[Model]) 
     """The second session, for calls that are alone, while the first one serves. Where there is no room for it there is none."""
     try:
         model = OnnxModel({**spec, "settings": {**spec["settings"], "intra_op_threads": spec["settings"]["lone_threads"]}})
-        _trim()
+        give_back()
         _tried(model, _made_up(spec["signature"], 1, 1, spec["signature"]["batchable"]))
     except (HoneError, MemoryError) as error:
         print(f"{spec['model']}:{spec['version']} has no second session for lone calls: {error}", file=sys.stderr, flush=True)
