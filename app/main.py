@@ -60,6 +60,7 @@ from app.telemetry.poll import Poller
 from app.telemetry.prometheus import Exporter
 from app.telemetry.window import Window
 from app.views import ServerViews
+from optimizers.allocator import few_arenas
 from optimizers.host import cpu_budget, host_class, memory_budget
 from optimizers.task import TaskLimits, run_task
 
@@ -264,6 +265,7 @@ class Server(uvicorn.Server):
 def run_server(settings: Settings) -> NoReturn:
     """Serve until a signal, then end the process. Raises HoneError with the remedy when it cannot start."""
     _log_to_stderr(settings.log_level)
+    few_arenas()
     sockets = [_listen(settings.host, settings.port)]
     if settings.admin_port:
         sockets.append(_listen(settings.admin_host or settings.host, settings.admin_port))

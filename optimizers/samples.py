@@ -64,12 +64,12 @@ class Samples:
         return {name: (1, *values.shape[1:]) if self.stacked else values.shape[1:] for name, values in self.inputs.items()}
 
     @classmethod
-    def load(cls, path: Path, origin: str = "owner", stacked: bool = True) -> Samples:
-        """Read what `save` wrote, or any .npz whose keys are the model's input names (labels: `__labels__` or `labels`).
+    def load(cls, path: Path, origin: str = "owner", stacked: bool = True, most: int | None = None) -> Samples:
+        """Read what `save` wrote, or any .npz whose keys are the model's input names (labels: `__labels__` or `labels`); the first `most` rows, if given.
 
         Raises ValueError for unequal lengths or an empty file.
         """
-        arrays = read_npz(path)
+        arrays = read_npz(path, most)
         labels = arrays.pop("__labels__", None)
         if labels is None and len(arrays) > 1:
             labels = arrays.pop("labels", None)
@@ -92,19 +92,37 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
                 np.lib.format.write_array(member, np.ascontiguousarray(plain), allow_pickle=False)
 
 
-def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz; text as arrays of str objects, as ONNX Runtime wants it. Raises ValueError for pickles, and for what is cut or damaged."""
+def read_npz(path: Path, most: int | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz; text as arrays of str objects, as ONNX Runtime wants it. Of each array the first `most` entries, if given: no more of it
+    is held in memory. Raises ValueError for pickles, and for what is cut or damaged."""
     path.stat()  # a file that is not there is another matter
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no .npz, as numpy.savez writes it, or it was copied in part")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        if most is None:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        else:
+            with zipfile.ZipFile(path) as archive:
+                arrays = {name.removesuffix(".npy"): _first(archive, name, most) for name in archive.namelist()}
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"it is damaged: {error}") from None
     if stray := [name for name, values in arrays.items() if not isinstance(values, np.ndarray)]:
         raise ValueError(f"{stray[0]!r} in it is no array")
     return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in arrays.items()}
+
+
+def _first(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
+    """The first `most` entries of an array, as `write_npz` writes it. Raises ValueError for pickles."""
+    with archive.open(name) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(member)
+        if dtype.hasobject or (by_columns and len(shape) > 1) or not shape:
+            raise ValueError(f"{name} is not laid out row by row")
+        rows = min(most, shape[0])
+        data = member.read(rows * int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize)
+    return np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])
 
 
 def _row_bytes(row: Any) -> bytes:

@@ -51,6 +51,18 @@ def test_a_reference_is_frozen_once_and_read_as_it_was(tmp_path: Path) -> None:
     assert again.outputs["text"].tolist() == outputs["text"].tolist() and np.array_equal(again.outputs["y"], outputs["y"])
 
 
+def test_a_loaded_version_holds_some_of_the_reference_and_what_it_tells_of_all(tmp_path: Path) -> None:
+    texts = np.array([["Aé"], ["日本"], [""], ["x"], ["longer than all"]], object)
+    inputs = Samples({"x": np.arange(15, dtype=np.float32).reshape(5, 3), "t": texts}, np.arange(5), stacked=True)
+    scores = np.eye(3, dtype=np.float32)[[0, 1, 1, 2, 1]]
+    some = References(tmp_path / "reference").freeze(inputs, {"y": scores}, "golden", "h", most=2)
+    assert len(some) == 5 and len(some.samples) == 2 and some.outputs["y"].tolist() == scores[:2].tolist()
+    assert some.usual == {0: 0.2, 1: 0.6, 2: 0.2}
+    assert some.samples.inputs["x"].tolist() == inputs.inputs["x"][:2].tolist() and some.samples.inputs["t"].tolist() == [["Aé"], ["日本"]]
+    assert some.samples.inputs["x"].base is None or some.samples.inputs["x"].base.nbytes < 64, "not a view of all"
+    assert some.first(1) is some and len(some.first(4).samples) == 4 and some.first(99).samples.hashes() == inputs.hashes()
+
+
 def test_another_goldens_reference_must_be_retired_first(tmp_path: Path) -> None:
     references = References(tmp_path / "reference")
     references.freeze(samples(3), {"y": np.zeros((3, 1))}, "old", "h")

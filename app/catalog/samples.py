@@ -6,6 +6,7 @@ What calibrates or trains never judges (disjoint by content hash), and nothing h
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,11 +65,28 @@ class ReferenceMeta:
 
 @dataclass(frozen=True)
 class Reference:
-    """Frozen inputs and what golden, unoptimized, answered to them on `meta.host_class`: outputs[name] has one entry per sample."""
+    """Frozen inputs and what golden, unoptimized, answered to them on `meta.host_class`: outputs[name] has one entry per sample.
+
+    All of them, or only the first: len() is the number of all, `usual` the shares of golden's best classes in all (empty where outputs are no scores).
+    """
 
     samples: Samples
     outputs: dict[str, NDArray[Any]]
     meta: ReferenceMeta
+    usual: dict[int, float]
+    folder: Path
+
+    def __len__(self) -> int:
+        return len(self.meta.hashes)
+
+    def first(self, count: int) -> Reference:
+        """At least the first `count` samples, from the disk where they are not at hand. Raises ModelRejected when it is damaged or gone."""
+        if min(count, len(self)) <= len(self.samples):
+            return self
+        found = References(self.folder).load(count)
+        if found is None or found.meta.hashes != self.meta.hashes:
+            raise ModelRejected(f"{self.folder} holds other samples than when this version was loaded")
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,12 +95,14 @@ class References:
 
     folder: Path
 
-    def freeze(self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str) -> Reference:
-        """Keep `samples` with golden's outputs for good. With the same golden the first one stays.
+    def freeze(
+        self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str, most: int | None = None
+    ) -> Reference:
+        """Keep `samples` with golden's outputs for good, and return the first `most` of them. With the same golden the first ones stay.
 
         Raises Conflict where another golden's reference lies (see `retire`), ModelRejected, InsufficientStorage or NotAllowed.
         """
-        if (known := self.load()) is not None:
+        if (known := self.load(most)) is not None:
             return self._same(known, golden_sha256)
         counts = {name: len(values) for name, values in outputs.items()}
         if not len(samples) or set(counts.values()) != {len(samples)}:
@@ -101,12 +121,12 @@ class References:
                     durable.publish(folder, self.folder)
                 except FileExistsError:
                     pass
-        found = self.load()
+        found = self.load(most)
         assert found is not None
         return self._same(found, golden_sha256)
 
-    def load(self) -> Reference | None:
-        """The reference, held against its hashes; None where there is none. Raises ModelRejected when it is damaged."""
+    def load(self, most: int | None = None) -> Reference | None:
+        """The reference (its first `most` samples), held against its hashes; None where there is none. Raises ModelRejected when it is damaged."""
         meta = self.meta()
         if meta is None:
             return None
@@ -116,8 +136,10 @@ class References:
                 raise ModelRejected(
                     f"{self.folder / name} differs from what was frozen; it cannot judge (hone remove the model's samples, deploy again)"
                 )
-        samples = Samples.load(self.folder / "samples.npz", meta.origin, meta.stacked)
-        return Reference(samples, read_npz(self.folder / "golden_outputs.npz"), meta)
+        samples = Samples.load(self.folder / "samples.npz", meta.origin, meta.stacked, most)
+        outputs = read_npz(self.folder / "golden_outputs.npz")
+        usual = _best_classes(next(iter(outputs.values())))
+        return Reference(samples, {name: values[:most].copy() for name, values in outputs.items()}, meta, usual, self.folder)
 
     def meta(self) -> ReferenceMeta | None:
         """Its origin and hashes alone. Raises ModelRejected when they are damaged."""
@@ -138,6 +160,13 @@ class References:
         if known.meta.golden_sha256 != golden_sha256:
             raise Conflict(f"{self.folder} belongs to golden {known.meta.golden_sha256[:12]}, not {golden_sha256[:12]}; retire it first")
         return known
+
+
+def _best_classes(scores: NDArray[Any]) -> dict[int, float]:
+    if scores.dtype.kind != "f" or scores.ndim < 2 or not scores.size:
+        return {}
+    best = Counter(scores.reshape(-1, scores.shape[-1]).argmax(-1).tolist())
+    return {group: count / best.total() for group, count in best.items()}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
-from optimizers.allocator import give_back
+from optimizers.allocator import few_arenas, give_back
 from optimizers.base import Need, Progress
 from optimizers.catalogue import catalogue, config_types
 from optimizers.host import memory_budget
@@ -357,6 +357,7 @@ def _methods() -> list[str]:
 def run_worker(settings: Settings) -> int:
     """Work until a signal; the job in hand is given back. Returns the exit status."""
     logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    few_arenas()
     state = StateFolder(settings.state).prepare()
     repository = Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked)
     journal = open_journal(settings.journal)

@@ -32,6 +32,8 @@ log = logging.getLogger("hone.serving")
 RunTask = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 DEFAULT_BATCH_LIMIT: Final = 16
 DEFAULT_QUEUE_LIMIT: Final = 512
+KEPT_ROWS: Final = 32
+"""So many of the frozen samples stay in memory: a load is checked with them. A thousand images would be half a gigabyte for each loaded version."""
 LONE_SPIN_US: Final = 1000
 """Threads of a lone call wait this long for its next step before they sleep: between small steps waking costs more than the step."""
 
@@ -88,7 +90,7 @@ class Admission:
         meta = await asyncio.to_thread(references.meta)
         if meta is not None and meta.golden_sha256 != admitted.golden_sha256:
             await asyncio.to_thread(references.retire)
-        known = await asyncio.to_thread(references.load)
+        known = await asyncio.to_thread(references.load, KEPT_ROWS)
         if known is not None:
             return known
         config = found.config or ModelConfig()
@@ -97,7 +99,7 @@ class Admission:
         with durable.temporary_folder(self._state.scratch, 0o700) as folder:
             await asyncio.to_thread(samples.save, folder / "samples.npz")
             outputs = await self._golden_outputs(admitted, folder, samples.stacked)
-            return await asyncio.to_thread(references.freeze, samples, outputs, admitted.golden_sha256, self._host_class)
+            return await asyncio.to_thread(references.freeze, samples, outputs, admitted.golden_sha256, self._host_class, KEPT_ROWS)
 
     async def sample_reader(self, found: FoundModel, admitted: Admitted) -> SampleReader:
         processor = await self.processor(found, admitted)
@@ -205,7 +207,7 @@ class Admission:
     def _reference(self, model: str, golden_sha256: str) -> Reference | None:
         """The frozen reference, where it belongs to this golden; a damaged one is told of and not used."""
         try:
-            reference = References(self._state.reference(model)).load()
+            reference = References(self._state.reference(model)).load(KEPT_ROWS)
         except HoneError as error:
             log.warning("model %s: %s", model, error)
             return None

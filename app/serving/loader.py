@@ -20,7 +20,7 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.tensors import to_array, to_tensor
 from app.domain import OWN, InferenceRequest, RuntimeSettings, Tensor
 from app.errors import HoneError, InsufficientStorage, ModelRejected
-from app.serving.admission import Admitted
+from app.serving.admission import KEPT_ROWS, Admitted
 from app.serving.at_work import AtWork, Mark
 from app.serving.engine import BatchReport, Engine, RunnerSpec
 from app.serving.forkserver import ForkServer
@@ -31,7 +31,6 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 
 log = logging.getLogger("hone.serving")
-CHECK_ROWS: Final = 32
 CHECK_S: Final = 20.0
 OOM_ACTIVE, OOM_WARM, OOM_CANDIDATE = 300, 500, 700
 PLACE_S: Final = 10.0
@@ -203,7 +202,8 @@ class Loader:
         if reference is None:
             return ("not compared with golden's outputs yet: no reference is frozen",) if not loaded.admitted.is_golden else ()
         names = [spec.name for spec in loaded.admitted.signature.outputs]
-        rows = min(CHECK_ROWS if loaded.admitted.proof is not None or loaded.admitted.is_golden else 1024, len(reference.samples))
+        rows = min(KEPT_ROWS if loaded.admitted.proof is not None or loaded.admitted.is_golden else 1024, len(reference))
+        reference = await asyncio.to_thread(reference.first, rows)
         stacked = reference.samples.stacked
         got: dict[str, list[Any]] = {name: [] for name in names}
         until = monotonic() + CHECK_S

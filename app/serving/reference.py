@@ -16,6 +16,7 @@ from app.serving.admission import Admission, Admitted
 from app.serving.backoff import RETRY_MOST_S
 from app.serving.loader import Loader
 from app.serving.slot import Loaded, Slot
+from optimizers.allocator import give_back
 
 log = logging.getLogger("hone.serving")
 UNFROZEN: Final = "its reference is not frozen yet"
@@ -50,8 +51,9 @@ class ReferenceFreezer:
             kept = [note for note in golden.notes if not note.startswith(UNFROZEN)]
             golden.notes = (*kept, f"{UNFROZEN}: {error}")
             return
+        await asyncio.to_thread(give_back)  # all but some of the samples is gone
         golden.admitted = replace(golden.admitted, reference=reference)
-        data = {"version": golden.version, "samples": len(reference.samples), "origin": reference.meta.origin}
+        data = {"version": golden.version, "samples": len(reference), "origin": reference.meta.origin}
         self._record(Event("reference.frozen", self._slot.name, golden.version, data=data))
         golden.notes = await self._loader.compare(golden, self._slot.config)
         then()
@@ -63,13 +65,7 @@ class ReferenceFreezer:
 
 def usual_classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
     """Shares of golden's top classes on the reference; empty where there is none, or nothing is classified."""
-    if not classifies or admitted.reference is None:
-        return {}
-    scores = next(iter(admitted.reference.outputs.values()))
-    if scores.dtype.kind != "f" or scores.ndim < 2:
-        return {}
-    best = scores.reshape(-1, scores.shape[-1]).argmax(-1).tolist()
-    return {group: best.count(group) / len(best) for group in set(best)}
+    return admitted.reference.usual if classifies and admitted.reference is not None else {}
 
 
 def _can_be_sampled(signature: Signature) -> bool:
