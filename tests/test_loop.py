@@ -71,7 +71,7 @@ def test_labels_are_taken_once_by_request_id_and_only_with_their_token(running: 
     assert "labelled already" in send(best["index"]).json()["refused"][0]["error"]
     assert "no answer" in send(1, identity="never").json()["refused"][0]["error"]
     refused = send(True)
-    assert refused.status_code == 400 and "labels.0.label is True; it should be a class's number" in refused.json()["error"]
+    assert refused.status_code == 400 and "labels.0.label is true; it should be a class's number" in refused.json()["error"]
 
 
 def _pid(running: Running) -> int:
