@@ -6,6 +6,7 @@ It reads what fleet, journal, cards and loop know into JSON-able facts, and chan
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict
 from time import monotonic
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 from app import __version__
 from app.catalog.cards import BuiltCard, Card, Cards, GoldenCard, Proof
 from app.control.loop import Loop
-from app.domain import JSON, Job, JobState, ModelState
+from app.domain import JSON, Event, Job, JobState, ModelState
 from app.errors import NotFound
 from app.serving.fleet import Fleet
 from app.serving.service import InferenceService
@@ -27,6 +28,21 @@ EXPLAINING: Final = frozenset({
 })  # fmt: skip
 """Events that say why a model is served as it is."""
 STORY: Final = 30
+_INCIDENT: Final = frozenset({"suspicion.raised", "diagnosis.made", "plan.made", "recovery.verified"})
+
+
+def what_led_here(events: Sequence[Event]) -> list[Event]:
+    """`events` without the incidents for which nothing was done, but for the newest of those: on a busy host there are many."""
+    incidents: list[list[Event]] = [[]]
+    for event in events:
+        if event.kind not in _INCIDENT:
+            continue
+        incidents[-1].append(event)
+        if event.kind == "recovery.verified":
+            incidents.append([])
+    idle = [one for one in incidents if one and not any(event.data.get("action", "nothing") != "nothing" for event in one)]
+    left_out = {event.seq for one in idle[:-1] for event in one}
+    return [event for event in events if event.seq not in left_out]
 
 
 class ServerViews:
@@ -98,8 +114,8 @@ class ServerViews:
         while version and version in lineage and version not in [one["version"] for one in chain]:
             chain.append(lineage[version])
             version = lineage[version]["parent"]
-        told = [asdict(event) for event in reversed(events) if event.kind in EXPLAINING]
-        return self.slot_facts(slot) | {"lineage": chain, "story": told[-STORY:]}
+        told = what_led_here([event for event in reversed(events) if event.kind in EXPLAINING])
+        return self.slot_facts(slot) | {"lineage": chain, "story": [asdict(event) for event in told[-STORY:]]}
 
     async def curves(self, name: str, version: str) -> str:
         """A picture of what each layer costs when it alone is cut (SVG), where a method that built `version` measured that. Raises NotFound."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from app import overview
+from app.domain import Event
+from app.views import what_led_here
 
 HOST: dict[str, Any] = {
     "host_class": "x86_64-avx2", "cores": 2, "memory_bytes": 22_000_000_000, "store": "sqlite",
@@ -62,3 +64,20 @@ def test_a_job_says_what_came_of_it() -> None:
         assert part in text, text
     open_job = overview.job({"id": "d-2", "model": "d", "state": "building", "progress": {"method": "tune", "step": "x", "share": 0.42}})
     assert "building  tune  x  40%" in open_job
+
+
+def test_what_led_here_is_not_buried_under_incidents_for_which_nothing_was_done() -> None:
+    def incident(action: str, first: int) -> list[Event]:
+        kinds = ("suspicion.raised", "diagnosis.made", "plan.made", "recovery.verified")
+        return [Event(kind, "m", seq=first + at, data={"action": action} if kind == "plan.made" else {}) for at, kind in enumerate(kinds)]
+
+    promoted = Event("desired.changed", "m", "1.1", seq=1)
+    events = [
+        promoted,
+        *incident("restart", 10),
+        *incident("nothing", 20),
+        *incident("nothing", 30),
+        Event("job.finished", "m", seq=40),
+        *incident("nothing", 50),
+    ]
+    assert [event.seq for event in what_led_here(events)] == [1, 10, 11, 12, 13, 40, 50, 51, 52, 53]
