@@ -127,7 +127,8 @@ def told(kept: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["all", "", f"{sum(phase['seconds'] for phase in kept) / 60:.0f}", *_sums(kept)])
     head = ["beside", "load", "minutes", "suspicions", "blamed on", "false blames", "false changes", "failed requests"]
     about = machine.description()
-    where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `python -m benchmarks.noise`"
+    minutes = sum(phase["seconds"] for phase in kept) / 60
+    where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `python -m benchmarks.noise --minutes {minutes:g}`"
     return f"{where}\n\n{report.table(head, rows)}"
 
 
