@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from time import monotonic
 
 import numpy as np
@@ -171,9 +172,12 @@ async def flood(engine: Engine, seconds: float, rate: float) -> list[tuple[float
 @pytest.mark.anyio
 async def test_under_thrice_the_load_most_of_what_can_be_answered_is_answered_in_time(start: Start, tmp_path: Path) -> None:
     engine = await start(models.slow(tmp_path / "m.onnx"), batch_limit=1, queue_limit=40)
-    for _ in range(10):
+    took = []
+    for _ in range(31):
+        began = monotonic()
         await engine.infer(request(x=ROW))
-    call = engine._dispatcher.rates.wall_s(1)
+        took.append(monotonic() - began)
+    call = median(took)  # a hiccup of the host must not make thrice the load less than one
     promised = 12 * call
 
     def in_time(seen: list[tuple[float, object]]) -> float:
