@@ -7,6 +7,7 @@ So batching along the first axis is joining buffers, splitting is slicing, and t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
@@ -334,4 +335,4 @@ class State:
 
 def short(number: float, digits: int = 3) -> str:
     """As many digits as say something, never as a power of ten: 1234, 56.7, 0.0123."""
-    return f"{number:.0f}" if abs(number) >= 10**digits - 0.5 else f"{number:.{digits}g}"
+    return f"{number:.0f}" if abs(number) >= 10**digits - 0.5 else f"{Decimal(f'{number:.{digits}g}'):f}"

@@ -297,6 +297,7 @@ def test_an_event_is_one_line_with_what_of_whom_and_why() -> None:
 
 def test_numbers_for_people_are_no_powers_of_ten() -> None:
     assert [short(value) for value in (1100.4, 999.7, 839.4, 26.06, 0.0414, 0)] == ["1100", "1000", "839", "26.1", "0.0414", "0"]
+    assert [short(value) for value in (0.00001234, -5.0, 20.0)] == ["0.0000123", "-5", "20"]
     assert short(1234.0, 4) == "1234" and short(12345.5, 4) == "12346"
     assert list(tables.now({"p95_s": 1.1004, "requests_per_s": 2345.6})) == ["p95 1100 ms at 2346 requests/s"]
 
