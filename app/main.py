@@ -112,7 +112,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     service = InferenceService(settings.request_timeout_s, metrics, window)
     service.watch(metrics.observe)
     service.watch(window.observe)
-    service.feedback = Feedback(window) if settings.feedback_token else None
+    service.feedback = Feedback(window, metrics) if settings.feedback_token else None
     repository = Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked)
     cards = Cards(state)
     recorder = Recorder(journal, metrics)

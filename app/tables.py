@@ -137,6 +137,10 @@ def now(loop: JSON) -> Iterable[str]:
     fidelity = loop.get("fidelity")
     if fidelity:
         yield f"agrees with golden on {short(fidelity['agreed'], 4)} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"
+    labels = loop.get("labels")
+    if labels:
+        usual = f", on {labels['usual']:.1%} when all was well" if labels["usual"] is not None else ""
+        yield f"right on {labels['right']} of {labels['labelled']} labelled answers of five minutes{usual}"
     if loop.get("entropy_shift") is not None:
         yield (
             f"beside golden on the same requests: entropy {loop['entropy_shift']:+.2f}, margin {loop['margin_shift']:+.2f} standard deviations"

@@ -302,6 +302,14 @@ def test_numbers_for_people_are_no_powers_of_ten() -> None:
     assert list(tables.now({"p95_s": 1.1004, "requests_per_s": 2345.6})) == ["p95 1100 ms at 2346 requests/s"]
 
 
+def test_what_true_labels_said_stands_beside_what_is_usual() -> None:
+    known: dict[str, Any] = {"right": 90, "labelled": 100, "usual": None}
+    assert list(tables.now({"labels": known})) == ["right on 90 of 100 labelled answers of five minutes"]
+    assert list(tables.now({"labels": known | {"usual": 0.981}})) == [
+        "right on 90 of 100 labelled answers of five minutes, on 98.1% when all was well"
+    ]
+
+
 def test_what_a_build_is_expected_to_bring_is_said_once() -> None:
     data = {"summary": "plan: build int8-static; expected 2.6 × as fast", "expected": {"gain": 2.563, "cpu_s": 5.7}, "action": "optimize"}
     assert tables.event_line({"kind": "plan.made", "model": "m", "data": data}).endswith("expected 2.6 × as fast")

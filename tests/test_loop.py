@@ -68,6 +68,11 @@ def test_labels_are_taken_once_by_request_id_and_only_with_their_token(running: 
     assert send(best["index"], running.token).status_code == 401
     assert send("no such class").json()["taken"] == 0
     assert send(best["label"]).json() == {"model": "digits", "taken": 1, "right": 1, "refused": []}
+    labels = {"right": 1, "labelled": 1, "usual": None}
+    running.until(lambda: running.admin("GET", "/admin/models/digits")["loop"].get("labels") == labels, 20)
+    shown = running.call("GET", "/metrics").text
+    assert 'hone_labelled_answers_total{answer="right",model="digits",version="1"} 1.0' in shown
+    assert 'hone_labelled_answers_total{answer="wrong",model="digits",version="1"} 0.0' in shown
     assert "labelled already" in send(best["index"]).json()["refused"][0]["error"]
     assert "no answer" in send(1, identity="never").json()["refused"][0]["error"]
     refused = send(True)

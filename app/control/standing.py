@@ -7,7 +7,7 @@ from typing import Final
 
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause
-from app.control.normal import LEAST_CALLS, Normal, cost_ratio, shape_shift
+from app.control.normal import BASE_LABELS, LEAST_CALLS, Normal, cost_ratio, shape_shift
 from app.control.objectives import burn
 from app.control.quality import LEAST_OF_CLASS, LEAST_PAIRS
 from app.control.suspicion import Kind
@@ -35,6 +35,9 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
         "availability": round(lately.requests / lately.offered, 5) if lately.offered else None,
         "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objective": promise.text if promise is not None else "",
     }  # fmt: skip
+    if lately.labelled:
+        usual = round(normal.right / normal.labelled, 4) if normal.labelled >= BASE_LABELS else None
+        facts["labels"] = {"right": lately.right, "labelled": lately.labelled, "usual": usual}
     metrics.gauge("hone_fidelity_ratio", name, view.active, value=lately.agreed / lately.compared if lately.compared else None)
     _sureness(metrics, view, lately, facts)
     shapes = shape_shift(lately, normal)

@@ -14,6 +14,7 @@ from typing import Final
 from app.catalog.tensors import FLOATS, to_array
 from app.domain import InferenceResult
 from app.errors import Conflict, InvalidRequest, NotFound
+from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 
 REMEMBERED: Final = 20_000
@@ -32,8 +33,8 @@ class Answer:
 class Feedback:
     """One per server; the newest answers of all models."""
 
-    def __init__(self, window: Window) -> None:
-        self._window = window
+    def __init__(self, window: Window, metrics: Metrics) -> None:
+        self._window, self._metrics = window, metrics
         self._answers: OrderedDict[tuple[str, str], Answer] = OrderedDict()
 
     def remember(self, model: str, request_id: str, result: InferenceResult) -> None:
@@ -55,6 +56,8 @@ class Feedback:
         right = known.top == _number(label, labels, known.classes)
         known.labelled = True
         self._window.labelled(model, known.version, right)
+        for answer in ("right", "wrong"):  # both from the first label on: a share needs the other side, even if it is none
+            self._metrics.count("hone_labelled_answers", model, known.version, answer, by=float((answer == "right") == right))
         return right
 
 

@@ -25,6 +25,7 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     ),
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
     "hone_nonfinite_outputs": ("Answers with NaN or infinity in them.", VERSION),
+    "hone_labelled_answers": ("Answers whose true label came later, by whether they were right.", [*VERSION, "answer"]),
     "hone_store_errors": ("Calls of the journal that failed.", ["operation"]),
     "hone_background_seconds": (
         "Time in which Hone's own work (verifying, tuning, replay, probes, comparing answers with golden's) ran beside the traffic.",
