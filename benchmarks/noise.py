@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -21,7 +20,8 @@ from typing import Any, Final
 import numpy as np
 
 from app.traffic import MODEL, RATE, Traffic
-from benchmarks import machine, models, report
+from benchmarks import models, report
+from benchmarks.kept import Kept, head
 from benchmarks.neighbours import NONE, neighbours
 from benchmarks.servers import HOST, Hone, HoneWorker
 
@@ -46,21 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kept", type=Path, metavar="FILE", help="keep each minute here as a line of JSON; the table counts all of them")
     parser.add_argument("--docs", action="store_true", help="write the table into docs/loop-detection.md")
     arguments = parser.parse_args(argv)
-    kept: list[dict[str, Any]] = []
-    if arguments.kept is not None and arguments.kept.exists():
-        kept = [json.loads(line) for line in arguments.kept.read_text().splitlines()]
+    kept = Kept(arguments.kept)
     with tempfile.TemporaryDirectory(prefix="hone-noise-") as folder:
-        for phase in _phases(Path(folder), arguments.minutes * 60, len(kept)):
-            kept.append(phase)
-            print(phase, flush=True)
-            if arguments.kept is not None:
-                with arguments.kept.open("a") as file:
-                    file.write(json.dumps(phase) + "\n")
-    text = told(kept)
+        for phase in _phases(Path(folder), arguments.minutes * 60, len(kept.of("minute"))):
+            print(kept.add("minute", phase), flush=True)
+    minutes = kept.of("minute")
+    text = told(minutes)
     print(text)
     if arguments.docs:
         DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), "noise", lambda: text))
-    return 1 if any(phase["changes"] or set(phase["blamed"]) & set(FALSE) for phase in kept) else 0
+    return 1 if any(phase["changes"] or set(phase["blamed"]) & set(FALSE) for phase in minutes) else 0
 
 
 def _phases(folder: Path, seconds: float, number: int) -> Any:
@@ -125,11 +120,9 @@ def told(kept: Sequence[Mapping[str, Any]]) -> str:
         of = [phase for phase in kept if (phase["beside"], phase["load"]) == key]
         rows.append([*key, f"{sum(phase['seconds'] for phase in of) / 60:.0f}", *_sums(of)])
     rows.append(["all", "", f"{sum(phase['seconds'] for phase in kept) / 60:.0f}", *_sums(kept)])
-    head = ["beside", "load", "minutes", "suspicions", "blamed on", "false blames", "false changes", "failed requests"]
-    about = machine.description()
+    columns = ["beside", "load", "minutes", "suspicions", "blamed on", "false blames", "false changes", "failed requests"]
     minutes = sum(phase["seconds"] for phase in kept) / 60
-    where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `python -m benchmarks.noise --minutes {minutes:g}`"
-    return f"{where}\n\n{report.table(head, rows)}"
+    return f"{head(kept, f'python -m benchmarks.noise --minutes {minutes:g}')}\n\n{report.table(columns, rows)}"
 
 
 def _sums(phases: Sequence[Mapping[str, Any]]) -> list[object]:

@@ -8,7 +8,6 @@ digits are sent all the while; from the moment that a candidate is tried on live
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -28,9 +27,10 @@ from app.settings import Settings
 from app.store.base import Journal
 from app.store.open import open_journal
 from app.traffic import MODEL, Traffic
-from benchmarks import machine, models, report
+from benchmarks import models, report
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
 from benchmarks.diagnosis import broken
+from benchmarks.kept import Kept, head
 from benchmarks.servers import HOST, Hone, HoneWorker
 
 DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop.md"
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--candidates", type=int, default=100, help="bad candidates (100); 0: none")
     parser.add_argument("--kinds", default="", metavar="TEXT", help="only bad candidates whose kind holds this; default: all kinds in turn")
     parser.add_argument(
-        "--kept", type=Path, metavar="FILE", help="keep each run here as a line of JSON; what is in it already is not run again"
+        "--kept",
+        type=Path,
+        metavar="FILE",
+        help="keep each run here as a line of JSON (benchmarks.kept); what is in it already is not run again",
     )
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run after the injection (240)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/loop.md")
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _publish("repair", _times(arguments), arguments.docs)
     if arguments.candidates:
         with tempfile.TemporaryDirectory(prefix="hone-candidates-") as name:
-            tried = _candidates(Path(name), arguments.candidates, kinds, _Kept(arguments.kept))
+            tried = _candidates(Path(name), arguments.candidates, kinds, Kept(arguments.kept))
         kept = f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
         _publish(
             "candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{kept}"), arguments.docs
@@ -79,41 +82,20 @@ def _publish(mark: str, text: str, docs: bool) -> None:
         DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), mark, lambda: text))
 
 
-def _where(command: str) -> str:
-    about = machine.description()
-    return f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `{command}`"
-
-
 # ---- times
 
 
-class _Kept:
-    """Results as they come, a line of JSON each: an experiment of hours may be cut and gone on with."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._lines = [json.loads(line) for line in path.read_text().splitlines()] if path is not None and path.exists() else []
-
-    def of(self, what: str) -> list[dict[str, Any]]:
-        return [line for line in self._lines if line["what"] == what]
-
-    def add(self, what: str, result: Mapping[str, Any]) -> None:
-        self._lines.append({"what": what, **result})
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(self._lines[-1]) + "\n")
-
-
 def _times(arguments: argparse.Namespace) -> str:
-    kept = _Kept(arguments.kept)
+    kept = Kept(arguments.kept)
     for number in range(arguments.runs):  # in turns, so that what is there at any moment is of all causes
         for cause in arguments.causes:
             if len(kept.of(cause)) > number:
                 continue
             with tempfile.TemporaryDirectory(prefix="hone-repair-") as folder:
-                kept.add(cause, broken(cause, Path(folder), arguments.limit))
-            print(f"{cause}, run {number + 1} of {arguments.runs}: {kept.of(cause)[-1]}", flush=True)
+                run = kept.add(cause, broken(cause, Path(folder), arguments.limit))
+            print(f"{cause}, run {number + 1} of {arguments.runs}: {run}", flush=True)
     rows: list[list[object]] = []
+    every = [run for cause in arguments.causes for run in kept.of(cause)]
     for cause in arguments.causes:
         runs = kept.of(cause)
         plans = ", ".join(dict.fromkeys(plan for run in runs for plan in run["plans"]))
@@ -121,11 +103,11 @@ def _times(arguments: argparse.Namespace) -> str:
         rows.append(
             [cause, len(runs), REPAIRED.get(cause, ""), plans, *(_spread(runs, name) for name in ("acted_s", "recovered_s")), failed]
         )
-    head = [
+    columns = [
         "injected", "runs", "what mends it", "plans", "taken into use after, s (p50, p95)", "verified after, s (p50, p95)", "failed requests",
     ]  # fmt: skip
     command = f"python -m benchmarks.repair --runs {arguments.runs} --candidates 0"
-    return f"{_where(command)}\n\n{report.table(head, rows)}"
+    return f"{head(every, command)}\n\n{report.table(columns, rows)}"
 
 
 def _spread(runs: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -140,7 +122,7 @@ def _spread(runs: Sequence[Mapping[str, Any]], name: str) -> str:
 # ---- bad candidates
 
 
-def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: _Kept) -> list[dict[str, Any]]:
+def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: Kept) -> list[dict[str, Any]]:
     repository, state = folder / "repository", folder / "state"
     model = models.demo(repository)
     config = repository / MODEL / "model.yaml"
@@ -156,8 +138,8 @@ def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: _Kept) ->
         builder = _Builder(journal, Cards(StateFolder(state)), good, folder)
         with Traffic(HOST, hone.port, images, RATE, callers=16) as traffic:
             for number in range(len(kept.of("candidate")), count):
-                kept.add("candidate", _try(hone, builder, traffic, kinds[number % len(kinds)], number))
-                print(f"candidate {number + 1} of {count}: {kept.of('candidate')[-1]}", flush=True)
+                tried = kept.add("candidate", _try(hone, builder, traffic, kinds[number % len(kinds)], number))
+                print(f"candidate {number + 1} of {count}: {tried}", flush=True)
         journal.close()
     return kept.of("candidate")
 
@@ -270,12 +252,12 @@ def _told(tried: Sequence[Mapping[str, Any]], command: str) -> str:
             kind, len(of), ends, where, sum(one["answered"] for one in of), f"{share:.1%} (≤ {max(one['allowed'] for one in of):.0%})",
             sum(one["promoted"] for one in of), sum(one["failed"] for one in of), of[0]["why"],
         ])  # fmt: skip
-    head = [
+    columns = [
         "bad how", "candidates", "outcome of the job", "stopped at", "answers it gave", "largest share of the answers (its canary's)", "promoted",
         "failed requests", "why (of the first)",
     ]  # fmt: skip
     total = f"{len(tried)} candidates at {RATE:.0f} requests/s: {sum(one['promoted'] for one in tried)} promoted, {sum(one['failed'] for one in tried)} requests failed."
-    return f"{_where(command)}\n\n{report.table(head, rows)}\n\n{total}"
+    return f"{head(tried, command)}\n\n{report.table(columns, rows)}\n\n{total}"
 
 
 if __name__ == "__main__":

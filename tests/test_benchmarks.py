@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks import diagnosis, models, noise, openloop, report, serving, swaps, wrk
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
+from benchmarks.kept import Kept, head
 from benchmarks.limit import Layout, Limit, many_layouts, single_layouts
 from benchmarks.machine import Quiet, description, status_bytes, tree_of
 from benchmarks.models import DEMO
@@ -124,9 +125,24 @@ def test_on_a_healthy_server_only_host_and_load_may_be_named(cause: str, false: 
         {"kind": "runner.restarted", "model": "m", "data": {}},
     ]
     phase = {"beside": "cpu2", "load": noise.RAMP, "seconds": 60.0, "sent": 100, "failed": 2, **noise.counted(events)}
-    row = next(line for line in noise.told([phase]).splitlines() if line.startswith("| cpu2"))
+    text = noise.told([Kept(None).add("minute", phase)])
+    row = next(line for line in text.splitlines() if line.startswith("| cpu2"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["cpu2", "ramp", "1", "latency (1), cost (1)", f"{cause} (1)", false, "m: runner.restarted (1)", "2 of 100"]
+
+
+def test_kept_results_add_up_over_runs_and_their_head_names_every_host(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "noise.jsonl"
+    first = Kept(path).add("minute", {"seconds": 60.0})
+    path.write_text(
+        path.read_text() + json.dumps(first | {"on": {"date": "2020-01-01 00:00 UTC", "cpu": "Old", "cores": 1, "host_class": "x"}}) + "\n"
+    )
+    again = Kept(path)
+    again.add("another", {})
+    told = head(again.of("minute"), "command")
+    assert [line["seconds"] for line in again.of("minute")] == [60.0, 60.0] and len(Kept(path).of("another")) == 1
+    assert told.startswith(f"2020-01-01 00:00 UTC to {first['on']['date']} · ") and told.endswith(" · `command`")
+    assert "Old, 1 cores, host class `x` (1 of 2)" in told and f"host class `{first['on']['host_class']}` (1 of 2)" in told
 
 
 def test_an_open_loop_keeps_its_rate_versions_and_bodies() -> None:
