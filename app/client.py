@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from app.settings import PREFIX, discovered, is_token
+from app.settings import PREFIX, discovered, in_url, is_token
 
 JSON: TypeAlias = Any
 
@@ -86,8 +86,7 @@ def _admin_url(base: str, env: Mapping[str, str]) -> str:
 
 def _host(host: str | None) -> str:
     """A name that can be called: 0.0.0.0 and :: listen everywhere, so this machine's own address does."""
-    name = ANYWHERE.get(host or "", host or "")
-    return f"[{name}]" if ":" in name else name
+    return in_url(ANYWHERE.get(host or "", host or ""))
 
 
 def _token_of(state: Path) -> tuple[str, str]:

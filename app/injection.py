@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from app import tables
 from app.client import Client, ClientError
@@ -309,10 +310,10 @@ def run_break(
         raise InvalidRequest(f"{cause!r} is no cause that can be injected; there are {', '.join(CAUSES)}")
     repository = state / "demo"
     images = _images(repository)
-    address = client.address.url.removeprefix("http://").rstrip("/").partition(":")
+    address = urlsplit(client.address.url)
     with ExitStack() as stack:
         stack.callback(_put_back, repository, (repository / MODEL / "model.yaml").read_text())
-        traffic = stack.enter_context(Traffic(address[0], int(address[2] or 80), images))
+        traffic = stack.enter_context(Traffic(address.hostname or "", address.port or 80, images))
         say(f"{RATE:g} requests a second of real digits; {WARM_S:.0f} s for the loop to learn what is normal")
         time.sleep(WARM_S)
         scene = Scene(client, traffic, repository, say)

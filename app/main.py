@@ -52,7 +52,7 @@ from app.serving.past_deaths import PastDeaths
 from app.serving.service import InferenceService
 from app.serving.vitals import Vitals
 from app.serving.wording import Wording
-from app.settings import Settings
+from app.settings import Settings, in_url
 from app.store import last_state
 from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
@@ -327,10 +327,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
-    host, port = sockets[0].getsockname()[:2]
-    log.info("serving %s on http://%s:%d (docs at /docs)", settings.repository, host, port)
-    if len(sockets) > 1:
-        log.info("admin side on http://%s:%d", *sockets[1].getsockname()[:2])
+    main, *admin = [f"http://{in_url(host)}:{port}" for host, port, *_ in (one.getsockname() for one in sockets)]
+    log.info("serving %s on %s (docs at /docs)", settings.repository, main)
+    for url in admin:
+        log.info("admin side on %s", url)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -30,6 +30,11 @@ def discovered(name: str, text: str) -> bool:
     return bool(DISCOVERED.fullmatch(name) or (name.endswith("_PORT") and _DISCOVERED_URL.fullmatch(text)))
 
 
+def in_url(host: str) -> str:
+    """A host as it stands in a URL: addresses of IPv6 have brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def is_token(text: str) -> bool:
     """Whether a bearer token may be so: it travels in a header."""
     return text.isascii() and text.isprintable() and " " not in text

@@ -1,4 +1,4 @@
-"""A timeline that is followed: through the store's absence, a broken connection and a restart; and the worker's own metrics."""
+"""A timeline that is followed: through the store's absence, a broken connection and a restart; the worker's own metrics, and where a server says it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from app.api import admin
 from app.api.admin import Admin
 from app.api.auth import Guard
 from app.client import ClientError
+from app.errors import NotAllowed
+from app.main import _announce, _listen
+from app.settings import Settings
 from app.store.base import StoreUnavailable
 from app.telemetry.exposition import serve_metrics
 from app.telemetry.metrics import Metrics
@@ -101,3 +104,16 @@ def test_the_workers_metrics_ask_for_a_token_where_they_shall_and_know_ipv6(host
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_address_that_a_server_tells_can_be_opened(host: str, shown: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hone")
+    try:
+        listener = _listen(host, 0)
+    except NotAllowed as error:
+        pytest.skip(f"no {host} here: {error}")
+    with listener, _listen(host, 0) as admin:
+        _announce(Settings(), [listener, admin])
+        told = [f"http://{shown}:{one.getsockname()[1]}" for one in (listener, admin)]
+    assert f"on {told[0]} (docs" in caplog.text and f"admin side on {told[1]}\n" in caplog.text
