@@ -12,7 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import parser
+from prometheus_client.openmetrics import parser as openmetrics
 
+from app.domain import Observation
+from app.telemetry.metrics import LADDER, Metrics
+from app.telemetry.prometheus import PIECE, Exporter
 from tests.conftest import SEARCH_PATH
 from tests.models import KILLING_ROW, killer, scaled
 from tests.odd_models import int8_linear, json_input, logarithm
@@ -227,3 +232,24 @@ def test_sides_can_be_parted_and_closed(tmp_path: Path) -> None:
         assert refused.status_code == 404 and "inference is on the server's other one (HONE_PORT)" in refused.json()["error"]
         assert httpx.post(f"{admin}/v2/repository/models/m/unload", headers=token).status_code == 200
         assert infer(running, "m", X).status_code == 503
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+def test_many_models_are_shown_in_small_pieces_that_are_one_whole(accept: str) -> None:
+    """A hundred models are 15,000 samples: at once they took a seventh of a second in which nobody was answered."""
+    counted = Metrics()
+    versions = {(f"m{number}", "1") for number in range(40)}
+    for model, version in versions:
+        counted.observe(Observation(model, version, 200, 0.01, 0.001, 0.001, 0.007, 0.001, 4, 1, 0.006, 0.0))
+        counted.gauge("hone_queue_depth", model, version, value=3.0)
+    pieces, _ = Exporter(counted, lambda: versions).pieces(accept)
+    parts = list(pieces)
+    assert max(part.count(b"\n") for part in parts) <= PIECE + 3
+    text = b"".join(parts).decode()
+    parse = openmetrics.text_string_to_metric_families if accept else parser.text_string_to_metric_families
+    families = list(parse(text))
+    assert len({family.name for family in families}) == len(families) and text.count("# EOF") == bool(accept)
+    found = {family.name: family.samples for family in families}
+    for name, each in (("hone_requests", 1), ("hone_queue_depth", 1), ("hone_request_duration_seconds", len(LADDER) + 3)):
+        assert {(one.labels["model"], one.labels["version"]) for one in found[name]} == versions
+        assert len(found[name]) == each * len(versions)

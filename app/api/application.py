@@ -5,6 +5,7 @@ It is handed its parts; app.main makes them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -99,8 +100,12 @@ def operation_routes(guard: Guard, exporter: Exporter, metrics: str) -> Sequence
     async def show_metrics(request: Request) -> Response:
         if metrics == "admin":
             guard.may_read(request)
-        body, content_type = exporter.render(request.headers.get("accept", ""))
-        return Response(body, media_type=None, headers={"Content-Type": content_type})
+        pieces, content_type = exporter.pieces(request.headers.get("accept", ""))
+        parts = []
+        for piece in pieces:
+            parts.append(piece)
+            await asyncio.sleep(0)  # who waits for a model is answered between two pieces
+        return Response(b"".join(parts), media_type=None, headers={"Content-Type": content_type})
 
     shown = [] if metrics == "off" else [Route("/metrics", show_metrics, methods=["GET"])]
     return [*shown, *docs_routes(build_openapi())]

@@ -1,17 +1,19 @@
-"""Shows app.telemetry.metrics in Prometheus's text form. The only importer of prometheus_client; knows names and help texts."""
+"""Shows app.telemetry.metrics in Prometheus's text form, bit by bit. The only importer of prometheus_client; knows names and help texts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
-from typing import Final
+from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from app.telemetry.metrics import PHASES, Histogram, Metrics
+from app.telemetry.metrics import LADDER, PHASES, Histogram, Metrics
+
+_T = TypeVar("_T")
 
 VERSION: Final = ["model", "version"]
 COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
@@ -75,65 +77,93 @@ HISTOGRAMS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_recovery_duration_seconds": ("From the first suspicion until all was well again.", ["model", "cause"]),
     "hone_job_duration_seconds": ("From a job's request to its end.", ["optimizer"]),
 }
+_END: Final = b"# EOF\n"
+"""What OpenMetrics ends with."""
+
+
+PIECE: Final = 160
+"""Samples that are made and written at once: about a millisecond in which the event loop answers nobody."""
 
 
 class HoneCollector(Collector):
-    """Renders one Metrics. `loaded` tells which (model, version) are loaded now, so that others may leave the export."""
+    """Renders one Metrics, large families in pieces. `loaded` tells which (model, version) are loaded now, so that others may leave the export."""
 
     def __init__(self, metrics: Metrics, loaded: Callable[[], set[tuple[str, str]]]) -> None:
         self._metrics = metrics
         self._loaded = loaded
 
     def collect(self) -> Iterator[Metric]:
-        for refresh in self._metrics.before_scrape:
+        metrics = self._metrics
+        for refresh in metrics.before_scrape:
             refresh()
-        self._metrics.retire(self._loaded())
+        metrics.retire(self._loaded())
         yield from self._requests()
         for name, (text, labels) in COUNTERS.items():
-            counter = CounterMetricFamily(name, text, labels=labels)
-            for key, value in list(self._metrics.counters[name].items()):
-                counter.add_metric(key, value)
-            yield counter
+            yield from _values(CounterMetricFamily, name, text, labels, metrics.counters[name].items())
         for name, (text, labels) in GAUGES.items():
-            gauge = GaugeMetricFamily(name, text, labels=labels)
-            for key, value in list(self._metrics.gauges[name].items()):
-                gauge.add_metric(key, value)
-            yield gauge
+            yield from _values(GaugeMetricFamily, name, text, labels, metrics.gauges[name].items())
         for name, (text, labels) in HISTOGRAMS.items():
-            family = HistogramMetricFamily(name, text, labels=labels)
-            for key, histogram in list(self._metrics.histograms[name].items()):
-                _add(family, key, histogram)
-            yield family
+            yield from _histograms(name, text, labels, metrics.histograms[name].items())
 
     def _requests(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily("hone_requests", "Finished requests by HTTP status.", labels=[*VERSION, "code"])
-        duration = HistogramMetricFamily("hone_request_duration_seconds", "From first byte read to answer encoded.", labels=VERSION)
-        phase = HistogramMetricFamily("hone_phase_duration_seconds", "Time of a request in each phase.", labels=[*VERSION, "phase"])
-        batch = HistogramMetricFamily("hone_batch_size", "Rows per call of the model.", labels=VERSION)
-        rows = CounterMetricFamily("hone_inferences", "Rows answered.", labels=VERSION)
-        within = CounterMetricFamily("hone_requests_within_objective", "Answers within the model's latency objective.", labels=["model"])
-        judged = CounterMetricFamily(
-            "hone_requests_with_objective", "Answers judged against the model's latency objective.", labels=["model"]
+        rows = [((row.model, row.version), row) for row in self._metrics.rows.values()]
+        answered = [(key, row) for key, row in rows if row.version]
+        objectives = list(self._metrics.objectives.items())
+        codes = [((*key, str(code)), count) for key, row in rows for code, count in sorted(row.codes.items())]
+        phases = [((*key, name), one) for key, row in answered for name, one in zip(PHASES, row.phases, strict=True)]
+        yield from _values(CounterMetricFamily, "hone_requests", "Finished requests by HTTP status.", [*VERSION, "code"], codes)
+        yield from _histograms(
+            "hone_request_duration_seconds",
+            "From first byte read to answer encoded.",
+            VERSION,
+            [(key, row.duration) for key, row in answered],
         )
-        for row in list(self._metrics.rows.values()):
-            key = [row.model, row.version]
-            for code, count in sorted(row.codes.items()):
-                requests.add_metric([*key, str(code)], count)
-            if row.version:
-                _add(duration, key, row.duration)
-                for name, histogram in zip(PHASES, row.phases, strict=True):
-                    _add(phase, [*key, name], histogram)
-                _add(batch, key, row.batch)
-                rows.add_metric(key, row.rows)
-        for model, objective in list(self._metrics.objectives.items()):
-            within.add_metric([model], objective.within)
-            judged.add_metric([model], objective.total)
-        yield from (requests, duration, phase, batch, rows, within, judged)
+        yield from _histograms("hone_phase_duration_seconds", "Time of a request in each phase.", [*VERSION, "phase"], phases)
+        yield from _histograms("hone_batch_size", "Rows per call of the model.", VERSION, [(key, row.batch) for key, row in answered])
+        yield from _values(CounterMetricFamily, "hone_inferences", "Rows answered.", VERSION, [(key, row.rows) for key, row in answered])
+        for name, text, of in (
+            ("hone_requests_within_objective", "Answers within the model's latency objective.", "within"),
+            ("hone_requests_with_objective", "Answers judged against the model's latency objective.", "total"),
+        ):
+            yield from _values(CounterMetricFamily, name, text, ["model"], [((model,), getattr(one, of)) for model, one in objectives])
 
 
-def _add(family: HistogramMetricFamily, labels: list[str] | tuple[str, ...], histogram: Histogram) -> None:
-    edges = [*(str(float(edge)) for edge in histogram.edges), "+Inf"]
-    family.add_metric(list(labels), list(zip(edges, accumulate(histogram.counts), strict=True)), histogram.total)
+def _values(
+    kind: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str, labels: list[str], found: Iterable[tuple[tuple[str, ...], float]]
+) -> Iterator[Metric]:  # fmt: skip
+    """A family in pieces; one without samples where there are none."""
+    for piece in _pieces(list(found), 1):
+        family = kind(name, text, labels=labels)
+        for key, value in piece:
+            family.add_metric(key, value)
+        yield family
+
+
+def _histograms(name: str, text: str, labels: list[str], found: Iterable[tuple[tuple[str, ...], Histogram]]) -> Iterator[Metric]:
+    for piece in _pieces(list(found), len(LADDER) + 3):
+        family = HistogramMetricFamily(name, text, labels=labels)
+        for key, one in piece:
+            edges = [*(str(float(edge)) for edge in one.edges), "+Inf"]
+            family.add_metric(key, list(zip(edges, accumulate(one.counts), strict=True)), one.total)
+        yield family
+
+
+def _pieces(found: list[_T], samples: int) -> Iterator[list[_T]]:
+    """`found`, whose elements have so many samples each, in parts of PIECE samples."""
+    size = max(1, PIECE // samples)
+    yield found[:size]
+    for at in range(size, len(found), size):
+        yield found[at : at + size]
+
+
+class _One(Collector):
+    """A single family, for encoders that want a registry."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
 
 
 class Exporter:
@@ -147,5 +177,27 @@ class Exporter:
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """(body, content type) in the form that `accept` asks for."""
+        pieces, content_type = self.pieces(accept)
+        return b"".join(pieces), content_type
+
+    def pieces(self, accept: str) -> tuple[Iterator[bytes], str]:
+        """The same bit by bit: with many models the whole takes longer than a request may wait."""
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        return self._encoded(encode), content_type
+
+    def _encoded(self, encode: Callable[[Collector], bytes]) -> Iterator[bytes]:
+        name, end = "", b""
+        for family in self._registry.collect():
+            text = encode(_One(family))
+            if text.endswith(_END):
+                text, end = text.removesuffix(_END), _END
+            yield _without_head(text) if family.name == name else text
+            name = family.name
+        yield end
+
+
+def _without_head(text: bytes) -> bytes:
+    """Samples of a family whose help and type stand above already."""
+    while text.startswith(b"# "):
+        text = text.partition(b"\n")[2]
+    return text
