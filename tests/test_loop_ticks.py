@@ -365,3 +365,26 @@ async def test_what_the_version_before_answered_is_no_fault_of_the_next(ward: Wa
     ward.answers("2", 15, nan=nan)
     await ward.tick()
     assert ward.state.desired == stays
+
+
+async def test_requests_are_answered_between_two_models(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred busy models take a tick of a tenth of a second."""
+    turns, seen = 0, []
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    def config(name: str) -> ModelConfig:
+        seen.append((name, turns))
+        return ModelConfig()
+
+    monkeypatch.setattr(ward.plane, "models", lambda: [replace(ward.plane.view, name=f"m{number}") for number in range(4)])
+    monkeypatch.setattr(ward.plane, "config", config)
+    running = asyncio.create_task(others())
+    await ward.tick()
+    running.cancel()
+    first = dict(reversed(seen))
+    assert len(first) == len({*first.values()}) == 4

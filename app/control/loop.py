@@ -108,6 +108,7 @@ class Loop:
         views = self._plane.models()
         self._window.forget({(view.name, version) for view in views for version in view.loaded})
         for view in views:
+            await asyncio.sleep(0)  # of many models each takes some milliseconds: requests are answered between two
             want = self._state.models.get(view.name)
             if view.name not in self._patients:
                 begin_at_zero(self._metrics, view.name)
