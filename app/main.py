@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -266,6 +267,7 @@ def run_server(settings: Settings) -> NoReturn:
     """Serve until a signal, then end the process. Raises HoneError with the remedy when it cannot start."""
     _log_to_stderr(settings.log_level)
     few_arenas()
+    _take_all_descriptors()
     sockets = [_listen(settings.host, settings.port)]
     if settings.admin_port:
         sockets.append(_listen(settings.admin_host or settings.host, settings.admin_port))
@@ -331,6 +333,13 @@ def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
     log.info("serving %s on http://%s:%d (docs at /docs)", settings.repository, host, port)
     if len(sockets) > 1:
         log.info("admin side on http://%s:%d", *sockets[1].getsockname()[:2])
+
+
+def _take_all_descriptors() -> None:
+    """Each connection holds one; the soft limit, often 1,024, is there for programs that call select(2), which none of ours does."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _log_to_stderr(level: str) -> None:

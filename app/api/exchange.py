@@ -17,7 +17,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from app import errors
-from app.api.errors import headers_of, status_of
+from app.api.errors import failure_inside, headers_of, lacks_descriptors, status_of
 from app.api.wire.reply import Reply
 from app.domain import InferenceResult, Observation
 
@@ -183,8 +183,10 @@ class Door:
                 raise
             ending = errors.NotReady("the server is shutting down and waited for this request as long as it may; send it again")
             seen = await exchange.refuse(ending, *sink.label(exchange.model, exchange.version))
-        except Exception:
-            log.exception("request %s to %s failed inside the server", exchange.id, exchange.model)
-            failure = errors.HoneError(f"internal error; the server's log tells more under request {exchange.id}")
+        except Exception as error:
+            failure = failure_inside(error, f"internal error; the server's log tells more under request {exchange.id}")
+            log.error(
+                "request %s to %s failed inside the server: %s", exchange.id, exchange.model, error, exc_info=not lacks_descriptors(error)
+            )
             seen = await exchange.refuse(failure, *sink.label(exchange.model, exchange.version))
         sink.observe(seen)

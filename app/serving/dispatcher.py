@@ -354,7 +354,9 @@ class Dispatcher:
         _log.error("%s: a batch could not be moved: %s", self._spec.name, error)
         self._release(instance, batch, None)
         for work in batch.work:
-            work.fail(NotReady(f"no memory to move this request: {error}; send smaller requests or give the server more memory"))
+            work.fail(
+                NotReady(f"this request could not be moved: {error}; give the server more memory or descriptors, or send smaller requests")
+            )
         self.pump()
 
     def _release(self, instance: Instance, batch: Batch, reply: Reply | None) -> None:

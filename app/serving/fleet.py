@@ -240,7 +240,7 @@ class Fleet:
         """The newest state and board; while the store is away, the last ones stand."""
         try:
             state, self.board = await asyncio.to_thread(self._catch_up)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, OSError) as error:
             self._journal_is_away(error)
             self._metrics.gauge("hone_store_up", value=0)
             return
@@ -325,7 +325,7 @@ class Fleet:
         except StoreUnavailable as error:
             self._journal_is_away(error)
 
-    def _journal_is_away(self, error: StoreUnavailable | str) -> None:
+    def _journal_is_away(self, error: StoreUnavailable | OSError | str) -> None:
         if not self.store_error:
             log.warning("the journal is away, so nothing changes here until it is back: %s", error)
         self.store_error = str(error)
