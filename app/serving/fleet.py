@@ -26,12 +26,14 @@ from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
+from app.serving.warm import way_back_gone
 from app.store.base import Journal, StoreUnavailable
 from app.store.recovery import catch_up
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
 WATCH_S = 2.0
+GONE = "its folder is gone from the repository"
 P = ParamSpec("P")
 T = TypeVar("T")
 SWAPS = ("activated", "swapped", "settings", "failed")
@@ -303,8 +305,11 @@ class Fleet:
             if not model.error and model.name not in coming | self._coming:
                 await self._announce(model)
         for name in [name for name in self.state.models if name not in self._found and name not in self._leaving]:
-            await self._append(Event("model.removed", name, data={"reason": "its folder is gone from the repository"}))
+            await self._append(Event("model.removed", name, data={"reason": GONE}))
         await self.refresh()
+        for model in models:
+            if not model.error and (version := way_back_gone(self.state.models.get(model.name), model)):
+                await self._append(Event("version.removed", model.name, version, data={"version": version, "reason": GONE}))
 
     async def _announce(self, model: FoundModel) -> None:
         assert model.golden is not None
