@@ -49,7 +49,7 @@ from app.serving.forkserver import ForkServer
 from app.serving.ladder import Ladder
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
-from app.serving.past_deaths import PastDeaths
+from app.serving.past_deaths import PastDeaths, own_doing
 from app.serving.service import InferenceService
 from app.serving.vitals import Vitals
 from app.serving.wording import Wording
@@ -133,7 +133,8 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
 
     def died(model: str, version: str, reason: str, pid: int, hashes: tuple[str, ...]) -> None:
         metrics.count("hone_runner_deaths", model, version, _short(reason))
-        window.died(model, version)
+        if own_doing(reason):
+            window.died(model, version)
         recorder(Event("runner.died", model, version, data={"reason": reason, "pid": pid, "requests": len(hashes)}))
 
     admission = Admission(repository, state, cards, host.key, cores, look)
@@ -358,7 +359,7 @@ def _loop_factory() -> Any:
 def _short(reason: str) -> str:
     """A reason as a label: few values."""
     text = reason.lower()
-    for word, label in (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("sigkill", "killed"), ("sig", "crashed")):
+    for word, label in (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("outside", "killed"), ("sig", "crashed")):
         if word in text:
             return label
     return "ended"
