@@ -109,8 +109,7 @@ class Fleet:
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
-        self._frozen = False
-        """As the log was told, which begins with this process."""
+        self._frozen, self._kept = False, True  # as the log was told, which begins with this process
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
         self.latest: dict[str, JSON] = {}
@@ -264,8 +263,10 @@ class Fleet:
             self._news = asyncio.Event()
             try:
                 await asyncio.to_thread(self._keep_state, state)
+                self._kept = True
             except OSError as error:
-                log.warning("the last state could not be kept in a file: %s", error)
+                log.log(logging.WARNING if self._kept else logging.DEBUG, "the last state cannot be kept in a file for now: %s", error)
+                self._kept = False
             for listener in self.listeners:
                 listener(state)
 
