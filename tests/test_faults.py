@@ -368,6 +368,22 @@ def test_who_asks_while_descriptors_are_short_is_told_so_and_answered_later(runn
         assert client.post("/v2/models/plain/infer", json=body).status_code == 200
 
 
+def test_what_large_requests_held_is_freed_when_they_fail(running: Running) -> None:
+    """Not at the next collection of Python's, which a few dozen errors do not bring about."""
+    index = np.zeros(2_000_000, np.int64)
+    index[-1] = 99
+    headers, body = binary_body({"index": ("INT64", index.shape, index.tobytes())})
+
+    def resident_mb() -> int:
+        with open(f"/proc/{running.process.pid}/statm") as file:
+            return int(file.read().split()[1]) * 4096 >> 20
+
+    before = resident_mb()
+    for _ in range(16):
+        assert running.call("POST", "/v2/models/failing/infer", content=body, headers=headers).status_code == 400
+    assert resident_mb() < before + 120
+
+
 def test_a_port_in_use_is_told_at_once(running: Running, tmp_path: Path) -> None:
     environment = running.environment | {"HONE_STATE": str(tmp_path / "state")}
     second = subprocess.run(

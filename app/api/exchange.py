@@ -152,6 +152,15 @@ async def until_done_or_gone(exchange: Exchange, work: Coroutine[Any, Any, Any])
         connection.on_lost = None
 
 
+def let_go_of_frames(error: BaseException) -> None:
+    """An error holds the frames that it came through, and they hold bodies and the future that holds the error: a circle that only a rare
+    collection would open, so that a few dozen refused bodies were gigabytes (and CPython crashes over a memoryview in use in a circle)."""
+    chain: BaseException | None = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+
+
 class Sink(Protocol):
     """Who is told how each exchange ended (app.serving.service)."""
 
@@ -176,6 +185,7 @@ class Door:
                 sink.saw_non_finite(exchange.model, exchange.result.version if exchange.result else "")
             seen = await exchange.answer(reply)
         except errors.HoneError as error:
+            let_go_of_frames(error)
             seen = await exchange.refuse(error, *sink.label(exchange.model, exchange.version, error))
             sink.refused(seen, error)
         except asyncio.CancelledError:  # the server ends, and its grace time is over
@@ -188,5 +198,6 @@ class Door:
             log.error(
                 "request %s to %s failed inside the server: %s", exchange.id, exchange.model, error, exc_info=not lacks_descriptors(error)
             )
+            let_go_of_frames(error)
             seen = await exchange.refuse(failure, *sink.label(exchange.model, exchange.version))
         sink.observe(seen)
