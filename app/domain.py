@@ -134,7 +134,7 @@ class Observation:
 class ModelView:
     """One model as this server serves it at one moment: what the loop sees of the data plane.
 
-    `recent_deaths` are unasked ends of its runner in five minutes, `recent_kills` of them by a signal from outside. `active_since` is when
+    `recent_deaths` are unasked ends of its runner in five minutes, `recent_kills` of them by somebody outside. `active_since` is when
     this version or its settings became active here, time.monotonic(); `rung` the version that answers for it under load; `failed` pairs
     versions that do not load with why.
     """

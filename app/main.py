@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -48,7 +49,7 @@ from app.serving.forkserver import ForkServer
 from app.serving.ladder import Ladder
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
-from app.serving.past_deaths import PastDeaths
+from app.serving.past_deaths import PastDeaths, own_doing
 from app.serving.service import InferenceService
 from app.serving.vitals import Vitals
 from app.serving.wording import Wording
@@ -132,7 +133,8 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
 
     def died(model: str, version: str, reason: str, pid: int, hashes: tuple[str, ...]) -> None:
         metrics.count("hone_runner_deaths", model, version, _short(reason))
-        window.died(model, version)
+        if own_doing(reason):
+            window.died(model, version)
         recorder(Event("runner.died", model, version, data={"reason": reason, "pid": pid, "requests": len(hashes)}))
 
     admission = Admission(repository, state, cards, host.key, cores, look)
@@ -266,6 +268,7 @@ def run_server(settings: Settings) -> NoReturn:
     """Serve until a signal, then end the process. Raises HoneError with the remedy when it cannot start."""
     _log_to_stderr(settings.log_level)
     few_arenas()
+    _take_all_descriptors()
     sockets = [_listen(settings.host, settings.port)]
     if settings.admin_port:
         sockets.append(_listen(settings.admin_host or settings.host, settings.admin_port))
@@ -333,6 +336,13 @@ def _announce(settings: Settings, sockets: list[socket.socket]) -> None:
         log.info("admin side on %s", url)
 
 
+def _take_all_descriptors() -> None:
+    """Each connection holds one; the soft limit, often 1,024, is there for programs that call select(2), which none of ours does."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -349,7 +359,7 @@ def _loop_factory() -> Any:
 def _short(reason: str) -> str:
     """A reason as a label: few values."""
     text = reason.lower()
-    for word, label in (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("sigkill", "killed"), ("sig", "crashed")):
+    for word, label in (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("outside", "killed"), ("sig", "crashed")):
         if word in text:
             return label
     return "ended"

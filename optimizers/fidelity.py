@@ -225,8 +225,8 @@ def sqnrs(golden: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.float64]:
     """Signal to noise per row in dB, at most SQNR_CAP_DB (equal rows)."""
     g, c = _paired(golden, candidate)
     signal, noise = (g * g).sum(axis=1), ((g - c) ** 2).sum(axis=1)
-    ratio = np.maximum(signal, 1e-300) / np.maximum(noise, 1e-300)
-    return np.where(noise == 0, SQNR_CAP_DB, np.clip(10 * np.log10(ratio), -SQNR_CAP_DB, SQNR_CAP_DB))
+    decibels = 10 * (np.log10(np.maximum(signal, 1e-300)) - np.log10(np.maximum(noise, 1e-300)))  # their ratio may pass what a float holds
+    return np.where(noise == 0, SQNR_CAP_DB, np.clip(decibels, -SQNR_CAP_DB, SQNR_CAP_DB))
 
 
 def worst_element(name: str, golden: NDArray[Any], candidate: NDArray[Any]) -> Worst | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -149,6 +151,25 @@ def test_the_hash_tells_names_types_shapes_and_values_apart() -> None:
     hashes = {hash_inputs(request(**arrays)) for arrays in [base, *others]}
     assert len(hashes) == 1 + len(others)
     assert all(len(digest) == hashlib.sha256().digest_size * 2 for digest in hashes)
+
+
+async def test_instances_for_which_no_descriptor_was_left_come_when_there_is_one(start: Start, tmp_path: Path) -> None:
+    """Even the only one: a runner without any would let all wait until their deadlines, for ever."""
+    engine = await start(models.identity(tmp_path / "m.onnx"), instances=1)
+    runner = engine._runner
+    assert runner is not None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        runner.remove_instance(runner.instances[0])
+        engine._dispatcher.attach(runner)  # as a fresh one
+        engine.apply(replace(engine.settings, instances=2))
+        assert not runner.instances
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    async with asyncio.timeout(5):
+        await engine.infer(request(x=np.ones((1, 4), np.float32)))
+    assert len(runner.instances) == 2
 
 
 async def test_a_runner_that_cannot_come_back_says_so_and_comes_back_when_it_can(start: Start, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ async def test_a_stopped_runner_is_replaced_and_its_caller_answered(start: Start
     assert values(await engine.infer(request(x=ONES))).tolist() == [[2, 2, 2, 2]]
     assert monotonic() - began < 10
     assert engine.pid != pid
-    assert "was stopped (state T)" in engine.deaths[0].reason
+    assert "was stopped from outside (state T)" in engine.deaths[0].reason
     assert engine.distinct_killers == 0
 
 

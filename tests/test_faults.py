@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -344,6 +345,43 @@ def name_of(pid: int) -> str:
         return (Path("/proc") / str(pid) / "comm").read_text().strip()
     except OSError:
         return ""
+
+
+def test_who_asks_while_descriptors_are_short_is_told_so_and_answered_later(running: Running) -> None:
+    """By default as many as the machine allows; below, a large answer as JSON needs some that are not there."""
+    pid = running.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+    values = np.ones((1, 100_000), np.float32)
+    body = {"inputs": [json_input("x", "FP32", list(values.shape), values.ravel().tolist())]}
+    headers = {"Authorization": f"Bearer {running.token}"}
+    with httpx.Client(base_url=running.url, headers=headers, timeout=60) as client:
+        assert client.post("/v2/models/plain/infer", json=body).status_code == 200
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), hard))
+        try:
+            short = client.post("/v2/models/plain/infer", json=body)
+            mode = client.put("/admin/models/plain/mode", json={"mode": "auto"})
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert short.status_code == 503 and "no file descriptor left" in short.json()["error"] and "retry-after" in short.headers
+        assert mode.status_code in (200, 503), mode.text
+        assert client.post("/v2/models/plain/infer", json=body).status_code == 200
+
+
+def test_what_large_requests_held_is_freed_when_they_fail(running: Running) -> None:
+    """Not at the next collection of Python's, which a few dozen errors do not bring about."""
+    index = np.zeros(2_000_000, np.int64)
+    index[-1] = 99
+    headers, body = binary_body({"index": ("INT64", index.shape, index.tobytes())})
+
+    def resident_mb() -> int:
+        with open(f"/proc/{running.process.pid}/statm") as file:
+            return int(file.read().split()[1]) * 4096 >> 20
+
+    before = resident_mb()
+    for _ in range(16):
+        assert running.call("POST", "/v2/models/failing/infer", content=body, headers=headers).status_code == 400
+    assert resident_mb() < before + 120
 
 
 def test_a_port_in_use_is_told_at_once(running: Running, tmp_path: Path) -> None:

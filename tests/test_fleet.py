@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,20 @@ def test_a_model_that_somebody_brings_is_announced_by_them(fleet: Fleet, journal
         assert not journal.read(), "whoever uploads it is the actor of its deployment"
     asyncio.run(fleet._scan())
     assert [event.kind for event in journal.read()] == ["model.deployed"]
+
+
+@pytest.mark.parametrize(("went", "golden"), [("1", "2"), ("2", "1")])
+def test_a_version_whose_folder_went_is_no_way_back(fleet: Fleet, journal: Journal, tmp_path: Path, went: str, golden: str) -> None:
+    asyncio.run(fleet._scan())
+    scaled(tmp_path / "models" / "m" / "2" / "model.onnx", 3.0)
+    asyncio.run(fleet._scan())
+    assert journal.state().models["m"].previous == "1"
+    shutil.rmtree(tmp_path / "models" / "m" / went)
+    for _ in range(2):
+        asyncio.run(fleet._scan())
+    model = journal.state().models["m"]
+    assert (model.golden, model.desired, model.previous) == (golden, golden, "")
+    assert [event.version for event in journal.read() if event.kind == "version.removed"] == [went], "told once"
 
 
 def test_what_happened_last_with_each_model_is_known(fleet: Fleet, journal: Journal) -> None:

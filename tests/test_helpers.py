@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import pickle
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 from app.api.bodies import Body
@@ -37,6 +41,19 @@ def test_a_helper_that_died_idle_or_at_work_is_replaced() -> None:
             assert work.helpers.started == 3
 
     run(main())
+
+
+def test_a_helper_whose_server_was_killed_over_its_answer_ends_without_a_word() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    code = f"from app.api.helper_process import main; main({theirs.fileno()})"
+    helper = subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE)
+    with theirs, ours:
+        body = Memfd.new([b"no JSON"])
+        socket.send_fds(ours, [pickle.dumps(("parse", None, None))], [body.fd])
+        ours.settimeout(60)
+        assert ours.recv(1, socket.MSG_PEEK)
+    _, said = helper.communicate(timeout=60)
+    assert (helper.returncode, said) == (0, b"")
 
 
 def test_a_helper_that_hangs_is_ended_and_the_caller_told() -> None:

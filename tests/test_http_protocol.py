@@ -201,6 +201,26 @@ def test_an_answer_before_the_body_reaches_a_client_that_is_still_sending(served
         assert json.loads(answer(client)[2]) == {"size": 2}
 
 
+ENDING = b"POST /early HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        ENDING + b"Content-Length: 20000000\r\n\r\n",
+        ENDING + b"Transfer-Encoding: chunked\r\n\r\n1312d00\r\n",
+        b"POST /early HTTP/1.0\r\nContent-Length: 20000000\r\n\r\n",
+    ],
+)
+def test_nor_is_it_lost_where_the_connection_ends_with_it(served: Running, head: bytes) -> None:
+    with served.connect() as client:
+        client.sendall(head)
+        client.sendall(bytes(20_000_000))
+        status, headers, _ = answer(client)
+        assert status == 413 and headers["connection"] == "close"
+        assert closed(client)
+
+
 def test_the_rest_of_a_refused_body_is_not_read_for_ever(served: Running) -> None:
     with served.connect() as client:
         client.sendall(b"POST /early HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")

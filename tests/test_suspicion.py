@@ -45,6 +45,18 @@ def test_cost_that_leaps_is_suspected_in_the_first_block_that_shows_it() -> None
     assert look([block(0.0016), block()]) == [], "it is over"
 
 
+@pytest.mark.parametrize(
+    ("deaths", "kills", "cause"),
+    [(3, 0, Cause.VERSION), (5, 2, Cause.VERSION), (3, 3, Cause.HOST), (5, 3, Cause.HOST), (3, 1, None), (4, 2, None), (2, 0, None)],
+)
+def test_only_three_ends_of_its_own_in_five_minutes_are_a_version_s_fault(deaths: int, kills: int, cause: Cause | None) -> None:
+    seen = Seen([block()], Block(0.0, 300.0), 30 << 20, deaths, kills)
+    found = suspicions(seen, normal(), ModelConfig(), None, None)
+    assert [one.kind for one in found] == ([] if cause is None else [Kind.DEATHS])
+    if cause is not None:
+        assert diagnose(replace(findings([Kind.DEATHS]), suspicions=found, began_with_version=True)).cause is cause
+
+
 def leaps(seen: Block, host: HostFacts = QUIET, usual: Normal | None = None) -> bool:
     promised = ModelConfig.model_validate({"objective": {"p95_ms": 10}})
     found = leap_of_latency(seen, usual or normal(), promised.objective.promise, host)

@@ -195,6 +195,18 @@ def test_a_load_waits_whatever_failed_before(running: Running) -> None:
     assert running.admin("GET", "/admin/models/m")["active"] == "2"
 
 
+def test_a_golden_that_does_not_load_is_told_once_and_tried_ever_more_rarely(running: Running) -> None:
+    folder = running.folder / "models" / "m" / "3"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"this is no model")
+    running.until(lambda: running.log.count("version 3 does not load") >= 2)
+    assert running.log.count("version 3 does not load (2)") == 1, running.log
+    told = running.admin("GET", "/admin/timeline?model=m")["events"]
+    assert [event["kind"] for event in told].count("version.failed") == 1
+    assert "3 is not kept warm" not in running.log, "what is to be reached is not loaded beside as well"
+    assert running.admin("GET", "/admin/models/m")["active"] == "2"
+
+
 def test_the_desired_version_survives_a_restart(running: Running) -> None:
     running.admin("POST", "/admin/models/m/promote", 200, json={"version": "1"})
     running.restart().ready("m")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from app.domain import Event, RuntimeSettings
-from app.serving.past_deaths import DEATHS_S, PastDeath, PastDeaths, past_deaths
+from app.serving.past_deaths import DEATHS_S, PastDeath, PastDeaths, own_doing, past_deaths
 from app.serving.vitals import Round, Vitals, _probe_of, _undecided
 from app.store.open import open_journal
 
@@ -52,6 +52,21 @@ def test_deaths_of_an_earlier_life_count_until_another_version_was_wanted() -> N
     assert again == {("m", "1.1"): [PastDeath(42.0, False)], ("m", "1"): [PastDeath(102.0, True)]}, "1.1 was given another chance"
     deployed = [*story[:4], Event("model.deployed", "m", "1", data={"golden": "1", "sha256": "0"}, at=950.0), *story[4:]]
     assert past_deaths(deployed[::-1], 1002.0, 300.0, 1000.0) == {("m", "1.1"): [PastDeath(42.0, False)]}
+
+
+@pytest.mark.parametrize(
+    ("reason", "own"),
+    [
+        ("the runner crashed: SIGSEGV", True),
+        ("the runner was killed from outside (SIGTERM)", False),
+        ("the runner was stopped from outside (state T) for 1.0 s", False),
+        ("the runner ended, nobody could tell how", None),
+    ],
+)
+def test_only_what_a_runner_did_by_itself_is_its_own_doing(reason: str, own: bool | None) -> None:
+    assert own_doing(reason) is own
+    told = past_deaths([Event("runner.died", "m", "1", data={"reason": reason}, at=900.0)], 1000.0, 300.0, 1000.0)
+    assert [not death.outside for death in told.get(("m", "1"), ())] == ([] if own is None else [own])
 
 
 def test_a_server_remembers_them_and_forgets_them_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from app import __version__
 from app.api.admin import Admin
 from app.api.auth import Guard
 from app.api.docs import docs_routes
-from app.api.errors import error_response, problem_text, response_of
+from app.api.errors import error_response, failure_inside, problem_text, response_of
 from app.api.exchange import Door, request_id
 from app.api.infer import Infer
 from app.api.labels import feedback_route
@@ -203,7 +203,7 @@ def _answer_errors_as_json(app: FastAPI, surfaces: Surfaces) -> None:
 
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed inside the server", request.method, request.url.path, exc_info=error)
-        return error_response(500, "internal error; the server's log tells more")
+        return response_of(failure_inside(error, "internal error; the server's log tells more"))
 
     app.add_exception_handler(HoneError, known)
     app.add_exception_handler(StoreUnavailable, away)

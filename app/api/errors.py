@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -53,6 +54,18 @@ def headers_of(error: errors.HoneError) -> dict[str, str]:
     if isinstance(error, errors.Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="hone"'
     return headers
+
+
+def lacks_descriptors(error: Exception) -> bool:
+    """No fault inside: connections may take all descriptors that a process may have."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def failure_inside(error: Exception, told: str) -> errors.HoneError:
+    """What a caller hears of an error that is none of ours: `told`, or what to do where only descriptors are short."""
+    if lacks_descriptors(error):
+        return errors.NotReady("the server has no file descriptor left (ulimit -n); keep fewer connections open, or try again in a moment")
+    return errors.HoneError(told)
 
 
 def response_of(error: errors.HoneError) -> Response:

@@ -17,7 +17,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from app import errors
-from app.api.errors import headers_of, status_of
+from app.api.errors import failure_inside, headers_of, lacks_descriptors, status_of
 from app.api.wire.reply import Reply
 from app.domain import InferenceResult, Observation
 
@@ -152,6 +152,15 @@ async def until_done_or_gone(exchange: Exchange, work: Coroutine[Any, Any, Any])
         connection.on_lost = None
 
 
+def let_go_of_frames(error: BaseException) -> None:
+    """An error holds the frames that it came through, and they hold bodies and the future that holds the error: a circle that only a rare
+    collection would open, so that a few dozen refused bodies were gigabytes (and CPython crashes over a memoryview in use in a circle)."""
+    chain: BaseException | None = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
+
+
 class Sink(Protocol):
     """Who is told how each exchange ended (app.serving.service)."""
 
@@ -176,6 +185,7 @@ class Door:
                 sink.saw_non_finite(exchange.model, exchange.result.version if exchange.result else "")
             seen = await exchange.answer(reply)
         except errors.HoneError as error:
+            let_go_of_frames(error)
             seen = await exchange.refuse(error, *sink.label(exchange.model, exchange.version, error))
             sink.refused(seen, error)
         except asyncio.CancelledError:  # the server ends, and its grace time is over
@@ -183,8 +193,11 @@ class Door:
                 raise
             ending = errors.NotReady("the server is shutting down and waited for this request as long as it may; send it again")
             seen = await exchange.refuse(ending, *sink.label(exchange.model, exchange.version))
-        except Exception:
-            log.exception("request %s to %s failed inside the server", exchange.id, exchange.model)
-            failure = errors.HoneError(f"internal error; the server's log tells more under request {exchange.id}")
+        except Exception as error:
+            failure = failure_inside(error, f"internal error; the server's log tells more under request {exchange.id}")
+            log.error(
+                "request %s to %s failed inside the server: %s", exchange.id, exchange.model, error, exc_info=not lacks_descriptors(error)
+            )
+            let_go_of_frames(error)
             seen = await exchange.refuse(failure, *sink.label(exchange.model, exchange.version))
         sink.observe(seen)

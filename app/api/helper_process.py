@@ -5,6 +5,7 @@ A job is a packet with its body's memfd beside it; so is the answer. It ends whe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -21,20 +22,18 @@ PARCEL: Final = "parcel"
 
 
 def main(fd: int) -> None:
-    """A helper's whole life: jobs from the socket `fd` until it closes."""
+    """A helper's whole life: jobs from the socket `fd` until it closes, or is reset where the server was killed over an answer."""
     os.nice(5)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")
     channel = socket.socket(fileno=fd)
-    while True:
-        packet, fds, _, _ = socket.recv_fds(channel, PACKET_BYTES, 1)
-        if not packet:
-            return
-        answer, memories = _answer(packet, Memfd(fds[0]))
-        try:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while True:
+            packet, fds, _, _ = socket.recv_fds(channel, PACKET_BYTES, 1)
+            if not packet:
+                return
+            answer, memories = _answer(packet, Memfd(fds[0]))
             socket.send_fds(channel, [answer], [memory.fd for memory in memories])
-        except BrokenPipeError:
-            return
 
 
 def _answer(packet: bytes, memory: Memfd) -> tuple[bytes, list[Memfd]]:

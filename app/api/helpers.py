@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import pickle
 import socket
@@ -206,6 +207,8 @@ def _environment() -> dict[str, str]:
 
 def _open_answer(answer: bytes, memories: list[Memfd]) -> Any:
     outcome = pickle.loads(answer)
+    if not memories and (outcome is None or outcome == PARCEL):  # the kernel drops what finds no descriptor here
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if outcome is None:
         return memories[0]
     if outcome == PARCEL:

@@ -77,7 +77,7 @@ class OneWriteCycle(RequestResponseCycle):
             raise RuntimeError("the answer's body is shorter than its content-length")
         self.response_complete = True
         self.message_event.set()
-        if not self.keep_alive:
+        if not self.keep_alive and not self.more_body:
             self.transport.close()
         self.on_response()
 

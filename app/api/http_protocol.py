@@ -275,6 +275,10 @@ class HoneProtocol(HttpToolsProtocol):
         lines.append(b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n" % (len(body), identity))
         lines.append(b"connection: close\r\n\r\n")
         self.transport.write(b"".join([*lines, body]))
+        self._say_no_more()
+
+    def _say_no_more(self) -> None:
+        """End our side and drop what still comes, for a while: a connection closed upon unread data is reset, and the answer lost on its way."""
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self.flow.resume_reading()
@@ -303,6 +307,10 @@ class HoneProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         if self.transport.is_closing():
+            return
+        if self._stage == _BODY and not self.cycle.keep_alive:  # answered before its body was read
+            self._stage, self._since, self._discarded = _REFUSED, self.loop.time(), 0
+            self._say_no_more()
             return
         if self._stage in (_IDLE, _BODY):  # a kept connection, or the rest of an unread body: each for a while
             self._since = self.loop.time()

@@ -65,6 +65,8 @@ class Reservoir:
         self._callers: Counter[str] = Counter()
         self._salt = secrets.token_bytes(16)
         self._full = False
+        self._told = False
+        """That the disk takes nothing, which is told once, not each second."""
         self._followed: list[Captured] = []
         self._missing = 0
         self._followed_all: Callable[[], None] = lambda: None
@@ -115,7 +117,7 @@ class Reservoir:
     def store_pending(self) -> int:
         """Write what was admitted, forget what is too old or too much; returns how many were stored. Blocks on the disk.
 
-        A disk that is full or read-only costs samples, never answers: it is logged, and what was admitted is dropped.
+        A disk that is full or read-only costs samples, never answers: it is logged once, and what was admitted is dropped.
         """
         stored = 0
         with self._lock:
@@ -123,9 +125,12 @@ class Reservoir:
                 while self._pending and self._capture.mode == "on":
                     stored += self._store(*self._pending.popleft())
                 self._shrink()
+                self._told = self._told and not stored
             except OSError as error:
                 self._pending.clear()
-                log.warning("captured samples could not be stored in %s: %s", self.folder, error)
+                if not self._told:
+                    log.warning("captured samples cannot be stored in %s until it takes them again: %s", self.folder, error)
+                self._told = True
         return stored
 
     def clear(self) -> int:

@@ -30,7 +30,7 @@ from app.control.findings import (
     numbers,
 )
 from app.control.normal import cost_ratio
-from app.control.suspicion import Kind
+from app.control.suspicion import DEATHS, Kind
 from app.domain import JSON, short
 
 DRIFTED: Final = 0.25
@@ -130,7 +130,7 @@ def _by_faults(found: Findings) -> Diagnosis | None:
     text = "; ".join(one.text for one in faults)
     if found.host.memory_pressure is not None and found.host.memory_pressure > PRESSED:
         return Diagnosis(Cause.HOST, 0.6, f"{text}, while the host is short of memory", numbers(found))
-    if all(one.kind is Kind.DEATHS and one.numbers["from_outside"] >= one.numbers["deaths"] for one in faults):
+    if all(one.kind is Kind.DEATHS and one.numbers["deaths"] < DEATHS for one in faults):
         return Diagnosis(
             Cause.HOST, 0.8, f"{text}: by a person, a limit or the kernel", numbers(found), ("version: it did not end by itself",)
         )

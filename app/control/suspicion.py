@@ -98,11 +98,10 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise
 def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
     found: list[Suspicion | None] = []
     last = seen.blocks[-1:] and seen.blocks[-1]
-    if seen.recent_deaths >= DEATHS:
-        outside = seen.recent_kills >= seen.recent_deaths
-        how = "was killed from outside" if outside else "ended"
-        numbers: JSON = {"deaths": seen.recent_deaths, "from_outside": seen.recent_kills}
-        found.append(Suspicion(Kind.DEATHS, f"its runner {how} {seen.recent_deaths} times in five minutes", numbers))
+    outside, own = seen.recent_kills, seen.recent_deaths - seen.recent_kills
+    if max(own, outside) >= DEATHS:
+        how = f"ended {own}" if own >= DEATHS else f"was killed or stopped from outside {outside}"
+        found.append(Suspicion(Kind.DEATHS, f"its runner {how} times in five minutes", {"deaths": own, "from_outside": outside}))
     if not last:
         return found
     answered = last.requests + last.failures

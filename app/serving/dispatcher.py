@@ -154,6 +154,8 @@ class Dispatcher:
         runner = self._runner
         if runner is None or not runner.alive:
             return
+        if self._shared(runner) < self.settings.instances:  # no descriptor was left for the others
+            self.resize(self.settings)
         for instance in runner.instances:
             if yields and instance is not self._lone:
                 instance.give_way()
@@ -354,7 +356,7 @@ class Dispatcher:
         _log.error("%s: a batch could not be moved: %s", self._spec.name, error)
         self._release(instance, batch, None)
         for work in batch.work:
-            work.fail(NotReady(f"no memory to move this request: {error}; send smaller requests or give the server more memory"))
+            work.fail(NotReady(f"this request could not be moved: {error}; give the server more memory or descriptors, or send less"))
         self.pump()
 
     def _release(self, instance: Instance, batch: Batch, reply: Reply | None) -> None:

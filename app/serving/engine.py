@@ -179,6 +179,7 @@ class Engine:
             self._dispatcher.drop(work)
             raise
         finally:
+            del work  # an error that it was answered with holds this frame
             self.inflight -= 1
             if not self.inflight:
                 self._idle.set()

@@ -26,12 +26,14 @@ from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
+from app.serving.warm import way_back_gone
 from app.store.base import Journal, StoreUnavailable
 from app.store.recovery import catch_up
 from app.telemetry.metrics import Metrics
 
 log = logging.getLogger("hone.serving")
 WATCH_S = 2.0
+GONE = "its folder is gone from the repository"
 P = ParamSpec("P")
 T = TypeVar("T")
 SWAPS = ("activated", "swapped", "settings", "failed")
@@ -107,8 +109,7 @@ class Fleet:
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
-        self._frozen = False
-        """As the log was told, which begins with this process."""
+        self._frozen, self._kept = False, True  # as the log was told, which begins with this process
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
         self.latest: dict[str, JSON] = {}
@@ -240,7 +241,7 @@ class Fleet:
         """The newest state and board; while the store is away, the last ones stand."""
         try:
             state, self.board = await asyncio.to_thread(self._catch_up)
-        except StoreUnavailable as error:
+        except (StoreUnavailable, OSError) as error:
             self._journal_is_away(error)
             self._metrics.gauge("hone_store_up", value=0)
             return
@@ -262,8 +263,10 @@ class Fleet:
             self._news = asyncio.Event()
             try:
                 await asyncio.to_thread(self._keep_state, state)
+                self._kept = True
             except OSError as error:
-                log.warning("the last state could not be kept in a file: %s", error)
+                log.log(logging.WARNING if self._kept else logging.DEBUG, "the last state cannot be kept in a file for now: %s", error)
+                self._kept = False
             for listener in self.listeners:
                 listener(state)
 
@@ -303,8 +306,11 @@ class Fleet:
             if not model.error and model.name not in coming | self._coming:
                 await self._announce(model)
         for name in [name for name in self.state.models if name not in self._found and name not in self._leaving]:
-            await self._append(Event("model.removed", name, data={"reason": "its folder is gone from the repository"}))
+            await self._append(Event("model.removed", name, data={"reason": GONE}))
         await self.refresh()
+        for model in models:
+            if not model.error and (version := way_back_gone(self.state.models.get(model.name), model)):
+                await self._append(Event("version.removed", model.name, version, data={"version": version, "reason": GONE}))
 
     async def _announce(self, model: FoundModel) -> None:
         assert model.golden is not None
@@ -325,7 +331,7 @@ class Fleet:
         except StoreUnavailable as error:
             self._journal_is_away(error)
 
-    def _journal_is_away(self, error: StoreUnavailable | str) -> None:
+    def _journal_is_away(self, error: StoreUnavailable | OSError | str) -> None:
         if not self.store_error:
             log.warning("the journal is away, so nothing changes here until it is back: %s", error)
         self.store_error = str(error)

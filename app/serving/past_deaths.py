@@ -31,6 +31,11 @@ class PastDeath:
     whole: bool = False
 
 
+def own_doing(reason: str) -> bool | None:
+    """Whether a runner ended by itself; False where somebody killed or stopped it, None where nobody could tell."""
+    return None if "nobody could tell" in reason else "from outside" not in reason
+
+
 class PastDeaths:
     """One per server: what died before it was started. `remember` learns it; until then nothing is known."""
 
@@ -101,6 +106,7 @@ def past_deaths(newest_first: Iterable[Event], now: float, most_s: float, before
             whole = isinstance(ended_at, int | float)
             at = float(ended_at) if isinstance(ended_at, int | float) else event.at
             if at >= now - most_s and (whole or at <= before):
-                death = PastDeath(max(0.0, now - at), "from outside" in str(event.data.get("reason")), whole)
-                found.setdefault((event.model, version_of(event)), []).append(death)
+                own = own_doing(str(event.data.get("reason")))
+                if own is not None:
+                    found.setdefault((event.model, version_of(event)), []).append(PastDeath(max(0.0, now - at), not own, whole))
     return found

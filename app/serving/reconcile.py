@@ -56,7 +56,7 @@ class ModelReconciler:
         self._told, self._past = told, past
         self._service, self._admission, self._loader = service, admission, loader
         self._record, self._metrics = record, metrics
-        self._backoff = Backoff()
+        self._backoff, self._warm_backoff = Backoff(), Backoff()
         self._left_deadly: tuple[str, Generation] | None = None
         self._stopping: set[asyncio.Task[None]] = set()
         self._reference = ReferenceFreezer(slot, admission, loader, record)
@@ -143,6 +143,7 @@ class ModelReconciler:
     def try_again(self, version: str) -> None:
         """Somebody asks for `version` anew: what was wrong with it before does not count, nor does the wait that followed."""
         self._backoff.forget(version)
+        self._warm_backoff.forget(version)
         self._past.forgive(self.slot.name)
         self.slot.failed.pop(version, None)
         self.changed.set()
@@ -243,9 +244,9 @@ class ModelReconciler:
             slot.split = Share(loaded, split.share, split.stage)
 
     async def _warm(self, want: ModelState, found: FoundModel, version: str) -> None:
-        """Load a version beside the active one, where memory allows: golden answers under /versions too."""
-        identity = (want.golden_sha256, "warm", self.slot.config, found.beside, want.split)
-        if self._backoff.blocked(version, identity):
+        """Load a version beside the active one, where memory allows: golden answers under /versions too. The desired one is reached for, not warmed."""
+        identity = (want.golden_sha256, self.slot.config, found.beside, want.split)
+        if version == want.desired or self._warm_backoff.blocked(version, identity):
             return
         if deaths := self._past.took_all_down(self.slot.name, version):
             self.slot.failed[version] = f"the whole server died with it {deaths} times in five minutes"
@@ -253,7 +254,7 @@ class ModelReconciler:
         try:
             self.slot.versions[version] = await self._load(want, found, version)
         except HoneError as error:
-            self._backoff.failed(version, identity, want.generation.n)
+            self._warm_backoff.failed(version, identity, want.generation.n)
             self.slot.failed[version] = self._told(str(error))
             log.warning("model %s: version %s is not kept warm: %s", self.slot.name, version, error)
 

@@ -61,6 +61,10 @@ class Opened:
     warm_up: tuple[dict[str, Any], ...]
 
 
+_SENT: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGIO)
+"""Signals that no work of a runner's own brings about."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ending:
     """How a runner ended. `own_fault` is set where its work, not somebody outside, must have ended it; None where nobody can tell."""
@@ -248,12 +252,12 @@ class Runner:
             return self._killed
         if status is None:
             return Ending("the runner ended, nobody could tell how", None)
-        if status == -signal.SIGKILL:
-            if procfs.oom_kills() > self._oom_kills:
-                return Ending("the runner was killed for want of memory", True)
-            return Ending("the runner was killed from outside (SIGKILL)", False)
+        if status == -signal.SIGKILL and procfs.oom_kills() > self._oom_kills:
+            return Ending("the runner was killed for want of memory", True)
+        if -status in _SENT:
+            return Ending(f"the runner was killed from outside ({_signal_name(-status)})", False)
         if status < 0:
-            return Ending(f"the runner crashed: {_signal_name(-status)}", -status not in (signal.SIGTERM, signal.SIGIO))
+            return Ending(f"the runner crashed: {_signal_name(-status)}", True)
         return Ending(f"the runner ended with exit code {status}", True)
 
     # ---- end

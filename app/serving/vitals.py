@@ -24,7 +24,7 @@ from app.errors import HoneError, NotReady
 from app.serving.engine import Engine
 from app.serving.loader import Loader
 from app.serving.mirror import EVERY_S, Compared
-from app.serving.past_deaths import DEATHS_S, PastDeaths
+from app.serving.past_deaths import DEATHS_S, PastDeaths, own_doing
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Slot
 from app.telemetry.window import Window
@@ -231,7 +231,8 @@ class Vitals:
         known = self._since.get(slot.name)
         if known is None or known[0] != identity:
             known = self._since[slot.name] = (identity, monotonic())
-        recent = ["from outside" in death.reason for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
+        told = [own_doing(death.reason) for death in active.engine.deaths if death.at > monotonic() - DEATHS_S]
+        recent = [not own for own in told if own is not None]
         recent += [death.outside for death in self._past.recent(slot.name, active.version)]
         return ModelView(
             slot.name, active.version, active.generation, active.settings, slot.ready, active.memory_bytes, len(recent), tuple(slot.versions),

@@ -22,6 +22,13 @@ def known(want: ModelState, found: FoundModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(v.number for v in found.versions), want.golden, *built]))
 
 
+def way_back_gone(want: ModelState | None, found: FoundModel) -> str:
+    """The user's version that a rollback would go to, where its folder is gone; else ''."""
+    if want is None or not want.previous.isdigit() or want.previous in (want.desired, want.golden):
+        return ""
+    return "" if any(version.number == want.previous for version in found.versions) else want.previous
+
+
 def expired(slot: Slot, want: ModelState, now: float) -> list[Loaded]:
     """Versions whose time as the one to go back to is over."""
     return [

@@ -77,7 +77,7 @@ def judge(sight: Sight, usual: Usual, patience: Patience, now: float) -> Judgeme
     still_s = now - sight.progress_at
     if sight.state in STOPPED:
         if still_s >= patience.stopped_s:
-            return Judgement(f"the runner was stopped (state {sight.state}) for {still_s:.1f} s", own_fault=False)
+            return Judgement(f"the runner was stopped from outside (state {sight.state}) for {still_s:.1f} s", own_fault=False)
         return None
     allowed_s = patience.disk_s if sight.state == DISK else patience.stalled_first_s
     if usual.seen and sight.state != DISK:

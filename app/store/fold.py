@@ -275,12 +275,15 @@ def _version_published(state: State, event: Event) -> State:
 
 
 def _version_removed(state: State, event: Event) -> State:
+    """A built one, or one that the user deployed and whose folder went: of those only the way back is known here."""
     model, version = state.models.get(event.model), version_of(event)
-    built = _find(model, version) if model is not None else None
-    if model is None or built is None or built.removed or version == model.desired:
+    if model is None or version in (model.desired, model.golden):
+        return state
+    built = _find(model, version)
+    if version != model.previous if built is None else built.removed:
         return state
     gone = replace(
-        _with_built(model, replace(built, removed=True)),
+        _with_built(model, replace(built, removed=True)) if built is not None else model,
         previous="" if model.previous == version else model.previous,
         split=None if model.split is not None and model.split.version == version else model.split,
         rungs=tuple(rung for rung in model.rungs if rung != version),
