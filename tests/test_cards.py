@@ -396,6 +396,16 @@ def test_a_proof_holds_for_these_files_this_golden_and_this_host_class(cards: Ca
         cards.write_proof(card, replace(proof, sha256="other"))
 
 
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_a_layout_that_was_not_proven_is_not_taken_but_what_makes_it_compute_rightly_is(verdict: Verdict) -> None:
+    options = (("session.x64quantprecision", "1"),)
+    careful = RuntimeSettings(1, 2, 16, 512)
+    found = RuntimeSettings(2, 1, 4, 512, graph_level="basic", session_options=options)
+    proof = Proof("here", "aa", "aa", verdict, settings=found)
+    expected = found if verdict is Verdict.PASSED else replace(careful, graph_level="basic", session_options=options)
+    assert proof.settings_over(careful) == expected and replace(proof, settings=None).settings_over(careful) is None
+
+
 @pytest.mark.parametrize("text", ["..", "../1", "1/..", "1.2.3", "", "01", "1.0", "a", "1\n", "١"])
 def test_no_version_name_reaches_another_path(cards: Cards, text: str) -> None:
     with pytest.raises(InvalidRequest):

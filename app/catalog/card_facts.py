@@ -6,7 +6,7 @@ Cards never change once written; proofs lie beside them and are measured again. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -129,6 +129,13 @@ class Proof:
     detail: JSON = field(default_factory=dict)
     measured_at: float = 0.0
     schema: int = SCHEMA
+
+    def settings_over(self, careful: RuntimeSettings) -> RuntimeSettings | None:
+        """What it passed with. Of a judgement that it did not pass (a busy host, a failure) `careful` with what makes it compute rightly here: a
+        layout that was only measured changes nothing at the next start. None where nothing was found."""
+        if self.settings is None or self.verdict is Verdict.PASSED:
+            return self.settings
+        return replace(careful, graph_level=self.settings.graph_level, session_options=self.settings.session_options)
 
 
 Fact = TypeVar("Fact", GoldenCard, BuiltCard, Proof)

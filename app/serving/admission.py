@@ -237,9 +237,11 @@ class Admission:
 
     # ---- settings
     def _settings(self, config: ModelConfig, rows: RowsProof, serving: JSON, proof: Proof | None) -> RuntimeSettings:
-        """What model.yaml fixes, else what was measured on this class of host, else careful defaults."""
+        """What model.yaml fixes, else what it was proven with on this class of host, else careful defaults."""
         given = config.runtime
-        base = proof.settings if proof is not None and proof.settings is not None else self.defaults(config)
+        careful = self.defaults(config)
+        measured = proof.settings_over(careful) if proof is not None else None
+        base = measured or careful
         options = tuple(sorted((str(k), str(v)) for k, v in serving.get("session_options", ())))
         settings = replace(
             base,
@@ -250,7 +252,7 @@ class Admission:
             batch_limit=(config.batching.limit or base.batch_limit) if rows.independent else 1,
             lone_threads=self._lone_threads(config, base),
         )
-        if serving.get("graph_level") and not (proof is not None and proof.settings is not None):
+        if serving.get("graph_level") and measured is None:
             settings = replace(settings, graph_level=str(serving["graph_level"]), session_options=options)
         return settings
 
