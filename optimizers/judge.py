@@ -191,9 +191,13 @@ def _compare_sets(
     budget: Budget,
     until: float,
 ) -> list[str]:
-    """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons."""
+    """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons.
+
+    A set too small to show anything (the first few live inputs) is no doubt about what another one shows: it can only object.
+    """
     failures: list[str] = []
-    few: list[str] = []
+    undecided: list[tuple[str, Fidelity, Floor]] = []
+    shown = ""
     seen = 0
     labels_decide = any(samples.labels is not None for samples, _ in sets.values()) and request.quality.metric in {"auto", "accuracy"}
     labels_decide = labels_decide and request.task == "classification"
@@ -218,11 +222,15 @@ def _compare_sets(
         seen += found.samples
         enough = request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES
         if not enough and found.met is Met.TOO_FEW and not (labels_decide and samples.labels is None):
-            few.append(f"{name} samples: {too_few(found, floor)}")
+            undecided.append((name, found, floor))
+        if found.met is Met.MET:
+            shown = shown or name
         report.notes += class_notes(name, found)
     report.bit_close = close
     if not (request.lossless and close and seen >= BIT_CLOSE_SAMPLES):
-        report.reasons += few
+        for name, found, floor in undecided:
+            told = report.notes if shown and found.samples < floor.min_samples else report.reasons
+            told.append(f"{name} samples: {too_few(found, floor)}" + (f"; {shown} samples show it" if told is report.notes else ""))
     return failures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -155,6 +156,22 @@ def test_what_cannot_be_asked_for_is_told_at_once(running: Running) -> None:
     assert running.admin("POST", "/admin/models/nobody/optimize", 404)["error"]
     assert running.admin("GET", "/admin/jobs/nobody", 404)["error"]
     assert not running.admin("GET", "/admin/jobs?open=true")["jobs"]
+
+
+def test_nothing_is_built_from_a_golden_that_does_not_load(running: Running) -> None:
+    """It was accepted, and ended minutes later with advice about the worker's state folder."""
+    broken = running.folder / "models" / "broken" / "1" / "model.onnx"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no model")
+
+    def told() -> str:
+        answer = running.call("POST", "/v2/models/broken/infer", json={"inputs": []}).json()["error"]
+        return answer if "does not load" in answer else ""
+
+    reason = running.until(told)
+    refused = running.admin("POST", "/admin/models/broken/optimize", 409, json={"recipe": ["graph"]})["error"]
+    assert "golden 1 of 'broken' does not load, so nothing is built from it: " in refused and refused.split(": ")[-1] in reason
+    shutil.rmtree(broken.parents[1])
 
 
 def test_a_job_waits_for_a_worker_once_and_can_be_cancelled_meanwhile(running: Running) -> None:

@@ -66,8 +66,8 @@ class Bench:
             raise ModelRejected(version.error)
         if version is not None and card is None:
             raise Conflict(
-                f"this state folder has no card of golden {golden} of {model!r}: a worker works in the server's, or in one that is shared with it "
-                "(--state, HONE_STATE)"
+                f"this state folder has no card of golden {golden} of {model!r}: either it never loaded (see: hone status {model}), or the worker "
+                "works in another state folder than the server (--state, HONE_STATE)"
             )
         if version is None or version.path is None or card is None or card.sha256 != golden_sha256:
             raise Conflict(f"golden {golden} of {model!r} changed or is gone; ask for the job again")
