@@ -17,7 +17,7 @@ from app.catalog.model_config import SampleSources
 from app.catalog.model_files import links_within
 from app.catalog.processing import Processor
 from app.catalog.sample_sources import SampleReader
-from app.catalog.samples import References, Spent, assemble, reference_inputs, synthetic
+from app.catalog.samples import References, Spent, assemble, named_reference, reference_inputs, synthetic
 from app.catalog.sections import ImagePreprocess, Postprocess, Preprocess
 from app.domain import Signature, TensorSpec
 from app.errors import Conflict, InsufficientStorage, ModelRejected, NotAllowed, NotFound
@@ -49,6 +49,26 @@ def test_a_reference_is_frozen_once_and_read_as_it_was(tmp_path: Path) -> None:
     assert np.array_equal(again.samples.inputs["x"], inputs.inputs["x"]) and again.samples.labels is not None
     assert again.samples.hashes() == list(frozen.meta.hashes) == inputs.hashes()
     assert again.outputs["text"].tolist() == outputs["text"].tolist() and np.array_equal(again.outputs["y"], outputs["y"])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "origin", "now", "stands"),
+    [
+        ({}, "synthetic", {}, True),
+        ({}, "synthetic", {"reference": "r.npz"}, False),
+        ({"reference": "r.npz"}, "owner", {"reference": "r.npz"}, True),
+        ({"reference": "r.npz"}, "owner", {"reference": "more.npz"}, False),
+        ({"reference": "r.npz"}, "owner", {"reference": "r.npz", "calibration": "c.npz"}, False),
+        ({"reference": "r.npz"}, "owner", {}, True),
+    ],
+)
+def test_a_reference_gives_way_only_to_another_that_the_owner_names(
+    tmp_path: Path, frozen: dict[str, str], origin: str, now: dict[str, str], stands: bool
+) -> None:
+    few = replace(samples(3), origin=origin)
+    source = named_reference(SampleSources(**frozen))
+    reference = References(tmp_path / "reference").freeze(few, {"y": np.zeros((3, 1))}, "golden", "h", source=source)
+    assert reference.meta.stands_for(SampleSources(**now)) == stands
 
 
 def test_a_loaded_version_holds_some_of_the_reference_and_what_it_tells_of_all(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import socket
 import subprocess
@@ -281,6 +282,27 @@ def test_samples_that_cannot_judge_are_told_where_one_looks(running: Running, go
     assert answer.status_code == 201 and "'gone.npz' is not there" in answer.json()["notes"][0]
     said = "its reference is not frozen yet: samples.reference = 'gone.npz' does not exist"
     running.until(lambda: said in str(running.admin("GET", "/admin/models/unjudged")["loaded"]))
+
+
+def test_samples_named_after_the_first_deploy_are_what_judges_from_then_on(running: Running, good: bytes) -> None:
+    """A model without samples is told to name some; whoever did was still judged by what had been made up. A file that comes later is seen at once."""
+    assert upload(running, "later", {"model.onnx": good}).status_code == 201
+    folder, frozen = running.folder / "models" / "later", running.folder / "state" / "models" / "later" / "reference" / "meta.json"
+    running.until(frozen.exists)
+    assert json.loads(frozen.read_bytes())["origin"] == "synthetic"
+
+    def reference() -> tuple[str, int]:
+        meta = json.loads(frozen.read_bytes()) if frozen.exists() else {"origin": "", "hashes": ()}
+        return meta["origin"], len(meta["hashes"])
+
+    (folder / "model.yaml").write_text("samples: {reference: r.npz, calibration: c.npz}\n")
+    running.until(lambda: "'r.npz' does not exist" in str(running.admin("GET", "/admin/models/later")["loaded"]))
+    assert reference() == ("synthetic", 64), "what is there judges until there is something better"
+    for count, name in ((40, "r.npz"), (50, "more.npz")):
+        np.savez(folder / name, x=np.eye(count, 4, dtype=np.float32) + np.arange(count, dtype=np.float32)[:, None])
+        (folder / "model.yaml").write_text(f"samples: {{reference: {name}, calibration: c.npz}}\n")
+        running.until(lambda count=count: reference() == ("owner", count), 30)
+    assert "does not exist" not in str(running.admin("GET", "/admin/models/later")["loaded"])
 
 
 def test_a_packed_model_is_deployed_as_it_is_and_a_damaged_one_is_not(running: Running, tmp_path: Path) -> None:

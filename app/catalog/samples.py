@@ -51,7 +51,7 @@ _SHORT: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class ReferenceMeta:
-    """Where a reference came from. `hashes` are one per sample; `files` maps file names to SHA-256."""
+    """Where a reference came from. `hashes` are one per sample; `files` maps file names to SHA-256; `source`: see named_reference."""
 
     golden_sha256: str
     host_class: str
@@ -61,6 +61,13 @@ class ReferenceMeta:
     files: dict[str, str]
     frozen_at: float
     schema: int = 1
+    source: str = ""
+
+    def stands_for(self, sources: SampleSources) -> bool:
+        """Whether it is what would be frozen now. What was made up gives way to what the owner names, and that to another name; else it stays."""
+        asked = named_reference(sources)
+        unnoted = self.origin == "owner" and not self.source  # frozen before sources were noted
+        return asked in {"", self.source} or unnoted
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,9 @@ class References:
     folder: Path
 
     def freeze(
-        self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str, most: int | None = None
-    ) -> Reference:
+        self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str, most: int | None = None,
+        source: str = "",
+    ) -> Reference:  # fmt: skip
         """Keep `samples` with golden's outputs for good, and return the first `most` of them. With the same golden the first ones stay.
 
         Raises Conflict where another golden's reference lies (see `retire`), ModelRejected, InsufficientStorage or NotAllowed.
@@ -114,7 +122,7 @@ class References:
                 write_npz(folder / "golden_outputs.npz", outputs)
                 files = {name: FileHashes().of(folder / name) for name in ("samples.npz", "golden_outputs.npz")}
                 meta = ReferenceMeta(
-                    golden_sha256, host_class, samples.origin, samples.stacked, tuple(samples.hashes()), files, time.time()
+                    golden_sha256, host_class, samples.origin, samples.stacked, tuple(samples.hashes()), files, time.time(), source=source,
                 )  # fmt: skip
                 (folder / "meta.json").write_bytes(TypeAdapter(ReferenceMeta).dump_json(meta, indent=2))
                 try:
@@ -152,7 +160,7 @@ class References:
             raise ModelRejected(f"{path} is damaged: {error.errors(include_url=False)[0]['msg']}") from None
 
     def retire(self) -> None:
-        """Delete it: a new golden voids it."""
+        """Delete it: a new golden, or another source in model.yaml, voids it."""
         with durable.storage_errors("removing reference samples", self.folder):
             durable.discard(self.folder)
 
@@ -200,9 +208,19 @@ def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0
     if sources.reference is None:
         return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed, reader.row_shapes, reader.integers)
     named = reader.read(sources.reference, "samples.reference", seed)
-    other = sources.train or (sources.calibration and sources.calibration != "captured")
-    kept = named if other or len(named) <= 8 else named.split(1 - _HELD_BACK, seed)[0]
+    kept = named if _others_calibrate(sources) or len(named) <= 8 else named.split(1 - _HELD_BACK, seed)[0]
     return kept.rows(slice(0, REFERENCE_SAMPLES))
+
+
+def named_reference(sources: SampleSources) -> str:
+    """What `reference_inputs` takes of what the owner named, in words that change with it; '' where nothing is named."""
+    if sources.reference is None:
+        return ""
+    return sources.reference if _others_calibrate(sources) else f"three quarters of {sources.reference}"
+
+
+def _others_calibrate(sources: SampleSources) -> bool:
+    return bool(sources.train or (sources.calibration and sources.calibration != "captured"))
 
 
 @dataclass(frozen=True)
