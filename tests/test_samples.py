@@ -133,7 +133,7 @@ def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
     assert len(replace(read, most=4).read("good.npz", "k")) == 4
     bad = {
         "name.npz": ({"z": np.zeros((3, 4), "f4")}, r"holds z; the model's inputs are x"),
-        "shape.npz": ({"x": np.zeros((3, 5), "f4")}, r"shape \[3, 5\]; \['n', 4\] is wanted"),
+        "shape.npz": ({"x": np.zeros((3, 5), "f4")}, r"shape \[3, 5\]; \[n, 4\] is wanted, n being the samples$"),
         "dtype.npz": ({"x": np.array([["a"] * 4])}, "cannot be converted to FP32"),
         "length.npz": ({"x": np.zeros((3, 4), "f4"), "labels": np.arange(2)}, "must share one first axis"),
         "empty.npz": ({"x": np.zeros((0, 4), "f4")}, "holds no samples"),
@@ -144,6 +144,9 @@ def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
         with pytest.raises(ModelRejected, match=part) as caught:
             read.read(name, "samples.train")
         assert f"samples.train = '{name}'" in str(caught.value)
+    alone = replace(ROWS, batchable=False, rows_reason="not proven")
+    with pytest.raises(ModelRejected, match=r"\[n, -1, 4\] is wanted.* not batched \(not proven\): .*rows: independent"):
+        replace(read, signature=alone).read("good.npz", "k")
 
 
 def test_whole_numbers_are_converted_only_without_loss(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -292,17 +293,23 @@ def test_samples_named_after_the_first_deploy_are_what_judges_from_then_on(runni
     assert json.loads(frozen.read_bytes())["origin"] == "synthetic"
 
     def reference() -> tuple[str, int]:
-        meta = json.loads(frozen.read_bytes()) if frozen.exists() else {"origin": "", "hashes": ()}
-        return meta["origin"], len(meta["hashes"])
+        meta: dict[str, Any] = json.loads(frozen.read_bytes()) if frozen.exists() else {"origin": "", "hashes": ()}
+        return str(meta["origin"]), len(meta["hashes"])
+
+    def judged_by(count: int) -> Callable[[], bool]:
+        return lambda: reference() == ("owner", count)
 
     (folder / "model.yaml").write_text("samples: {reference: r.npz, calibration: c.npz}\n")
-    running.until(lambda: "'r.npz' does not exist" in str(running.admin("GET", "/admin/models/later")["loaded"]))
+    missing: Callable[[], bool] = lambda: "'r.npz' does not exist" in str(running.admin("GET", "/admin/models/later")["loaded"])
+    running.until(missing)
     assert reference() == ("synthetic", 64), "what is there judges until there is something better"
+    (folder / "model.yaml").write_text("{}\n")
+    running.until(lambda: not missing())
     for count, name in ((40, "r.npz"), (50, "more.npz")):
         np.savez(folder / name, x=np.eye(count, 4, dtype=np.float32) + np.arange(count, dtype=np.float32)[:, None])
         (folder / "model.yaml").write_text(f"samples: {{reference: {name}, calibration: c.npz}}\n")
-        running.until(lambda count=count: reference() == ("owner", count), 30)
-    assert "does not exist" not in str(running.admin("GET", "/admin/models/later")["loaded"])
+        running.until(judged_by(count))
+    assert not missing()
 
 
 def test_a_packed_model_is_deployed_as_it_is_and_a_damaged_one_is_not(running: Running, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class ReferenceFreezer:
             return
         sources, reference = (found.config or ModelConfig()).samples, golden.admitted.reference
         if reference is not None and reference.meta.stands_for(sources):
+            golden.notes = _without(golden.notes)
             return
         asked = (golden.admitted.golden_sha256, golden.admitted.signature, sources, _written_at(found.folder, sources.reference))
         if asked == self._asked and monotonic() < self._not_before:
@@ -57,8 +58,7 @@ class ReferenceFreezer:
             reference = await self._admission.freeze_reference(found, golden.admitted)
         except HoneError as error:
             log.warning("model %s: %s: %s", self._slot.name, UNFROZEN, error)
-            kept = [note for note in golden.notes if not note.startswith(UNFROZEN)]
-            golden.notes = (*kept, f"{UNFROZEN}: {error}")
+            golden.notes = (*_without(golden.notes), f"{UNFROZEN}: {error}")
             return
         await asyncio.to_thread(give_back)  # all but some of the samples is gone
         for loaded in self._slot.versions.values():
@@ -77,6 +77,10 @@ class ReferenceFreezer:
 def usual_classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
     """Shares of golden's top classes on the reference; empty where there is none, or nothing is classified."""
     return admitted.reference.usual if classifies and admitted.reference is not None else {}
+
+
+def _without(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(note for note in notes if not note.startswith(UNFROZEN))
 
 
 def _written_at(folder: Path, source: str | None) -> float:
