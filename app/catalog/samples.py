@@ -65,9 +65,7 @@ class ReferenceMeta:
 
     def stands_for(self, sources: SampleSources) -> bool:
         """Whether it is what would be frozen now. What was made up gives way to what the owner names, and that to another name; else it stays."""
-        asked = named_reference(sources)
-        unnoted = self.origin == "owner" and not self.source  # frozen before sources were noted
-        return asked in {"", self.source} or unnoted
+        return named_reference(sources) in {"", self.source}
 
 
 @dataclass(frozen=True)
