@@ -186,6 +186,10 @@ def test_what_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> N
         files_to_deploy(tmp_path / "nothing.onnx", None, None)
     with pytest.raises(ClientError, match=r"expected .*1/model\.onnx"):
         files_to_deploy(tmp_path, None, None)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "model.safetensors").touch()
+    with pytest.raises(ClientError, match=r"1/model\.safetensors is a PyTorch model's: such a folder is put into the server's repository"):
+        files_to_deploy(tmp_path, None, None)
     (tmp_path / "model.pt").touch()
     with pytest.raises(ClientError, match=r"no \.onnx file"):
         files_to_deploy(tmp_path / "model.pt", None, None)
