@@ -347,6 +347,7 @@ def test_versions_show_fidelity_of_the_largest_set_and_speed() -> None:
 def test_recipes_show_methods_not_all_their_options() -> None:
     rows = [{"id": "d-1", "model": "d", "tries": [[{"method": "graph", "level": "all"}, {"method": "tune"}], ["int8-static"]]}]
     assert "graph + tune | int8-static" in tables.jobs(rows)
+    assert "verify 1.2" in tables.jobs([{"id": "d-2", "tries": [[{"method": "verify", "version": "1.2"}]]}]), "of which version"
 
 
 def test_sizes_and_nested_fields_are_readable() -> None:
