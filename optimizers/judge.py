@@ -49,7 +49,7 @@ def run(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
 def verify(request: VerifyRequest, budget: Budget) -> VerifyReport:
     """Judge the candidate. Failures of the candidate are a verdict; failures of golden or of the samples raise Rejected."""
     started = time.monotonic()
-    report = VerifyReport(host_class=host_class().key, serve=request.candidate_settings)
+    report = VerifyReport(notes=list(request.notes), host_class=host_class().key, serve=request.candidate_settings)
     for path in (request.golden, request.candidate, request.incumbent or request.golden):
         if not Path(path).is_file():
             raise Rejected(f"verify: {path} is no file")

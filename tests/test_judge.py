@@ -160,7 +160,8 @@ def test_a_handful_of_live_samples_casts_no_doubt_on_what_the_reference_shows(
 def test_what_calibrated_does_not_judge(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     close = mlp(tmp_path / "close.onnx", weights=noisy(mlp_weights(SIZES), 1e-4))
     hashes = Samples.load(Path(reference["reference"]["path"])).hashes()
-    half = verify(golden, close, reference, exclude=hashes[:200])
+    half = verify(golden, close, reference, exclude=hashes[:200], notes=["200 of 400 calibrated"])
+    assert half["notes"][0] == "200 of 400 calibrated"
     assert half["fidelity"]["reference"]["samples"] == 200 and half["verdict"] == "inconclusive"
     assert verify(golden, close, reference, exclude=hashes)["verdict"] == "no_data"
     assert verify(golden, close, {})["verdict"] == "no_data"

@@ -322,6 +322,7 @@ def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path
     (tmp_path / "m" / "train.npz").rename(tmp_path / "m" / "validation.npz")
     judging = assemble(sources.model_copy(update={"train": "gone.npz"}), read, None, spent=kept)
     assert judging.train is None and judging.labelled is not None and len(judging.labelled) == 20, "the forty that trained are out"
+    assert judging.left_out == ("40 of 60 labelled samples calibrate or train, now or in an earlier job, and so never judge",)
     kept.add(judging)
     assert len(kept.known()) == 100
     kept.path.write_text("half a ha")

@@ -179,7 +179,7 @@ def _best_classes(scores: NDArray[Any]) -> dict[int, float]:
 class SampleSets:
     """What one job works with. `reference`, `live` and `labelled` judge and share no sample with `calibration` and `train`.
 
-    `owner_named`: the owner named samples that judge, which lossy changes need to be automatic.
+    `owner_named`: the owner named samples that judge, which lossy changes need to be automatic. `left_out`: which do not judge, and why.
     """
 
     calibration: Samples
@@ -189,6 +189,7 @@ class SampleSets:
     train: Samples | None = None
     owner_named: bool = False
     notes: tuple[str, ...] = field(default=())
+    left_out: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write each set that there is as NAME.npz; returns the paths by name, for a task child's request."""
@@ -283,12 +284,18 @@ def assemble(
         )
     if frozen is None and live is None and labelled is None:  # golden answers anew then, and where it cannot, that is told
         frozen = reference_inputs(sources, reader, seed)
+    judging = {"reference": frozen, "live": live, "labelled": labelled}
+    unspent = {name: _unspent(samples, used) for name, samples in judging.items()}
+    counts = {name: (len(samples), len(unspent[name] or ())) for name, samples in judging.items() if samples is not None}
     return SampleSets(
         calibration=calibration,
-        reference=_unspent(frozen, used),
-        live=_unspent(live, used),
-        labelled=_unspent(labelled, used),
+        **unspent,
         train=train,
+        left_out=tuple(
+            f"{total - left} of {total} {name} samples calibrate or train, now or in an earlier job, and so never judge"
+            for name, (total, left) in counts.items()
+            if left < total
+        ),
         owner_named=bool(sources.reference or sources.validation),
         notes=(note,),
     )

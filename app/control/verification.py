@@ -69,6 +69,7 @@ def question(
             if path.suffix == WEIGHTS_SUFFIX
         },
         "sets": sets,
+        "notes": piece.samples.left_out,
         "task": piece.config.task,
         "quality": piece.quality,
         "goal": {"objective": piece.config.tune_for, "least_gain": None if repairs else piece.config.least_gain},
