@@ -132,6 +132,18 @@ def test_what_cutting_each_layer_costs_is_shown_as_a_picture(running: Running, w
     assert "nothing is known" in running.admin("GET", "/admin/models/other/versions/1.9/curves", 404)["error"]
 
 
+def test_what_is_built_for_its_bytes_need_not_be_faster(running: Running, worker: int) -> None:
+    """A codebook that kept its quality was always refused for want of speed, and its file thrown away at once."""
+    config = running.folder / "models" / "third" / "model.yaml"
+    config.write_text(CONFIG.replace("least_gain: 0\n", ""))
+    done = running.job_done(ask(running, "third", recipe=[{"method": "codebook", "bits": 6}]))
+    assert done["outcome"] in {"kept", "inconclusive"}, done["report"]
+    golden, built = running.admin("GET", "/admin/models/third/versions")["versions"]
+    assert built["recipe"] == ["codebook"] and built["bytes"] < golden["bytes"] / 3
+    assert (running.folder / "state" / "models" / "third" / built["version"] / "model.onnx").exists()
+    config.write_text(CONFIG)
+
+
 def test_methods_that_do_not_apply_say_why(running: Running, worker: int) -> None:
     identity = ask(running, "small", **{"try": [["int8-static"], ["int8-dynamic"]]})
     done = running.job_done(identity)
