@@ -99,7 +99,10 @@ class Bench:
         card = self.cards.card(piece.found.name, version)
         if not isinstance(card, BuiltCard):
             raise NotFound(f"version {version} of {piece.found.name!r} is no longer in the repository")
-        return self.cards.path(card)
+        path = self.cards.path(card)
+        if not path.is_file():
+            raise NotFound(f"version {version} of {piece.found.name!r} was removed; its weights are gone")
+        return path
 
     def torch_source(self, piece: Workpiece, version: str, as_deployed: bool = False) -> JSON:
         """What the weights of a PyTorch version need beside them to be run. `as_deployed`: by the factory that it first came with, where that
