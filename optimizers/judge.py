@@ -193,11 +193,10 @@ def _compare_sets(
 ) -> list[str]:
     """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons.
 
-    A set too small to show anything (the first few live inputs) is no doubt about what another one shows: it can only object.
+    A set too small to show anything (the first few live inputs) is no doubt about what another one shows. Where it misses the floor,
+    it takes its bounds to fail the candidate; short of that nothing is decided.
     """
-    failures: list[str] = []
-    undecided: list[tuple[str, Fidelity, Floor]] = []
-    shown = ""
+    judged: list[tuple[str, Fidelity, Floor, bool]] = []
     seen = 0
     labels_decide = any(samples.labels is not None for samples, _ in sets.values()) and request.quality.metric in {"auto", "accuracy"}
     labels_decide = labels_decide and request.task == "classification"
@@ -218,19 +217,27 @@ def _compare_sets(
         found = _judged(request, answers, samples, floor)
         close = close and found.bit_close
         report.fidelity[name] = {**found.to_json(), "origin": samples.origin, "available": len(samples)}
-        failures += [f"{name} samples: {text}" for text in objections(found, advisory=labels_decide and samples.labels is None)]
+        judged.append((name, found, floor, labels_decide and samples.labels is None))
         seen += found.samples
-        enough = request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES
-        if not enough and found.met is Met.TOO_FEW and not (labels_decide and samples.labels is None):
-            undecided.append((name, found, floor))
-        if found.met is Met.MET:
-            shown = shown or name
-        report.notes += class_notes(name, found)
     report.bit_close = close
-    if not (request.lossless and close and seen >= BIT_CLOSE_SAMPLES):
-        for name, found, floor in undecided:
-            told = report.notes if shown and found.samples < floor.min_samples else report.reasons
-            told.append(f"{name} samples: {too_few(found, floor)}" + (f"; {shown} samples show it" if told is report.notes else ""))
+    return _weighed(request, report, judged, request.lossless and close and seen >= BIT_CLOSE_SAMPLES)
+
+
+def _weighed(request: VerifyRequest, report: VerifyReport, judged: list[tuple[str, Fidelity, Floor, bool]], same: bool) -> list[str]:
+    """What is wrong, over all sets; the last of each says that labels decide elsewhere. `same`: all outputs together are evidence enough."""
+    failures: list[str] = []
+    shown = next((name for name, found, _, _ in judged if found.met is Met.MET), "")
+    for name, found, floor, advisory in judged:
+        small = bool(shown) and found.samples < floor.min_samples
+        failures += [f"{name} samples: {text}" for text in objections(found, advisory, small)]
+        report.notes += class_notes(name, found)
+        enough = same or advisory or (request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES)
+        if enough or found.met is Met.MET:
+            continue
+        if small and found.met is Met.TOO_FEW:
+            report.notes.append(f"{name} samples: {too_few(found, floor)}; {shown} samples show it")
+        elif small or found.met is Met.TOO_FEW:
+            report.reasons.append(f"{name} samples: {too_few(found, floor)}")
     return failures
 
 
