@@ -234,10 +234,12 @@ def _weighed(request: VerifyRequest, report: VerifyReport, judged: list[tuple[st
         enough = same or advisory or (request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES)
         if enough or found.met is Met.MET:
             continue
+        told = f"{name} samples: {too_few(found, floor)}"
         if small and found.met is Met.TOO_FEW:
-            report.notes.append(f"{name} samples: {too_few(found, floor)}; {shown} samples show it")
+            report.notes.append(f"{told}; {shown} samples show it")
         elif small or found.met is Met.TOO_FEW:
-            report.reasons.append(f"{name} samples: {too_few(found, floor)}")
+            made_up = report.fidelity[name]["origin"] == "synthetic"
+            report.reasons.append(f"{told}, and they are made up: name some in model.yaml (samples: reference)" if made_up else told)
     return failures
 
 

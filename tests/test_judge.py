@@ -117,7 +117,7 @@ def test_too_few_samples_are_inconclusive_unless_a_lossless_candidate_is_bit_clo
     close = mlp(tmp_path / "close.onnx", weights=noisy(mlp_weights(SIZES), 1e-5))
     lossy = verify(golden, close, few)
     assert lossy["verdict"] == "inconclusive" and lossy["evidence"] == "synthetic"
-    assert any("64 samples are fewer than the 300 asked for" in reason for reason in lossy["reasons"])
+    assert any("64 samples are fewer than the 300 asked for, and they are made up: name some" in reason for reason in lossy["reasons"])
     assert verify(golden, close, few, lossless=True)["verdict"] == "passed"
     off = mlp(tmp_path / "off.onnx", weights=noisy(mlp_weights(SIZES), 0.02))
     assert verify(golden, off, few, lossless=True)["verdict"] != "passed"
