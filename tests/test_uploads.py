@@ -279,8 +279,10 @@ def test_hone_deploy_sends_a_whole_folder_and_hone_remove_takes_it_back(running:
 
 
 def test_samples_that_cannot_judge_are_told_where_one_looks(running: Running, good: bytes) -> None:
-    answer = upload(running, "unjudged", {"model.onnx": good, "model.yaml": b"samples: {reference: gone.npz}\n"})
-    assert answer.status_code == 201 and "'gone.npz' is not there" in answer.json()["notes"][0]
+    named = b"samples: {reference: gone.npz}\nsource: {factory: 'net.py:build', weights: w.safetensors}\n"
+    answer = upload(running, "unjudged", {"model.onnx": good, "model.yaml": named})
+    samples, weights = answer.json()["notes"]
+    assert answer.status_code == 201 and "'gone.npz' is not there" in samples and "'w.safetensors' is not there" in weights
     said = "its reference is not frozen yet: samples.reference = 'gone.npz' does not exist"
     running.until(lambda: said in str(running.admin("GET", "/admin/models/unjudged")["loaded"]))
 
