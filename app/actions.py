@@ -258,4 +258,4 @@ def _finished(client: Client, job: dict[str, Any], quiet: bool) -> dict[str, Any
 def _outcome(job: dict[str, Any]) -> str:
     report = job.get("report") or {}
     text = f"{job['outcome']}" + (f": version {job['candidate']}" if job.get("candidate") else "")
-    return f"{text}\n{tables.job_report(report)}".rstrip()
+    return "\n".join(part for part in (text, tables.job_report(report), overview.left_to_a_person(job)) if part)

@@ -133,7 +133,9 @@ def _model_in(folder: Path) -> tuple[Path, Path | None]:
     candidates = [place / name for place in places for name in ("model.onnx", "model.onnx.packed")]
     model = next((candidate for candidate in candidates if candidate.is_file()), None)
     if model is None:
-        raise ClientError(f"{folder} holds no model: expected {folder / '1' / 'model.onnx'}")
+        torch = next((file for place in places for file in sorted(place.glob("*.safetensors"))), None)
+        other = f"; {torch} is a PyTorch model's: such a folder is put into the server's repository folder" if torch else ""
+        raise ClientError(f"{folder} holds no model: expected {folder / '1' / 'model.onnx'}{other}")
     config = folder / "model.yaml"
     return model, config if config.is_file() else None
 

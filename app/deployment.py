@@ -86,7 +86,9 @@ class Deployment:
                 await self._announce(found, actor)
             unused = sorted({*staged.data_files} - {*data_files})
         notes = [f"{printable(file)} was not kept: the model names no such data file" for file in unused]
-        return await self.serve_found(found, [*notes, *(_missing_samples(found) if staged.config is not None else ())])
+        return await self.serve_found(
+            found, [*notes, *((*_missing_samples(found), *_missing_weights(found)) if staged.config is not None else ())]
+        )
 
     def _check_processing(self, name: str, staged: Staged, report: Mapping[str, Any]) -> None:
         """Pre- and post-processing of model.yaml (the uploaded one, else what lies there) must fit what the model takes and gives."""
@@ -197,6 +199,14 @@ def _missing_samples(found: FoundModel) -> list[str]:
         for key, name in named.items()
         if name != CAPTURED and ".py:" not in name and not (found.folder / name).exists()
     ]
+
+
+def _missing_weights(found: FoundModel) -> list[str]:
+    """Of an ONNX model, the PyTorch weights that model.yaml names beside it: an upload brings none."""
+    source, newest = found.config and found.config.source, max(found.versions, key=lambda version: int(version.number), default=None)
+    if not source or newest is None or newest.kind != "onnx" or (newest.folder / source.weights).is_file():
+        return []
+    return [f"source.weights = {source.weights!r} is not there: put it into {newest.folder}, else the methods that train do not apply"]
 
 
 def _check_field(name: str, value: str) -> None:

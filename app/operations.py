@@ -40,6 +40,8 @@ class ServerOperations:
         self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
     ) -> JSON:  # fmt: skip
         slot = self._service.slot(name)
+        if slot.golden in slot.failed and await asyncio.to_thread(self._cards.golden, name, slot.golden) is None:
+            raise Conflict(f"golden {slot.golden} of {name!r} does not load, so nothing is built from it: {slot.failed[slot.golden]}")
         torch = slot.golden_kind == "torch"
         wanted = tries if tries is not None else quick_tries(slot.config, torch)
         steps = await asyncio.to_thread(parse_tries, wanted, slot.config.allow, name, target, torch=torch)

@@ -63,7 +63,17 @@ def job(found: JSON) -> str:
         )
     told += [str(report["canary"])] if report.get("canary") else []
     lines = "\n".join(tables.clean(line) for line in told)
-    return "\n\n".join(part for part in (tables.jobs([found]), lines, tables.job_report(report)) if part)
+    return "\n\n".join(part for part in (tables.jobs([found]), lines, tables.job_report(report), left_to_a_person(found)) if part)
+
+
+def left_to_a_person(found: JSON) -> str:
+    """What to do with what a job built and did not promote."""
+    version = f"{found.get('model')}:{found.get('candidate')}"
+    if not found.get("candidate") or found.get("outcome") not in {"kept", "inconclusive"}:
+        return ""
+    if found["outcome"] == "kept":
+        return f"{version} waits for a person: hone promote {version}"
+    return f"{version} is undecided: hone verify {version} judges it anew, hone promote {version} --force takes it as it is"
 
 
 def _service(found: JSON) -> str:

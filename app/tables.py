@@ -195,8 +195,9 @@ def jobs(rows: Iterable[JSON]) -> str:
 
 
 def recipe(steps: Iterable[Any] | None) -> str:
-    """Methods in order. Their options are many, most of them defaults: they stand in the job and on the version's card."""
-    return " + ".join(str(step.get("method", "?")) if isinstance(step, dict) else str(step) for step in steps or ())
+    """Methods in order, and of what. Their options are many, most of them defaults: they stand in the job and on the version's card."""
+    named = ((step.get("method", "?"), step.get("version", "")) if isinstance(step, dict) else (step,) for step in steps or ())
+    return " + ".join(" ".join(str(part) for part in parts if part) for parts in named)
 
 
 def recipes(tries: Iterable[Any] | None) -> str:

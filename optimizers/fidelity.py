@@ -117,6 +117,8 @@ class Fidelity:
     accuracy: float | None = None
     golden_accuracy: float | None = None
     secondary_below: tuple[str, ...] = ()
+    secondary_proven: tuple[str, ...] = ()
+    """Of those below, the ones that are so by their upper bound, too."""
 
     @property
     def more_non_finite(self) -> bool:
@@ -151,7 +153,10 @@ def judge(
     )
     rows = len(golden[name])
     below = tuple(o.name for o in numbers if o.name != name and not _secondary_kept(golden[o.name], candidate[o.name]))
-    common: dict[str, Any] = {"samples": rows, "floor": floor.floor, "outputs": numbers, "worst": worst, "secondary_below": below}
+    proven = tuple(name for name in below if _secondary_high(golden[name], candidate[name]) < SECONDARY_COSINE)
+    common: dict[str, Any] = {
+        "samples": rows, "floor": floor.floor, "outputs": numbers, "worst": worst, "secondary_below": below, "secondary_proven": proven,
+    }  # fmt: skip
     if floor.metric in {"agreement", "accuracy"}:
         return _classes(golden[name], candidate[name], floor, labels, class_axis, common)
     per_row = closeness(golden[name], candidate[name], floor.metric)
@@ -315,6 +320,13 @@ def _secondary_kept(golden: NDArray[Any], candidate: NDArray[Any]) -> bool:
     if golden.dtype.kind == "f":
         return not golden.size or float(cosines(golden, candidate).mean()) >= SECONDARY_COSINE
     return float((golden == candidate).mean()) >= SECONDARY_COSINE if golden.size else True
+
+
+def _secondary_high(golden: NDArray[Any], candidate: NDArray[Any]) -> float:
+    """The upper bound of what `_secondary_kept` looks at."""
+    if golden.dtype.kind == "f":
+        return mean_bounds(cosines(golden, candidate))[1]
+    return wilson(float((golden == candidate).mean()) * len(golden), len(golden))[1]
 
 
 def _bit_close(outputs: tuple[OutputFidelity, ...]) -> bool:

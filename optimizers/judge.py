@@ -49,7 +49,7 @@ def run(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
 def verify(request: VerifyRequest, budget: Budget) -> VerifyReport:
     """Judge the candidate. Failures of the candidate are a verdict; failures of golden or of the samples raise Rejected."""
     started = time.monotonic()
-    report = VerifyReport(host_class=host_class().key, serve=request.candidate_settings)
+    report = VerifyReport(notes=list(request.notes), host_class=host_class().key, serve=request.candidate_settings)
     for path in (request.golden, request.candidate, request.incumbent or request.golden):
         if not Path(path).is_file():
             raise Rejected(f"verify: {path} is no file")
@@ -191,9 +191,12 @@ def _compare_sets(
     budget: Budget,
     until: float,
 ) -> list[str]:
-    """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons."""
-    failures: list[str] = []
-    few: list[str] = []
+    """Judge every set; what is proven wrong comes back, what is merely not shown goes into the report's reasons.
+
+    A set too small to show anything (the first few live inputs) is no doubt about what another one shows. Where it misses the floor,
+    it takes its bounds to fail the candidate; short of that nothing is decided.
+    """
+    judged: list[tuple[str, Fidelity, Floor, bool]] = []
     seen = 0
     labels_decide = any(samples.labels is not None for samples, _ in sets.values()) and request.quality.metric in {"auto", "accuracy"}
     labels_decide = labels_decide and request.task == "classification"
@@ -214,15 +217,29 @@ def _compare_sets(
         found = _judged(request, answers, samples, floor)
         close = close and found.bit_close
         report.fidelity[name] = {**found.to_json(), "origin": samples.origin, "available": len(samples)}
-        failures += [f"{name} samples: {text}" for text in objections(found, advisory=labels_decide and samples.labels is None)]
+        judged.append((name, found, floor, labels_decide and samples.labels is None))
         seen += found.samples
-        enough = request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES
-        if not enough and found.met is Met.TOO_FEW and not (labels_decide and samples.labels is None):
-            few.append(f"{name} samples: {too_few(found, floor)}")
-        report.notes += class_notes(name, found)
     report.bit_close = close
-    if not (request.lossless and close and seen >= BIT_CLOSE_SAMPLES):
-        report.reasons += few
+    return _weighed(request, report, judged, request.lossless and close and seen >= BIT_CLOSE_SAMPLES)
+
+
+def _weighed(request: VerifyRequest, report: VerifyReport, judged: list[tuple[str, Fidelity, Floor, bool]], same: bool) -> list[str]:
+    """What is wrong, over all sets; the last of each says that labels decide elsewhere. `same`: all outputs together are evidence enough."""
+    failures: list[str] = []
+    shown = next((name for name, found, _, _ in judged if found.met is Met.MET), "")
+    for name, found, floor, advisory in judged:
+        small = bool(shown) and found.samples < floor.min_samples
+        failures += [f"{name} samples: {text}" for text in objections(found, advisory, small)]
+        report.notes += class_notes(name, found)
+        enough = same or advisory or (request.lossless and found.bit_close and found.samples >= BIT_CLOSE_SAMPLES)
+        if enough or found.met is Met.MET:
+            continue
+        told = f"{name} samples: {too_few(found, floor)}"
+        if small and found.met is Met.TOO_FEW:
+            report.notes.append(f"{told}; {shown} samples show it")
+        elif small or found.met is Met.TOO_FEW:
+            made_up = report.fidelity[name]["origin"] == "synthetic"
+            report.reasons.append(f"{told}, and they are made up: name some in model.yaml (samples: reference)" if made_up else told)
     return failures
 
 

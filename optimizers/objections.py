@@ -8,15 +8,18 @@ from optimizers.fidelity import COLLAPSE, Fidelity, Floor, Met
 from optimizers.stats import NEVER
 
 
-def objections(found: Fidelity, advisory: bool = False) -> list[str]:
-    """What is proven wrong with a candidate's answers. `advisory`: labels decide elsewhere, so agreement fails only where it collapsed."""
+def objections(found: Fidelity, advisory: bool = False, small: bool = False) -> list[str]:
+    """What is wrong with a candidate's answers. `advisory`: labels decide elsewhere, so agreement fails only where it collapsed.
+
+    `small`: another set shows what this one has too few samples for, so that only what its bounds prove counts.
+    """
     wrong = [
         f"output {o.name!r} has {o.non_finite_candidate} non-finite values, golden's has {o.non_finite_golden}"
         for o in found.outputs
         if o.non_finite_candidate > o.non_finite_golden
     ]
     floor = 1 - COLLAPSE * (1 - found.floor) if advisory else found.floor
-    if (found.high if advisory else found.value) < floor:
+    if (found.high if advisory or small else found.value) < floor:
         worst = f"; worst: {found.worst}" if found.worst else ""
         wrong.append(
             f"{found.metric} is {_shown(found.metric, found.value)} of {found.samples} samples, the floor is {_shown(found.metric, floor)}{worst}"
@@ -26,7 +29,10 @@ def objections(found: Fidelity, advisory: bool = False) -> list[str]:
         for each in found.classes
         if each.met is Met.BELOW
     ]
-    wrong += [f"output {name!r} beside the judged one differs from golden's" for name in found.secondary_below]
+    wrong += [
+        f"output {name!r} beside the judged one differs from golden's"
+        for name in (found.secondary_proven if small else found.secondary_below)
+    ]
     return wrong
 
 

@@ -67,8 +67,8 @@ def open_source(artifact: Artifact, samples: Samples, method: str) -> Opened:
     """The parent's module. Raises NotApplicable: no source, no rows to try it on, or it does not answer as the parent's ONNX file."""
     if artifact.source is None:
         raise NotApplicable(
-            f"{method} needs the PyTorch source of the model: name it in model.yaml (source: {{factory, weights}}); "
-            "a step that rewrites the ONNX file, such as int8-static, comes after the steps that train"
+            f"{method} needs the PyTorch source of the model: name it in model.yaml (source: {{factory, weights}}), with the weights in the "
+            "version's folder and the factory's folder in the worker's HONE_FACTORIES; a step that rewrites the ONNX file, such as int8-static, comes after the steps that train"
         )
     if not len(samples) or not samples.stacked:
         raise NotApplicable(

@@ -85,7 +85,7 @@ class VerifyRequest:
 
     `sets` by name: reference, live, labelled; each that exists must be passed. `exclude`: hashes of samples that calibrated.
     `batchable`: golden is served in batches. `lossless`: the method promises the same answers; then bit-close outputs are evidence enough.
-    `timed`: False compares answers only, and says nothing of speed.
+    `timed`: False compares answers only, and says nothing of speed. `notes`: what stands in the report beside its own.
     """
 
     golden: str
@@ -94,6 +94,7 @@ class VerifyRequest:
     parent: str = ""
     sources: Mapping[str, TorchSource] = field(default_factory=dict)
     sets: Mapping[str, SampleSet] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     task: str = "generic"
     quality: Quality = Quality()
     goal: Goal = Goal()
@@ -120,6 +121,7 @@ class VerifyRequest:
             known["goal"] = Goal(**known.get("goal", {}))
             for name in ("candidate_settings", "incumbent_settings", "golden_settings"):
                 known[name] = Settings.from_json(known.get(name))
+            known["notes"] = tuple(known.get("notes", ()))
             known["exclude"] = frozenset(known.get("exclude", ()))
             known["purpose"] = Purpose(known.get("purpose", "swap"))
             return cls(**known)

@@ -186,6 +186,10 @@ def test_what_is_no_model_is_refused_with_what_was_expected(tmp_path: Path) -> N
         files_to_deploy(tmp_path / "nothing.onnx", None, None)
     with pytest.raises(ClientError, match=r"expected .*1/model\.onnx"):
         files_to_deploy(tmp_path, None, None)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "model.safetensors").touch()
+    with pytest.raises(ClientError, match=r"1/model\.safetensors is a PyTorch model's: such a folder is put into the server's repository"):
+        files_to_deploy(tmp_path, None, None)
     (tmp_path / "model.pt").touch()
     with pytest.raises(ClientError, match=r"no \.onnx file"):
         files_to_deploy(tmp_path / "model.pt", None, None)
@@ -351,6 +355,7 @@ def test_versions_show_fidelity_of_the_largest_set_and_speed() -> None:
 def test_recipes_show_methods_not_all_their_options() -> None:
     rows = [{"id": "d-1", "model": "d", "tries": [[{"method": "graph", "level": "all"}, {"method": "tune"}], ["int8-static"]]}]
     assert "graph + tune | int8-static" in tables.jobs(rows)
+    assert "verify 1.2" in tables.jobs([{"id": "d-2", "tries": [[{"method": "verify", "version": "1.2"}]]}]), "of which version"
 
 
 def test_sizes_and_nested_fields_are_readable() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -131,6 +132,18 @@ def test_what_cutting_each_layer_costs_is_shown_as_a_picture(running: Running, w
     assert "nothing is known" in running.admin("GET", "/admin/models/other/versions/1.9/curves", 404)["error"]
 
 
+def test_what_is_built_for_its_bytes_need_not_be_faster(running: Running, worker: int) -> None:
+    """A codebook that kept its quality was always refused for want of speed, and its file thrown away at once."""
+    config = running.folder / "models" / "third" / "model.yaml"
+    config.write_text(CONFIG.replace("least_gain: 0\n", ""))
+    done = running.job_done(ask(running, "third", recipe=[{"method": "codebook", "bits": 6}]))
+    assert done["outcome"] in {"kept", "inconclusive"}, done["report"]
+    golden, built = running.admin("GET", "/admin/models/third/versions")["versions"]
+    assert built["recipe"] == ["codebook"] and built["bytes"] < golden["bytes"] / 3
+    assert (running.folder / "state" / "models" / "third" / built["version"] / "model.onnx").exists()
+    config.write_text(CONFIG)
+
+
 def test_methods_that_do_not_apply_say_why(running: Running, worker: int) -> None:
     identity = ask(running, "small", **{"try": [["int8-static"], ["int8-dynamic"]]})
     done = running.job_done(identity)
@@ -155,6 +168,22 @@ def test_what_cannot_be_asked_for_is_told_at_once(running: Running) -> None:
     assert running.admin("POST", "/admin/models/nobody/optimize", 404)["error"]
     assert running.admin("GET", "/admin/jobs/nobody", 404)["error"]
     assert not running.admin("GET", "/admin/jobs?open=true")["jobs"]
+
+
+def test_nothing_is_built_from_a_golden_that_does_not_load(running: Running) -> None:
+    """It was accepted, and ended minutes later with advice about the worker's state folder."""
+    broken = running.folder / "models" / "broken" / "1" / "model.onnx"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no model")
+
+    def told() -> str:
+        answer = running.call("POST", "/v2/models/broken/infer", json={"inputs": []}).json()["error"]
+        return answer if "does not load" in answer else ""
+
+    reason = running.until(told)
+    refused = running.admin("POST", "/admin/models/broken/optimize", 409, json={"recipe": ["graph"]})["error"]
+    assert "golden 1 of 'broken' does not load, so nothing is built from it: " in refused and refused.split(": ")[-1] in reason
+    shutil.rmtree(broken.parents[1])
 
 
 def test_a_job_waits_for_a_worker_once_and_can_be_cancelled_meanwhile(running: Running) -> None:

@@ -117,7 +117,7 @@ def test_too_few_samples_are_inconclusive_unless_a_lossless_candidate_is_bit_clo
     close = mlp(tmp_path / "close.onnx", weights=noisy(mlp_weights(SIZES), 1e-5))
     lossy = verify(golden, close, few)
     assert lossy["verdict"] == "inconclusive" and lossy["evidence"] == "synthetic"
-    assert any("64 samples are fewer than the 300 asked for" in reason for reason in lossy["reasons"])
+    assert any("64 samples are fewer than the 300 asked for, and they are made up: name some" in reason for reason in lossy["reasons"])
     assert verify(golden, close, few, lossless=True)["verdict"] == "passed"
     off = mlp(tmp_path / "off.onnx", weights=noisy(mlp_weights(SIZES), 0.02))
     assert verify(golden, off, few, lossless=True)["verdict"] != "passed"
@@ -139,10 +139,29 @@ def test_a_candidate_must_pass_on_live_samples_too(golden: Path, reference: dict
     assert any(reason.startswith("live samples: agreement") for reason in report["reasons"])
 
 
+def test_a_handful_of_live_samples_casts_no_doubt_on_what_the_reference_shows(
+    golden: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two requests tried by hand, and no lossy version passed any more until 300 had been captured."""
+    close = mlp(tmp_path / "close.onnx", weights=noisy(mlp_weights(SIZES), 1e-3))
+
+    def live(count: int) -> dict[str, Any]:
+        return reference | {"live": {"path": samples(tmp_path / "live.npz", count, seed=5), "origin": "captured"}}
+
+    report = verify(golden, close, live(2))
+    assert report["verdict"] == "passed", report["reasons"]
+    assert any("2 samples are fewer than the 300 asked for; reference samples show it" in note for note in report["notes"])
+    wrong = verify(golden, mlp(tmp_path / "wrong.onnx", weights=noisy(mlp_weights(SIZES), 5.0)), live(20))
+    assert wrong["verdict"] == "failed" and any(reason.startswith("live samples: agreement") for reason in wrong["reasons"])
+    strict = verify(golden, close, live(280), quality={"min_samples": 270, "floor": 0.9999})
+    assert strict["verdict"] == "inconclusive" and any(reason.startswith("live samples") for reason in strict["reasons"])
+
+
 def test_what_calibrated_does_not_judge(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     close = mlp(tmp_path / "close.onnx", weights=noisy(mlp_weights(SIZES), 1e-4))
     hashes = Samples.load(Path(reference["reference"]["path"])).hashes()
-    half = verify(golden, close, reference, exclude=hashes[:200])
+    half = verify(golden, close, reference, exclude=hashes[:200], notes=["200 of 400 calibrated"])
+    assert half["notes"][0] == "200 of 400 calibrated"
     assert half["fidelity"]["reference"]["samples"] == 200 and half["verdict"] == "inconclusive"
     assert verify(golden, close, reference, exclude=hashes)["verdict"] == "no_data"
     assert verify(golden, close, {})["verdict"] == "no_data"

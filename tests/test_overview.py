@@ -62,6 +62,10 @@ def test_a_job_says_what_came_of_it() -> None:
     text = overview.job(job)
     for part in ("too slow", "took 2 min, 17.7 s of CPU", "built by w", "no canary: too little traffic", "1.1  passed: no objection"):
         assert part in text, text
+    assert "waits" not in text
+    kept, undecided = ({**job, "outcome": outcome, "candidate": "1.1"} for outcome in ("kept", "inconclusive"))
+    assert "hone promote d:1.1" in overview.job(kept) and "--force" not in overview.job(kept)
+    assert "hone verify d:1.1 judges it anew, hone promote d:1.1 --force" in overview.job(undecided)
     open_job = overview.job({"id": "d-2", "model": "d", "state": "building", "progress": {"method": "tune", "step": "x", "share": 0.42}})
     assert "building  tune  x  40%" in open_job
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from app.catalog.model_config import ModelConfig
-from app.control.choices import builds, quick_tries
+from app.control.choices import builds, promises_no_time, quick_tries
 from app.control.diagnosis import Cause, Diagnosis, diagnose
 from app.control.findings import Replay
 from app.control.patient import Patient
@@ -194,6 +194,11 @@ def test_memory_beyond_the_objective_asks_for_what_takes_less() -> None:
     tried = frozenset(recipe for group in builds(Gain.FASTER, False) for recipe in group)
     assert plan(large, replace(GOLDEN, tried=tried), ModelConfig()).tries == (("int4-linear",),)
     assert plan(large, replace(GOLDEN, tried=tried | {("int4-linear",)}), ModelConfig()).action is Action.NOTHING, "tune saves none"
+
+
+def test_only_what_promises_bytes_alone_need_not_be_faster() -> None:
+    assert all(promises_no_time(methods) for methods in (["codebook"], ["trained-codebook"], ["int4-linear"], ["int4-linear", "codebook"]))
+    assert not any(promises_no_time(methods) for methods in ([], ["int8-static"], ["low-rank", "codebook"], ["export", "codebook"]))
 
 
 def test_only_what_the_owner_allows_is_built() -> None:

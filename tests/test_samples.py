@@ -17,7 +17,7 @@ from app.catalog.model_config import SampleSources
 from app.catalog.model_files import links_within
 from app.catalog.processing import Processor
 from app.catalog.sample_sources import SampleReader
-from app.catalog.samples import References, Spent, assemble, reference_inputs, synthetic
+from app.catalog.samples import References, Spent, assemble, named_reference, reference_inputs, synthetic
 from app.catalog.sections import ImagePreprocess, Postprocess, Preprocess
 from app.domain import Signature, TensorSpec
 from app.errors import Conflict, InsufficientStorage, ModelRejected, NotAllowed, NotFound
@@ -49,6 +49,25 @@ def test_a_reference_is_frozen_once_and_read_as_it_was(tmp_path: Path) -> None:
     assert np.array_equal(again.samples.inputs["x"], inputs.inputs["x"]) and again.samples.labels is not None
     assert again.samples.hashes() == list(frozen.meta.hashes) == inputs.hashes()
     assert again.outputs["text"].tolist() == outputs["text"].tolist() and np.array_equal(again.outputs["y"], outputs["y"])
+
+
+@pytest.mark.parametrize(
+    ("frozen", "now", "stands"),
+    [
+        ({}, {}, True),
+        ({}, {"reference": "r.npz"}, False),
+        ({"reference": "r.npz"}, {"reference": "r.npz"}, True),
+        ({"reference": "r.npz"}, {"reference": "more.npz"}, False),
+        ({"reference": "r.npz"}, {"reference": "r.npz", "calibration": "c.npz"}, False),
+        ({"reference": "r.npz"}, {}, True),
+    ],
+)
+def test_a_reference_gives_way_only_to_another_that_the_owner_names(
+    tmp_path: Path, frozen: dict[str, str], now: dict[str, str], stands: bool
+) -> None:
+    source = named_reference(SampleSources(**frozen))
+    reference = References(tmp_path / "reference").freeze(samples(3), {"y": np.zeros((3, 1))}, "golden", "h", source=source)
+    assert reference.meta.stands_for(SampleSources(**now)) == stands
 
 
 def test_a_loaded_version_holds_some_of_the_reference_and_what_it_tells_of_all(tmp_path: Path) -> None:
@@ -113,7 +132,7 @@ def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
     assert len(replace(read, most=4).read("good.npz", "k")) == 4
     bad = {
         "name.npz": ({"z": np.zeros((3, 4), "f4")}, r"holds z; the model's inputs are x"),
-        "shape.npz": ({"x": np.zeros((3, 5), "f4")}, r"shape \[3, 5\]; \['n', 4\] is wanted"),
+        "shape.npz": ({"x": np.zeros((3, 5), "f4")}, r"shape \[3, 5\]; \[n, 4\] is wanted, n being the samples$"),
         "dtype.npz": ({"x": np.array([["a"] * 4])}, "cannot be converted to FP32"),
         "length.npz": ({"x": np.zeros((3, 4), "f4"), "labels": np.arange(2)}, "must share one first axis"),
         "empty.npz": ({"x": np.zeros((0, 4), "f4")}, "holds no samples"),
@@ -124,6 +143,9 @@ def test_an_npz_is_held_against_the_signature(tmp_path: Path) -> None:
         with pytest.raises(ModelRejected, match=part) as caught:
             read.read(name, "samples.train")
         assert f"samples.train = '{name}'" in str(caught.value)
+    alone = replace(ROWS, batchable=False, rows_reason="not proven")
+    with pytest.raises(ModelRejected, match=r"\[n, -1, 4\] is wanted.* not batched \(not proven\): .*rows: independent"):
+        replace(read, signature=alone).read("good.npz", "k")
 
 
 def test_whole_numbers_are_converted_only_without_loss(tmp_path: Path) -> None:
@@ -300,6 +322,7 @@ def test_those_who_judge_later_neither_read_nor_take_what_trained(tmp_path: Path
     (tmp_path / "m" / "train.npz").rename(tmp_path / "m" / "validation.npz")
     judging = assemble(sources.model_copy(update={"train": "gone.npz"}), read, None, spent=kept)
     assert judging.train is None and judging.labelled is not None and len(judging.labelled) == 20, "the forty that trained are out"
+    assert judging.left_out == ("40 of 60 labelled samples calibrate or train, now or in an earlier job, and so never judge",)
     kept.add(judging)
     assert len(kept.known()) == 100
     kept.path.write_text("half a ha")

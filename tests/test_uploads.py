@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -277,10 +279,39 @@ def test_hone_deploy_sends_a_whole_folder_and_hone_remove_takes_it_back(running:
 
 
 def test_samples_that_cannot_judge_are_told_where_one_looks(running: Running, good: bytes) -> None:
-    answer = upload(running, "unjudged", {"model.onnx": good, "model.yaml": b"samples: {reference: gone.npz}\n"})
-    assert answer.status_code == 201 and "'gone.npz' is not there" in answer.json()["notes"][0]
+    named = b"samples: {reference: gone.npz}\nsource: {factory: 'net.py:build', weights: w.safetensors}\n"
+    answer = upload(running, "unjudged", {"model.onnx": good, "model.yaml": named})
+    samples, weights = answer.json()["notes"]
+    assert answer.status_code == 201 and "'gone.npz' is not there" in samples and "'w.safetensors' is not there" in weights
     said = "its reference is not frozen yet: samples.reference = 'gone.npz' does not exist"
     running.until(lambda: said in str(running.admin("GET", "/admin/models/unjudged")["loaded"]))
+
+
+def test_samples_named_after_the_first_deploy_are_what_judges_from_then_on(running: Running, good: bytes) -> None:
+    """A model without samples is told to name some; whoever did was still judged by what had been made up. A file that comes later is seen at once."""
+    assert upload(running, "later", {"model.onnx": good}).status_code == 201
+    folder, frozen = running.folder / "models" / "later", running.folder / "state" / "models" / "later" / "reference" / "meta.json"
+    running.until(frozen.exists)
+    assert json.loads(frozen.read_bytes())["origin"] == "synthetic"
+
+    def reference() -> tuple[str, int]:
+        meta: dict[str, Any] = json.loads(frozen.read_bytes()) if frozen.exists() else {"origin": "", "hashes": ()}
+        return str(meta["origin"]), len(meta["hashes"])
+
+    def judged_by(count: int) -> Callable[[], bool]:
+        return lambda: reference() == ("owner", count)
+
+    (folder / "model.yaml").write_text("samples: {reference: r.npz, calibration: c.npz}\n")
+    missing: Callable[[], bool] = lambda: "'r.npz' does not exist" in str(running.admin("GET", "/admin/models/later")["loaded"])
+    running.until(missing)
+    assert reference() == ("synthetic", 64), "what is there judges until there is something better"
+    (folder / "model.yaml").write_text("{}\n")
+    running.until(lambda: not missing())
+    for count, name in ((40, "r.npz"), (50, "more.npz")):
+        np.savez(folder / name, x=np.eye(count, 4, dtype=np.float32) + np.arange(count, dtype=np.float32)[:, None])
+        (folder / "model.yaml").write_text(f"samples: {{reference: {name}, calibration: c.npz}}\n")
+        running.until(judged_by(count))
+    assert not missing()
 
 
 def test_a_packed_model_is_deployed_as_it_is_and_a_damaged_one_is_not(running: Running, tmp_path: Path) -> None:

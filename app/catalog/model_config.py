@@ -185,7 +185,7 @@ class SampleSources(Strict):
 label, FILE.py:FUNCTION in a folder that the operator allowed, or the word `captured` (live inputs). Paths are relative to model.yaml."""
 
     reference: SamplesFrom | None = None
-    """Frozen at the first deploy, with golden's outputs; judges every version. A quarter is left to calibrate with where neither `calibration` nor `train` is named. Default: made up from the signature."""
+    """Frozen at the first deploy, with golden's outputs, and anew only where another is named; judges every version. A quarter is left to calibrate with where neither `calibration` nor `train` is named. Default: made up from the signature."""
     calibration: SamplesFrom | None = None
     """What int8 is calibrated with; never judges. Default: a part of the captured inputs."""
     validation: SamplesFrom | None = None

@@ -31,6 +31,7 @@ IMAGES: Final = frozenset({".png", ".jpg", ".jpeg"})
 MOST_SAMPLES: Final = 4096
 MAX_IMAGE_BYTES: Final = 256 << 20
 FUNCTION_S: Final = 600.0
+_INDEPENDENT: Final = "batching: {rows: independent} in model.yaml"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class SampleReader:
             raise ModelRejected(f"{where} holds no samples")
         if not needed <= samples.inputs.keys() <= specs.keys():
             raise ModelRejected(f"{where} holds {', '.join(sorted(samples.inputs))}; the model's inputs are {', '.join(specs)}")
-        inputs = {name: _fitting(values, specs[name], self.signature.batchable, where) for name, values in samples.inputs.items()}
+        inputs = {name: _fitting(values, specs[name], self.signature, where) for name, values in samples.inputs.items()}
         return Samples(inputs, samples.labels, samples.origin, self.signature.batchable)
 
     def _fewer(self, samples: Samples, seed: int) -> Samples:
@@ -128,11 +129,16 @@ class SampleReader:
         return samples.rows(chosen)
 
 
-def _fitting(values: NDArray[Any], spec: TensorSpec, batchable: bool, where: str) -> NDArray[Any]:
-    wanted = spec.shape[1:] if batchable else spec.shape
+def _fitting(values: NDArray[Any], spec: TensorSpec, signature: Signature, where: str) -> NDArray[Any]:
+    wanted = spec.shape[1:] if signature.batchable else spec.shape
     shape = values.shape[1:]
-    if len(shape) != len(wanted) or any(size not in (-1, got) for size, got in zip(wanted, shape, strict=True)):
-        raise ModelRejected(f"{where}: {spec.name} has shape {list(values.shape)}; {['n', *wanted]} is wanted, n being the samples")
+    if not _fits(shape, wanted):
+        hint = ""
+        if not signature.batchable and spec.shape[:1] == (-1,) and _fits(shape, spec.shape[1:]):
+            why = f" ({signature.rows_reason})" if signature.rows_reason else ""
+            hint = f". A sample is a whole call, as this model's rows are not batched{why}: give each a first axis of 1, or state {_INDEPENDENT}"
+        listed = ", ".join(map(str, ("n", *wanted)))
+        raise ModelRejected(f"{where}: {spec.name} has shape {list(values.shape)}; [{listed}] is wanted, n being the samples{hint}")
     if spec.datatype == BYTES:
         if values.dtype.kind not in "OUS":
             raise ModelRejected(f"{where}: {spec.name} has dtype {values.dtype}; text is wanted")
@@ -145,6 +151,10 @@ def _fitting(values: NDArray[Any], spec: TensorSpec, batchable: bool, where: str
     if converted is None or (dtype.kind in "biu" and not np.array_equal(converted.astype(values.dtype), values)):
         raise ModelRejected(f"{where}: {spec.name} has dtype {values.dtype}, which cannot be converted to {spec.datatype} without loss")
     return converted
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    return len(shape) == len(wanted) and all(size in (-1, got) for size, got in zip(wanted, shape, strict=True))
 
 
 def _call(source: str, factories: Sequence[Path], where: str) -> Samples:

@@ -51,7 +51,7 @@ _SHORT: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class ReferenceMeta:
-    """Where a reference came from. `hashes` are one per sample; `files` maps file names to SHA-256."""
+    """Where a reference came from. `hashes` are one per sample; `files` maps file names to SHA-256; `source`: see named_reference."""
 
     golden_sha256: str
     host_class: str
@@ -61,6 +61,11 @@ class ReferenceMeta:
     files: dict[str, str]
     frozen_at: float
     schema: int = 1
+    source: str = ""
+
+    def stands_for(self, sources: SampleSources) -> bool:
+        """Whether it is what would be frozen now. What was made up gives way to what the owner names, and that to another name; else it stays."""
+        return named_reference(sources) in {"", self.source}
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,9 @@ class References:
     folder: Path
 
     def freeze(
-        self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str, most: int | None = None
-    ) -> Reference:
+        self, samples: Samples, outputs: Mapping[str, NDArray[Any]], golden_sha256: str, host_class: str, most: int | None = None,
+        source: str = "",
+    ) -> Reference:  # fmt: skip
         """Keep `samples` with golden's outputs for good, and return the first `most` of them. With the same golden the first ones stay.
 
         Raises Conflict where another golden's reference lies (see `retire`), ModelRejected, InsufficientStorage or NotAllowed.
@@ -114,7 +120,7 @@ class References:
                 write_npz(folder / "golden_outputs.npz", outputs)
                 files = {name: FileHashes().of(folder / name) for name in ("samples.npz", "golden_outputs.npz")}
                 meta = ReferenceMeta(
-                    golden_sha256, host_class, samples.origin, samples.stacked, tuple(samples.hashes()), files, time.time()
+                    golden_sha256, host_class, samples.origin, samples.stacked, tuple(samples.hashes()), files, time.time(), source=source,
                 )  # fmt: skip
                 (folder / "meta.json").write_bytes(TypeAdapter(ReferenceMeta).dump_json(meta, indent=2))
                 try:
@@ -152,7 +158,7 @@ class References:
             raise ModelRejected(f"{path} is damaged: {error.errors(include_url=False)[0]['msg']}") from None
 
     def retire(self) -> None:
-        """Delete it: a new golden voids it."""
+        """Delete it: a new golden, or another source in model.yaml, voids it."""
         with durable.storage_errors("removing reference samples", self.folder):
             durable.discard(self.folder)
 
@@ -173,7 +179,7 @@ def _best_classes(scores: NDArray[Any]) -> dict[int, float]:
 class SampleSets:
     """What one job works with. `reference`, `live` and `labelled` judge and share no sample with `calibration` and `train`.
 
-    `owner_named`: the owner named samples that judge, which lossy changes need to be automatic.
+    `owner_named`: the owner named samples that judge, which lossy changes need to be automatic. `left_out`: which do not judge, and why.
     """
 
     calibration: Samples
@@ -183,6 +189,7 @@ class SampleSets:
     train: Samples | None = None
     owner_named: bool = False
     notes: tuple[str, ...] = field(default=())
+    left_out: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write each set that there is as NAME.npz; returns the paths by name, for a task child's request."""
@@ -200,9 +207,19 @@ def reference_inputs(sources: SampleSources, reader: SampleReader, seed: int = 0
     if sources.reference is None:
         return synthetic(reader.signature, SYNTHETIC_SAMPLES, seed, reader.row_shapes, reader.integers)
     named = reader.read(sources.reference, "samples.reference", seed)
-    other = sources.train or (sources.calibration and sources.calibration != "captured")
-    kept = named if other or len(named) <= 8 else named.split(1 - _HELD_BACK, seed)[0]
+    kept = named if _others_calibrate(sources) or len(named) <= 8 else named.split(1 - _HELD_BACK, seed)[0]
     return kept.rows(slice(0, REFERENCE_SAMPLES))
+
+
+def named_reference(sources: SampleSources) -> str:
+    """What `reference_inputs` takes of what the owner named, in words that change with it; '' where nothing is named."""
+    if sources.reference is None:
+        return ""
+    return sources.reference if _others_calibrate(sources) else f"three quarters of {sources.reference}"
+
+
+def _others_calibrate(sources: SampleSources) -> bool:
+    return bool(sources.train or (sources.calibration and sources.calibration != "captured"))
 
 
 @dataclass(frozen=True)
@@ -267,12 +284,18 @@ def assemble(
         )
     if frozen is None and live is None and labelled is None:  # golden answers anew then, and where it cannot, that is told
         frozen = reference_inputs(sources, reader, seed)
+    judging = {"reference": frozen, "live": live, "labelled": labelled}
+    unspent = {name: _unspent(samples, used) for name, samples in judging.items()}
+    counts = {name: (len(samples), len(unspent[name] or ())) for name, samples in judging.items() if samples is not None}
     return SampleSets(
         calibration=calibration,
-        reference=_unspent(frozen, used),
-        live=_unspent(live, used),
-        labelled=_unspent(labelled, used),
+        **unspent,
         train=train,
+        left_out=tuple(
+            f"{total - left} of {total} {name} samples calibrate or train, now or in an earlier job, and so never judge"
+            for name, (total, left) in counts.items()
+            if left < total
+        ),
         owner_named=bool(sources.reference or sources.validation),
         notes=(note,),
     )

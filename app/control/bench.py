@@ -66,8 +66,8 @@ class Bench:
             raise ModelRejected(version.error)
         if version is not None and card is None:
             raise Conflict(
-                f"this state folder has no card of golden {golden} of {model!r}: a worker works in the server's, or in one that is shared with it "
-                "(--state, HONE_STATE)"
+                f"this state folder has no card of golden {golden} of {model!r}: either it never loaded (see: hone status {model}), or the worker "
+                "works in another state folder than the server (--state, HONE_STATE)"
             )
         if version is None or version.path is None or card is None or card.sha256 != golden_sha256:
             raise Conflict(f"golden {golden} of {model!r} changed or is gone; ask for the job again")
@@ -99,7 +99,10 @@ class Bench:
         card = self.cards.card(piece.found.name, version)
         if not isinstance(card, BuiltCard):
             raise NotFound(f"version {version} of {piece.found.name!r} is no longer in the repository")
-        return self.cards.path(card)
+        path = self.cards.path(card)
+        if not path.is_file():
+            raise NotFound(f"version {version} of {piece.found.name!r} was removed; its weights are gone")
+        return path
 
     def torch_source(self, piece: Workpiece, version: str, as_deployed: bool = False) -> JSON:
         """What the weights of a PyTorch version need beside them to be run. `as_deployed`: by the factory that it first came with, where that

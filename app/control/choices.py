@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Final
 
 from app.catalog.model_config import ModelConfig
@@ -62,6 +63,12 @@ def recalibrations() -> list[Recipe]:
     """Quick methods whose result rests on the inputs that calibrated it."""
     light, _ = _entries(Gain.FASTER)
     return [(one.method,) for one in light if Need.CALIBRATION in one.needs and one.outlook.int8 and one.outlook.cpu_s <= QUICK_S]
+
+
+def promises_no_time(methods: Sequence[str]) -> bool:
+    """Whether what a recipe is for is bytes alone (codebooks, 4-bit weights): a gain in time is not what it is to be judged by."""
+    gives = [set(one.gives) for one in catalogue() if one.method in methods]
+    return bool(gives) and not any({Gain.FASTER, Gain.FEWER_OPERATIONS} & each for each in gives)
 
 
 @functools.cache

@@ -114,7 +114,7 @@ class Commands:
         """Back to the previous version, whatever changed last. With `fault` the one that is left is not gone back to by the loop."""
         model = self.model(name)
         if not model.previous or model.previous == model.desired:
-            raise Conflict(f"model {name!r} has nothing to go back to: version {model.desired} was never preceded by another")
+            raise Conflict(f"model {name!r} has nothing to go back to: before version {model.desired} there was none, or it was removed")
         return self._desire(model, model.previous, actor, reason, None, fault=fault)
 
     def change_settings(

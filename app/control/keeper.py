@@ -17,6 +17,7 @@ from app.catalog.cards import BuiltCard, Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
+from app.control.choices import promises_no_time
 from app.control.commands import Commands
 from app.control.endings import is_server_side, outcome_without_winner, summary_of, told, unneeded
 from app.control.expected import in_order
@@ -224,10 +225,11 @@ class JobKeeper:
         want = await self._taking.want(job)
         card = await asyncio.to_thread(self._bench.card, piece, version)
         lossless = isinstance(card, BuiltCard) and bool(card.draft.facts) and bool(card.draft.facts[-1].get("lossless"))
+        for_bytes = isinstance(card, BuiltCard) and promises_no_time([str(step.get("method")) for step in card.draft.recipe])
         with self._bench.scratch() as folder:
             request = await asyncio.to_thread(
                 question, self._bench, piece, want, version, self._host_class, self._fallback, folder, proof_only, lossless,
-                is_recalibration(job),
+                is_recalibration(job) or for_bytes,
             )  # fmt: skip
             report = await self._task("verify", request, VERIFY_S + 120, job, stop)
         before = self._bench.settings(piece, want, version, self._host_class, self._fallback)

@@ -38,11 +38,11 @@ class Judged:
 
 def question(
     bench: Bench, piece: Workpiece, want: ModelState, version: str, host_class: str, fallback: RuntimeSettings, folder: Path,
-    proof_only: bool, lossless: bool, repairs: bool = False,
+    proof_only: bool, lossless: bool, no_slower: bool = False,
 ) -> JSON:  # fmt: skip
     """The request of the task `verify` for one version, judged by golden and against what serves now. Writes samples into `folder`.
 
-    `repairs`: it is there for the quality that was lost, so that being no slower is gain enough.
+    `no_slower`: it is there for the quality that was lost, or for its bytes, so that being no slower is gain enough.
     """
     paths = piece.samples.save(folder)
     sets: dict[str, JSON] = {}
@@ -69,9 +69,10 @@ def question(
             if path.suffix == WEIGHTS_SUFFIX
         },
         "sets": sets,
+        "notes": piece.samples.left_out,
         "task": piece.config.task,
         "quality": piece.quality,
-        "goal": {"objective": piece.config.tune_for, "least_gain": None if repairs else piece.config.least_gain},
+        "goal": {"objective": piece.config.tune_for, "least_gain": None if no_slower else piece.config.least_gain},
         "candidate_settings": settings_json(bench.settings(piece, want, version, host_class, fallback)),
         "incumbent_settings": settings_json(bench.settings(piece, want, incumbent, host_class, fallback)),
         "golden_settings": settings_json(replace(fallback, graph_level="none")),

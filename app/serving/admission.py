@@ -22,7 +22,7 @@ from app.catalog.processing import Processor
 from app.catalog.repository import ONNX_NAME, FoundModel, FoundVersion, Repository
 from app.catalog.rows import as_declared, dependent_by_word, rows_by_word, with_rows
 from app.catalog.sample_sources import SampleReader
-from app.catalog.samples import Reference, References, reference_inputs
+from app.catalog.samples import Reference, References, named_reference, reference_inputs
 from app.catalog.state_folder import StateFolder
 from app.domain import JSON, ModelState, RuntimeSettings, Signature
 from app.errors import HoneError, InsufficientStorage, ModelRejected, NotFound, NotReady
@@ -85,21 +85,24 @@ class Admission:
         )  # fmt: skip
 
     async def freeze_reference(self, found: FoundModel, admitted: Admitted) -> Reference:
-        """Golden's reference: samples frozen at the first deploy with what golden, unoptimized, answers. Made once, then only read."""
+        """Golden's reference: samples frozen with what golden, unoptimized, answers. Made once, then only read, unless model.yaml names others."""
         references = References(self._state.reference(found.name))
         meta = await asyncio.to_thread(references.meta)
         if meta is not None and meta.golden_sha256 != admitted.golden_sha256:
             await asyncio.to_thread(references.retire)
         known = await asyncio.to_thread(references.load, KEPT_ROWS)
-        if known is not None:
-            return known
         config = found.config or ModelConfig()
+        if known is not None and known.meta.stands_for(config.samples):
+            return known
         reader = await self.sample_reader(found, admitted)
         samples = await asyncio.to_thread(reference_inputs, config.samples, reader)
         with durable.temporary_folder(self._state.scratch, 0o700) as folder:
             await asyncio.to_thread(samples.save, folder / "samples.npz")
             outputs = await self._golden_outputs(admitted, folder, samples.stacked)
-            return await asyncio.to_thread(references.freeze, samples, outputs, admitted.golden_sha256, self._host_class, KEPT_ROWS)
+            if known is not None:
+                await asyncio.to_thread(references.retire)
+            source = named_reference(config.samples)
+            return await asyncio.to_thread(references.freeze, samples, outputs, admitted.golden_sha256, self._host_class, KEPT_ROWS, source)
 
     async def sample_reader(self, found: FoundModel, admitted: Admitted) -> SampleReader:
         processor = await self.processor(found, admitted)

@@ -6,9 +6,11 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Final
 
+from app.catalog.model_config import ModelConfig
 from app.catalog.repository import FoundModel
 from app.domain import Event, ModelState, Signature
 from app.errors import HoneError
@@ -29,17 +31,25 @@ class ReferenceFreezer:
         self._slot, self._admission, self._loader, self._record = slot, admission, loader, record
         self._task: asyncio.Task[None] | None = None
         self._not_before = 0.0
+        self._asked: object = None
 
     def freeze(self, found: FoundModel, want: ModelState, then: Callable[[], None]) -> None:
-        """Once, in the background, where golden is loaded and has no reference yet; `then` is called when it has."""
+        """Once, in the background, where golden is loaded and has no reference yet, or another than model.yaml names; `then` is called when it has.
+
+        What went wrong is not tried again at once, unless what was asked for has changed.
+        """
         golden = self._slot.versions.get(want.golden)
         busy = self._task is not None and not self._task.done()
-        if golden is None or golden.admitted.reference is not None or busy:
+        if golden is None or busy or not _can_be_sampled(golden.admitted.signature):
             return
-        if not _can_be_sampled(golden.admitted.signature):
+        sources, reference = (found.config or ModelConfig()).samples, golden.admitted.reference
+        if reference is not None and reference.meta.stands_for(sources):
+            golden.notes = _without(golden.notes)
             return
-        if monotonic() < self._not_before:
+        asked = (golden.admitted.golden_sha256, golden.admitted.signature, sources, _written_at(found.folder, sources.reference))
+        if asked == self._asked and monotonic() < self._not_before:
             return
+        self._asked = asked
         self._not_before = monotonic() + RETRY_MOST_S
         self._task = asyncio.create_task(self._freeze(found, golden, then), name=f"freeze-{self._slot.name}")
 
@@ -48,11 +58,12 @@ class ReferenceFreezer:
             reference = await self._admission.freeze_reference(found, golden.admitted)
         except HoneError as error:
             log.warning("model %s: %s: %s", self._slot.name, UNFROZEN, error)
-            kept = [note for note in golden.notes if not note.startswith(UNFROZEN)]
-            golden.notes = (*kept, f"{UNFROZEN}: {error}")
+            golden.notes = (*_without(golden.notes), f"{UNFROZEN}: {error}")
             return
         await asyncio.to_thread(give_back)  # all but some of the samples is gone
-        golden.admitted = replace(golden.admitted, reference=reference)
+        for loaded in self._slot.versions.values():
+            if loaded.admitted.golden_sha256 == golden.admitted.golden_sha256:
+                loaded.admitted = replace(loaded.admitted, reference=reference)
         data = {"version": golden.version, "samples": len(reference), "origin": reference.meta.origin}
         self._record(Event("reference.frozen", self._slot.name, golden.version, data=data))
         golden.notes = await self._loader.compare(golden, self._slot.config)
@@ -66,6 +77,18 @@ class ReferenceFreezer:
 def usual_classes(admitted: Admitted, classifies: bool) -> dict[int, float]:
     """Shares of golden's top classes on the reference; empty where there is none, or nothing is classified."""
     return admitted.reference.usual if classifies and admitted.reference is not None else {}
+
+
+def _without(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(note for note in notes if not note.startswith(UNFROZEN))
+
+
+def _written_at(folder: Path, source: str | None) -> float:
+    """When the file or folder of samples changed last; 0 where it is none."""
+    try:
+        return (folder / source).stat().st_mtime if source else 0.0
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _can_be_sampled(signature: Signature) -> bool:
