@@ -72,7 +72,13 @@ def _service(found: JSON) -> str:
     where = [
         f"{name} {host[key]}" for name, key in (("journal", "store"), ("models in", "repository"), ("state in", "state")) if host.get(key)
     ]
-    return " · ".join([f"hone {found.get('version')}", ready, f"up {tables.age(found.get('uptime_s') or 0)}", *where])
+    return " · ".join([f"hone {found.get('version')}", ready, f"up {tables.age(found.get('uptime_s') or 0)}", *_replica(host), *where])
+
+
+def _replica(host: JSON) -> Iterator[str]:
+    """Which of several servers this is, as the timeline names it, and whether it is the one that decides."""
+    if host.get("store") == "redis":
+        yield f"replica {host.get('replica')} at {host.get('server')}, {'which decides' if host.get('decides') else 'another decides'}"
 
 
 def _host(host: JSON) -> str:

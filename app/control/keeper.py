@@ -65,6 +65,7 @@ class JobKeeper:
         self._window, self._replica = window, replica
         self._taking = Taking(journal, commands, cards, host_class, rollout, metrics)
         self._leads_until = 0.0
+        self._led: bool | None = None
         self.refused = ""
         """Why the store takes nothing, though it may well be read: full, read-only."""
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
@@ -118,6 +119,9 @@ class JobKeeper:
         self.refused = ""
         if not held or began > self._leads_until:
             self._tally.lapsed()
+        if held is not self._led:
+            log.info("this server decides from now on" if held else "another server that shares the journal decides")
+        self._led = held
         self._leads_until = began + LEASE_S if held else 0.0
         return held
 
