@@ -11,7 +11,7 @@ from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.endings import KEPT_PROVEN, unneeded
-from app.control.keeper import JobKeeper
+from app.control.keeper import LEASE, JobKeeper
 from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Split, Verdict
 from app.settings import Settings
 from app.store.sqlite import SqliteJournal
@@ -82,24 +82,34 @@ class Waiting(JobKeeper):
         await self._say("job.finished", job, outcome="kept", report={})
 
 
+def parts(tmp_path: Path, journal: SqliteJournal, replica: str) -> Any:
+    folder, nothing = StateFolder(tmp_path / "state").prepare(), None
+    (tmp_path / "models").mkdir(exist_ok=True)
+    repository, cards = Repository(tmp_path / "models"), Cards(folder)
+    return journal, nothing, repository, folder, cards, HERE, 2, Settings(), Metrics(), Window(), nothing, nothing, replica
+
+
+def test_a_server_that_ends_leaves_deciding_to_another_at_once(tmp_path: Path) -> None:
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+
+    async def main() -> None:
+        keeper = JobKeeper(*parts(tmp_path, journal, "first"))
+        running = asyncio.create_task(keeper.run())
+        async with asyncio.timeout(10):
+            while not keeper.leads:
+                await asyncio.sleep(0.01)
+        assert not journal.acquire(LEASE, "second", 10)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert journal.acquire(LEASE, "second", 10)
+
+    asyncio.run(main())
+    journal.close()
+
+
 def test_a_canary_of_one_model_holds_up_no_other_and_one_model_has_one_job_at_a_time(tmp_path: Path) -> None:
-    journal, folder, nothing = SqliteJournal(tmp_path / "journal.sqlite"), StateFolder(tmp_path / "state").prepare(), None
-    (tmp_path / "models").mkdir()
-    given: Any = (
-        journal,
-        nothing,
-        Repository(tmp_path / "models"),
-        folder,
-        Cards(folder),
-        HERE,
-        2,
-        Settings(),
-        Metrics(),
-        Window(),
-        nothing,
-        nothing,
-        "r",
-    )
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    given = parts(tmp_path, journal, "r")
     for event in (deployed("m"), deployed("n")):
         journal.append(event)
     for identity, name in (("first", "m"), ("second", "m"), ("other", "n")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from time import monotonic, time
 from typing import Any, Final
@@ -49,6 +50,7 @@ from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 log = logging.getLogger("hone.control")
 LEASE: Final = "control"
 LEASE_S: Final = 10.0
+RELEASE_S: Final = 1.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 
@@ -87,6 +89,13 @@ class JobKeeper:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._give_up_lease()
+
+    async def _give_up_lease(self) -> None:
+        """Another server decides at once, not when the lease has run out. A store that is away holds up no end."""
+        if self.leads:
+            with suppress(StoreUnavailable, TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._journal.release, LEASE, self._replica), RELEASE_S)
 
     async def _look(self) -> None:
         if await self._lead():
