@@ -65,7 +65,7 @@ class JobKeeper:
         self._journal, self._commands, self._bench = journal, commands, Bench(repository, state, cards)
         self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
         self._window, self._replica = window, replica
-        self._taking = Taking(journal, commands, cards, host_class, rollout, metrics)
+        self._taking = Taking(journal, commands, cards, host_class, rollout, metrics, replica)
         self._leads_until = 0.0
         self._led: bool | None = None
         self.refused = ""

@@ -245,8 +245,8 @@ class ModelReconciler:
     async def _warm(self, want: ModelState, found: FoundModel, version: str) -> None:
         """Load a version beside the active one, where memory allows: golden answers under /versions too."""
         identity = (want.golden_sha256, "warm", self.slot.config, found.beside, want.split)
-        if self._backoff.blocked(version, identity):
-            return
+        if version == want.desired or self._backoff.blocked(version, identity):
+            return  # the desired one is `_reach`'s: where it does not load, two who try it would not know of each other's wait
         if deaths := self._past.took_all_down(self.slot.name, version):
             self.slot.failed[version] = f"the whole server died with it {deaths} times in five minutes"
             return
