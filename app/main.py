@@ -154,6 +154,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     keeper = JobKeeper(
         journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, vitals, loader.replica
     )
+    keeper.may_lead = lambda: fleet.ready
     fleet.refused = lambda: keeper.refused or recorder.refused
     loop = Loop(
         vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads

@@ -58,9 +58,7 @@ def job(found: JSON) -> str:
         took = f"took {tables.age(found['finished_at'] - found['requested_at'])}"
         told.append(f"{took}, {short(report['cpu_s'])} s of CPU" if report.get("cpu_s") else took)
     if found.get("worker"):
-        told.append(
-            f"{'was built' if found.get('state') == 'finished' else 'is done'} by {found['worker']}, attempt {found.get('attempt', 1)}"
-        )
+        told.append(f"{'is' if found.get('state') == 'building' else 'was'} built by {found['worker']}, attempt {found.get('attempt', 1)}")
     told += [str(report["canary"])] if report.get("canary") else []
     lines = "\n".join(tables.clean(line) for line in told)
     return "\n\n".join(part for part in (tables.jobs([found]), lines, tables.job_report(report)) if part)

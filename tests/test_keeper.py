@@ -89,12 +89,17 @@ def parts(tmp_path: Path, journal: SqliteJournal, replica: str) -> Any:
     return journal, nothing, repository, folder, cards, HERE, 2, Settings(), Metrics(), Window(), nothing, nothing, replica
 
 
-def test_a_server_that_ends_leaves_deciding_to_another_at_once(tmp_path: Path) -> None:
-    journal = SqliteJournal(tmp_path / "journal.sqlite")
+def test_a_server_decides_once_its_models_are_loaded_and_leaves_it_to_another_when_it_ends(tmp_path: Path) -> None:
+    journal, loaded = SqliteJournal(tmp_path / "journal.sqlite"), list[str]()
 
     async def main() -> None:
         keeper = JobKeeper(*parts(tmp_path, journal, "first"))
+        keeper.may_lead = lambda: bool(loaded)
         running = asyncio.create_task(keeper.run())
+        await asyncio.sleep(0.5)
+        assert not keeper.leads and journal.acquire(LEASE, "second", 10), "its models are being loaded"
+        journal.release(LEASE, "second")
+        loaded.append("all")
         async with asyncio.timeout(10):
             while not keeper.leads:
                 await asyncio.sleep(0.01)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from time import monotonic, time
@@ -68,6 +68,8 @@ class JobKeeper:
         self._taking = Taking(journal, commands, cards, host_class, rollout, metrics, replica)
         self._leads_until = 0.0
         self._led: bool | None = None
+        self.may_lead: Callable[[], bool] = lambda: True
+        """Not while its models are being loaded: what it cannot judge yet another may, or it a moment later; a job would end as failed."""
         self.refused = ""
         """Why the store takes nothing, though it may well be read: full, read-only."""
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
@@ -98,7 +100,7 @@ class JobKeeper:
                 await asyncio.wait_for(asyncio.to_thread(self._journal.release, LEASE, self._replica), RELEASE_S)
 
     async def _look(self) -> None:
-        if await self._lead():
+        if self.may_lead() and await self._lead():
             await self._pass(await asyncio.to_thread(self._journal.state))
 
     async def _bounded(self, work: Coroutine[Any, Any, None]) -> None:
