@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
@@ -17,6 +19,7 @@ from app.settings import Settings
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.task import TaskFailed
 from tests.journal_story import claimed, deployed, job_event, requested
 
 HERE = "x86_64-test"
@@ -133,6 +136,26 @@ def test_a_canary_of_one_model_holds_up_no_other_and_one_model_has_one_job_at_a_
         await keeper._pass(journal.state())
         await asyncio.gather(*keeper._concluding.values())
         assert keeper.begun[2:] == ["second"] and not [job for job in journal.state().jobs.values() if job.state is not JobState.FINISHED]
+
+    asyncio.run(main())
+    journal.close()
+
+
+def test_a_job_that_waits_for_its_turn_to_be_measured_can_be_cancelled(tmp_path: Path) -> None:
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+
+    async def main() -> None:
+        keeper, stop = JobKeeper(*parts(tmp_path, journal, "r")), asyncio.Event()
+        async with keeper._measuring:
+            waiting = asyncio.create_task(keeper._task("verify", {}, 60.0, job(), stop))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            stop.set()
+            with pytest.raises(TaskFailed, match="waited for its turn"):
+                await asyncio.wait_for(waiting, 5)
+        async with asyncio.timeout(5), keeper._turn(asyncio.Event()):
+            assert keeper._measuring.locked()
+        assert not keeper._measuring.locked(), "the turn that nobody took any more is free for the next"
 
     asyncio.run(main())
     journal.close()

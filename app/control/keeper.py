@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from time import monotonic, time
 from typing import Any, Final
@@ -308,7 +308,7 @@ class JobKeeper:
         def spend(cpu_s: float) -> None:
             self._cpu_s[job.id] = self._cpu_s.get(job.id, 0.0) + cpu_s
 
-        async with self._measuring:  # two at once would measure each other
+        async with self._turn(stop):  # two at once would measure each other
             began = monotonic()
             try:
                 with self._bench.scratch() as scratch:
@@ -317,6 +317,21 @@ class JobKeeper:
                         return await run_task(kind, request, limits, progress, stop, spend)
             finally:
                 self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
+
+    @asynccontextmanager
+    async def _turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """A turn at measuring, which others may take minutes for. Raises TaskFailed where the job is cancelled while it waits for it."""
+        turn, cancelled = asyncio.create_task(self._measuring.acquire()), asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({turn, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
+                raise TaskFailed(Failure.CANCELLED, "cancelled while it waited for its turn to be measured")
+            yield
+        finally:
+            cancelled.cancel()
+            if turn.done() and not turn.cancelled():
+                self._measuring.release()
+            turn.cancel()
 
     def _post(self, job: Job, seen: Progress) -> None:
         try:
