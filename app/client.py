@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -300,11 +301,12 @@ def _base(url: str) -> str:
 
 
 def _user() -> str:
-    """Who is recorded as the author of a change; headers are ASCII."""
+    """Who is recorded as the author of a change, and from where: on many machines people have the same name. Headers are ASCII."""
     try:
-        return getpass.getuser().encode("ascii", "replace").decode()
+        name = getpass.getuser()
     except (KeyError, OSError):
-        return f"uid {os.getuid()}"
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}".encode("ascii", "replace").decode()
 
 
 def _json(response: httpx.Response) -> JSON:

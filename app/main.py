@@ -138,7 +138,8 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         recorder(Event("runner.died", model, version, data={"reason": reason, "pid": pid, "requests": len(hashes)}))
 
     admission = Admission(repository, state, cards, host.key, cores, look)
-    at_work = AtWork(settings.state)
+    place = f"{socket.gethostname()}:{settings.port}"
+    at_work = AtWork(settings.state, place)
     past = PastDeaths(at_work.unfinished)
     for one in at_work.unfinished:
         metrics.count("hone_runner_deaths", one.model, one.version, "with_server")
@@ -155,13 +156,14 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     keeper = JobKeeper(
         journal, commands, repository, state, cards, host.key, cores, settings, metrics, window, rollout, vitals, loader.replica
     )
+    keeper.may_lead = lambda: fleet.ready
     fleet.refused = lambda: keeper.refused or recorder.refused
     loop = Loop(
         vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads
     )  # fmt: skip
     facts: JSON = {
-        "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "repository": str(settings.repository),
-        "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
+        "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "server": place,
+        "repository": str(settings.repository), "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
     }  # fmt: skip
     ladder = Ladder(service, window, metrics, lambda name: fleet.state.models.get(name), recorder)
     views = ServerViews(service, fleet, journal, cards, loop, facts)
@@ -181,7 +183,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         service, metrics, deployment, guard, ready, settings.metrics, settings.allow_file_parameters, settings.max_body_bytes
     )
     exporter = Exporter(metrics, service.loaded_keys)
-    recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica}))
+    recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica, "server": place}))
     poller = Poller(service, metrics)
     return Parts(
         settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(views, operations, deployment, guard, told.in_json),

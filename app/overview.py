@@ -58,9 +58,7 @@ def job(found: JSON) -> str:
         took = f"took {tables.age(found['finished_at'] - found['requested_at'])}"
         told.append(f"{took}, {short(report['cpu_s'])} s of CPU" if report.get("cpu_s") else took)
     if found.get("worker"):
-        told.append(
-            f"{'was built' if found.get('state') == 'finished' else 'is done'} by {found['worker']}, attempt {found.get('attempt', 1)}"
-        )
+        told.append(f"{'is' if found.get('state') == 'building' else 'was'} built by {found['worker']}, attempt {found.get('attempt', 1)}")
     told += [str(report["canary"])] if report.get("canary") else []
     lines = "\n".join(tables.clean(line) for line in told)
     return "\n\n".join(part for part in (tables.jobs([found]), lines, tables.job_report(report), left_to_a_person(found)) if part)
@@ -82,7 +80,13 @@ def _service(found: JSON) -> str:
     where = [
         f"{name} {host[key]}" for name, key in (("journal", "store"), ("models in", "repository"), ("state in", "state")) if host.get(key)
     ]
-    return " · ".join([f"hone {found.get('version')}", ready, f"up {tables.age(found.get('uptime_s') or 0)}", *where])
+    return " · ".join([f"hone {found.get('version')}", ready, f"up {tables.age(found.get('uptime_s') or 0)}", *_replica(host), *where])
+
+
+def _replica(host: JSON) -> Iterator[str]:
+    """Which of several servers this is, as the timeline names it, and whether it is the one that decides."""
+    if host.get("store") == "redis":
+        yield f"replica {host.get('replica')} at {host.get('server')}, {'which decides' if host.get('decides') else 'another decides'}"
 
 
 def _host(host: JSON) -> str:

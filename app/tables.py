@@ -15,7 +15,7 @@ Cell: TypeAlias = Callable[[JSON], object]
 
 _QUIET: Final = frozenset({
     "sha256", "golden_sha256", "report", "epoch", "attempt", "evidence", "numbers", "kinds", "confidence", "rules_out", "beside", "action",
-    "cause", "waits", "took_s", "host_class", "watch_share", "keep_since", "expected",
+    "cause", "waits", "took_s", "host_class", "watch_share", "keep_since", "expected", "back",
 })  # fmt: skip
 """Keys of an event that say nothing to a person."""
 

@@ -59,7 +59,7 @@ class ServerViews:
             "version": __version__,
             "ready": self._fleet.ready,
             "uptime_s": round(monotonic() - self._started, 1),
-            "host": self._host | {"now": self._loop.host.to_json()},
+            "host": self._host | {"decides": self._loop.leads(), "now": self._loop.host.to_json()},
             "frozen": self._fleet.state.frozen,
             "frozen_because": self._fleet.state.frozen_because,
             "store_error": self._fleet.store_error,

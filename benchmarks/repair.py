@@ -225,7 +225,7 @@ def _try(hone: Hone, builder: _Builder, traffic: Traffic, kind: Kind, number: in
         if time.monotonic() > began + JOB_S:
             raise RuntimeError(f"the job of candidate {number} did not end in {JOB_S:.0f} s")
         time.sleep(0.2)
-    if promoted:
+    if promoted and hone.admin("GET", f"/models/{MODEL}")["desired"] == version:  # else the loop has gone back already
         hone.admin("POST", f"/models/{MODEL}/rollback", {"reason": "benchmark"})
     since = {name: count - (before or {}).get(name, 0) for name, count in traffic.answered.items()}
     answered = traffic.answered[version]

@@ -22,7 +22,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from app.serving.at_work import AtWork
-at_work = AtWork(Path(sys.argv[1]))
+at_work = AtWork(Path(sys.argv[1]), sys.argv[2])
 idle, busy, twice, loaded = (at_work.mark("m", version) for version in ("1", "1.1", "1.2", "1.3"))
 idle.begin(), idle.end()
 busy.begin()
@@ -32,8 +32,8 @@ with loaded.loading():
 """
 
 
-def killed(folder: Path) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(folder)], check=False)
+def killed(folder: Path, server_name: str = "") -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(folder), server_name], check=False)
 
 
 def test_what_computed_or_was_loaded_is_known_after_a_kill_and_told_once(tmp_path: Path) -> None:
@@ -92,6 +92,37 @@ def test_three_ends_of_the_whole_server_are_a_versions_fault(tmp_path: Path) -> 
 @pytest.mark.parametrize(("times", "ago_s"), [(2, 10.0), (3, 400.0)])
 def test_two_of_them_or_some_that_are_long_over_are_not(tmp_path: Path, times: int, ago_s: float) -> None:
     assert deaths(tmp_path, ("m", "1.1"), times=times, ago_s=ago_s).bearable("m", "1.1", "1", company=False) == ("1.1", "")
+
+
+def test_three_servers_that_end_together_accuse_no_version_and_one_that_ends_again_and_again_does(tmp_path: Path) -> None:
+    """A power cut, or an order to kill: each had requests under way."""
+    journal = open_journal(str(tmp_path / "journal.db"))
+
+    def ended(place: str) -> PastDeaths:
+        (tmp_path / place).mkdir(exist_ok=True)
+        killed(tmp_path / place, place)
+        past = PastDeaths(AtWork(tmp_path / place).unfinished)
+        asyncio.run(past.remember(journal))
+        return past
+
+    last = [ended(place) for place in ("a:8000", "b:8000", "c:8000")][-1]
+    told = [event.data for event in journal.read(0, 100) if event.kind == "runner.died" and event.version == "1.1"]
+    assert [data["server"] for data in told] == ["a:8000", "b:8000", "c:8000"] and all(data["ended_s_ago"] < 60 for data in told)
+    assert last.bearable("m", "1.1", "1", company=False) == ("1.1", "") and len(last.recent("m", "1.1")) == 1
+    for _ in range(2):
+        last = ended("b:8000")
+    assert last.bearable("m", "1.1", "1", company=False)[0] == "1"
+    journal.close()
+
+
+def test_a_clock_that_is_an_hour_off_hides_no_end_of_the_whole_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = open_journal(str(tmp_path / "journal.db"))
+    real = time.time
+    monkeypatch.setattr("app.serving.past_deaths.time", lambda: real() + 3600)
+    past = PastDeaths([Unfinished("m", "1.1", False, real() + 3590) for _ in range(3)])
+    asyncio.run(past.remember(journal))
+    assert past.bearable("m", "1.1", "1", company=False)[0] == "1"
+    journal.close()
 
 
 def test_a_golden_without_a_version_before_waits_only_where_that_helps_others(tmp_path: Path) -> None:

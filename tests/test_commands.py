@@ -46,6 +46,29 @@ def test_a_rollback_undoes_the_last_change_and_no_other(journal: Journal, comman
     assert (now(journal).desired, now(journal).previous) == ("1.1", "1")
 
 
+def test_a_second_person_brings_nothing_back_that_was_left_a_moment_before(journal: Journal, commands: Commands) -> None:
+    """Two who see the same trouble: the second meant the same."""
+    commands.rollback("m", "admin:ann", "NaN")
+    with pytest.raises(Conflict, match=r"admin:ann has taken 'm' from version 1.1 to 1 already.*hone promote m:1.1"):
+        commands.rollback("m", "admin:ben", "NaN")
+    commands.rollback("m", "admin:ann", "it was not that")
+    commands.leave("m", "hone", "errors", fault=True)
+    with pytest.raises(Conflict, match="hone has taken"):
+        commands.rollback("m", "admin:ann", "NaN")
+    commands.promote("m", "1.1", "admin:ann", "it was the load", force=True)
+    commands.rollback("m", "admin:ben", "no")
+    assert now(journal).desired == "1"
+
+
+def test_nor_settings(journal: Journal, commands: Commands) -> None:
+    stood = RuntimeSettings(2, 1, 16)
+    commands.change_settings("m", RuntimeSettings(1, 1, 4), "admin:ann", "a try", stood)
+    commands.rollback("m", "admin:ann", "worse")
+    with pytest.raises(Conflict, match="put the settings of 'm' back already"):
+        commands.rollback("m", "admin:ben", "worse")
+    assert (now(journal).desired, now(journal).settings_of("1.1")) == ("1.1", stood)
+
+
 def test_settings_that_nobody_noted_the_former_of_go_back_to_those_of_the_proof(journal: Journal, commands: Commands) -> None:
     journal.append(settings("1.1", SLOW))
     commands.rollback("m", "ann", "worse")

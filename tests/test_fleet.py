@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from app.catalog.cards import Cards
 from app.catalog.repository import Repository
-from app.domain import Event, State
+from app.catalog.state_folder import StateFolder
+from app.domain import Event, Generation, ModelState, State
+from app.errors import NotFound
+from app.serving.admission import Admission
 from app.serving.fleet import Fleet
 from app.serving.past_deaths import PastDeaths
 from app.store.base import Journal
@@ -29,11 +33,54 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
     found.close()
 
 
+def fleet_of(folder: Path, journal: Journal) -> Fleet:
+    """With a repository and a state folder of its own."""
+    none: Any = SimpleNamespace()
+    (folder / "models").mkdir(parents=True, exist_ok=True)
+    repository, state = Repository(folder / "models"), StateFolder(folder / "state").prepare()
+    admission = Admission(repository, state, Cards(state), "here", 1, none)
+    return Fleet(none, repository, admission, none, journal, none, Metrics(), none, 0.0, lambda state: None, PastDeaths())
+
+
 @pytest.fixture
 def fleet(tmp_path: Path, journal: Journal) -> Fleet:
     scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
-    none: Any = SimpleNamespace()
-    return Fleet(none, Repository(tmp_path / "models"), none, none, journal, none, Metrics(), none, 0.0, lambda state: None, PastDeaths())
+    return fleet_of(tmp_path, journal)
+
+
+def test_servers_whose_repositories_differ_do_not_put_each_others_version_back(tmp_path: Path, journal: Journal) -> None:
+    """New files reach them one after the other, and one may have none at all."""
+    first, second, empty = (tmp_path / name for name in ("first", "second", "empty"))
+    for folder in (first, second):
+        scaled(folder / "models" / "m" / "1" / "model.onnx")
+    fleets = [fleet_of(folder, journal) for folder in (first, second, empty)]
+
+    def told_by_looks(times: int = 2) -> list[tuple[str, str]]:
+        before = journal.state().seq
+        for fleet in fleets * times:
+            asyncio.run(fleet._scan())
+        return [(event.kind, event.version) for event in journal.read(before)]
+
+    assert told_by_looks() == [("model.deployed", "1")]
+    scaled(second / "models" / "m" / "2" / "model.onnx", 3.0)
+    assert told_by_looks(3) == [("model.deployed", "2")]
+    scaled(first / "models" / "m" / "2" / "model.onnx", 3.0)
+    assert told_by_looks() == []
+    shutil.rmtree(first / "models" / "m" / "2")
+    assert told_by_looks() == [("model.deployed", "1")]
+    shutil.rmtree(second / "models" / "m")
+    assert told_by_looks() == [("model.removed", "")]
+    scaled(first / "models" / "m" / "1" / "model.onnx", 4.0)
+    assert told_by_looks() == [("model.deployed", "1")]
+
+
+def test_a_model_whose_folder_went_while_no_server_ran_is_removed(tmp_path: Path, journal: Journal) -> None:
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    asyncio.run(fleet_of(tmp_path, journal)._scan())
+    StateFolder(tmp_path / "state").model("m").mkdir()  # as its first admission leaves it
+    shutil.rmtree(tmp_path / "models" / "m")
+    asyncio.run(fleet_of(tmp_path, journal)._scan())
+    assert not journal.state().models
 
 
 def test_a_model_that_somebody_brings_is_announced_by_them(fleet: Fleet, journal: Journal) -> None:
@@ -111,3 +158,10 @@ def test_a_store_that_refuses_to_be_written_is_told_once(fleet: Fleet, journal: 
         caplog.records[-1].getMessage()
     ]
     assert fleet.store_error == "its memory is full"
+
+
+def test_a_version_that_another_server_deployed_is_told_as_missing_here(fleet: Fleet) -> None:
+    (found,) = fleet._repository.scan()
+    want = ModelState("m", "2", "sha", "2", "1", Generation(1, 2))
+    with pytest.raises(NotFound, match=r"version 2 of 'm' is not in this server's repository, which has 1; .* must come here too"):
+        asyncio.run(fleet._admission.admit(found, want, "2"))

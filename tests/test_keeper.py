@@ -7,16 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.endings import KEPT_PROVEN, unneeded
-from app.control.keeper import JobKeeper
+from app.control.keeper import LEASE, JobKeeper
 from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Split, Verdict
 from app.settings import Settings
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.task import TaskFailed
 from tests.journal_story import claimed, deployed, job_event, requested
 
 HERE = "x86_64-test"
@@ -82,24 +85,39 @@ class Waiting(JobKeeper):
         await self._say("job.finished", job, outcome="kept", report={})
 
 
+def parts(tmp_path: Path, journal: SqliteJournal, replica: str) -> Any:
+    folder, nothing = StateFolder(tmp_path / "state").prepare(), None
+    (tmp_path / "models").mkdir(exist_ok=True)
+    repository, cards = Repository(tmp_path / "models"), Cards(folder)
+    return journal, nothing, repository, folder, cards, HERE, 2, Settings(), Metrics(), Window(), nothing, nothing, replica
+
+
+def test_a_server_decides_once_its_models_are_loaded_and_leaves_it_to_another_when_it_ends(tmp_path: Path) -> None:
+    journal, loaded = SqliteJournal(tmp_path / "journal.sqlite"), list[str]()
+
+    async def main() -> None:
+        keeper = JobKeeper(*parts(tmp_path, journal, "first"))
+        keeper.may_lead = lambda: bool(loaded)
+        running = asyncio.create_task(keeper.run())
+        await asyncio.sleep(0.5)
+        assert not keeper.leads and journal.acquire(LEASE, "second", 10), "its models are being loaded"
+        journal.release(LEASE, "second")
+        loaded.append("all")
+        async with asyncio.timeout(10):
+            while not keeper.leads:
+                await asyncio.sleep(0.01)
+        assert not journal.acquire(LEASE, "second", 10)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert journal.acquire(LEASE, "second", 10)
+
+    asyncio.run(main())
+    journal.close()
+
+
 def test_a_canary_of_one_model_holds_up_no_other_and_one_model_has_one_job_at_a_time(tmp_path: Path) -> None:
-    journal, folder, nothing = SqliteJournal(tmp_path / "journal.sqlite"), StateFolder(tmp_path / "state").prepare(), None
-    (tmp_path / "models").mkdir()
-    given: Any = (
-        journal,
-        nothing,
-        Repository(tmp_path / "models"),
-        folder,
-        Cards(folder),
-        HERE,
-        2,
-        Settings(),
-        Metrics(),
-        Window(),
-        nothing,
-        nothing,
-        "r",
-    )
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+    given = parts(tmp_path, journal, "r")
     for event in (deployed("m"), deployed("n")):
         journal.append(event)
     for identity, name in (("first", "m"), ("second", "m"), ("other", "n")):
@@ -118,6 +136,26 @@ def test_a_canary_of_one_model_holds_up_no_other_and_one_model_has_one_job_at_a_
         await keeper._pass(journal.state())
         await asyncio.gather(*keeper._concluding.values())
         assert keeper.begun[2:] == ["second"] and not [job for job in journal.state().jobs.values() if job.state is not JobState.FINISHED]
+
+    asyncio.run(main())
+    journal.close()
+
+
+def test_a_job_that_waits_for_its_turn_to_be_measured_can_be_cancelled(tmp_path: Path) -> None:
+    journal = SqliteJournal(tmp_path / "journal.sqlite")
+
+    async def main() -> None:
+        keeper, stop = JobKeeper(*parts(tmp_path, journal, "r")), asyncio.Event()
+        async with keeper._measuring:
+            waiting = asyncio.create_task(keeper._task("verify", {}, 60.0, job(), stop))
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+            stop.set()
+            with pytest.raises(TaskFailed, match="waited for its turn"):
+                await asyncio.wait_for(waiting, 5)
+        async with asyncio.timeout(5), keeper._turn(asyncio.Event()):
+            assert keeper._measuring.locked()
+        assert not keeper._measuring.locked(), "the turn that nobody took any more is free for the next"
 
     asyncio.run(main())
     journal.close()

@@ -79,12 +79,12 @@ class Ward:
     """A loop with one model."""
 
     def __init__(self, journal: Journal, cards: Cards) -> None:
-        self.now, self.journal, self.plane = 10_000.0, journal, Plane()
+        self.now, self.journal, self.plane, self.leads = 10_000.0, journal, Plane(), True
         self.window = Window(clock=lambda: self.now)
         self.commands = Store(journal, "here")
         bench: Any = type("Bench", (), {"cards": cards})()
         self.loop = Loop(
-            self.plane, self.window, journal, self.commands, bench, Metrics(), Settings(), "here", 2, lambda: True  # type: ignore[arg-type]
+            self.plane, self.window, journal, self.commands, bench, Metrics(), Settings(), "here", 2, lambda: self.leads  # type: ignore[arg-type]
         )  # fmt: skip
 
     @property
@@ -388,3 +388,18 @@ async def test_requests_are_answered_between_two_models(ward: Ward, monkeypatch:
     running.cancel()
     first = dict(reversed(seen))
     assert len(first) == len({*first.values()}) == 4
+
+
+async def test_who_decides_no_more_ends_what_it_had_begun_and_shows_no_old_trouble(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    Looked(ward, monkeypatch)
+    await ward.tick()
+    ward.answers("1", nan=5)
+    await ward.tick()
+    await ward.tick()
+    assert ward.loop.told("m")["suspicions"]
+    ward.leads = False
+    await ward.tick()
+    assert ward.patient.incident is not None, "the lease may be late after an absence of the store"
+    for _ in range(5):
+        await ward.tick()
+    assert ward.patient.incident is None and ward.loop.told("m")["condition"] == "steady" and not ward.loop.told("m")["suspicions"]

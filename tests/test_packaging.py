@@ -148,6 +148,12 @@ def test_the_board_asks_the_provisioned_source_and_has_one_place_for_each_panel(
     assert [note["name"] for note in BOARD["annotations"]["list"]] == ["Swaps"]
 
 
+def test_the_board_shows_several_servers_as_one_or_names_each() -> None:
+    """Else all have a line of the same name, and one that is stuck on another version is not to be found."""
+    targets = [target for panel in BOARD["panels"] for target in panel["targets"]]
+    assert all(" by (" in target["expr"] or "{{instance}}" in target["legendFormat"] for target in targets)
+
+
 def test_the_readme_lists_every_setting_with_its_default_and_meaning() -> None:
     assert settings_table() in README, "write the table anew: python -m tests.test_packaging"
 

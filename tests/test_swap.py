@@ -83,6 +83,18 @@ def test_rollback_goes_back_at_once_and_forth_again(running: Running) -> None:
     assert running.admin("POST", "/admin/models/m/rollback", 200)["active"] == "1"
 
 
+def test_a_golden_that_does_not_load_is_told_once_and_tried_ever_less_often(running: Running) -> None:
+    """It is desired and golden: two who each try it again and again would fill the journal."""
+    folder = running.folder / "models" / "m" / "3"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"no model at all")
+    running.until(lambda: "3" in running.admin("GET", "/admin/models/m")["failed"], 30)
+    time.sleep(5)
+    told = running.admin("GET", "/admin/timeline?model=m&limit=1000")["events"]
+    assert len([event for event in told if event["kind"] == "version.failed"]) == 1
+    assert running.admin("GET", "/admin/models/m")["active"] == "2"
+
+
 def test_settings_are_a_generation_that_can_be_undone(running: Running) -> None:
     before = running.admin("GET", "/admin/models/m")
     live = running.admin("PATCH", "/admin/models/m/settings", 200, json={"queue_limit": 7})

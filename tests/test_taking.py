@@ -121,6 +121,15 @@ def test_what_passed_its_trial_is_promoted(bed: Bed) -> None:
     assert bed.take()[0] == "promoted" and bed.journal.state().models["m"].desired == "1.1"
 
 
+def test_what_another_server_says_of_the_promoted_version_is_no_answer(bed: Bed) -> None:
+    """One that shares the journal and lacks the files tells at once that it cannot load them; here it serves a moment later."""
+    for kind, replica in (("version.failed", "elsewhere"), ("version.activated", "r")):
+        bed.journal.append(Event(kind, "m", "1.1", data={"version": "1.1", "replica": replica}))
+    assert asyncio.run(bed.keeper._taking._activated("m", "1.1", 0))
+    bed.journal.append(Event("version.failed", "m", "1.1", data={"version": "1.1", "replica": "r"}))
+    assert not asyncio.run(bed.keeper._taking._activated("m", "1.1", bed.journal.state().seq - 1))
+
+
 @pytest.mark.parametrize(
     ("during", "why"),
     [

@@ -8,12 +8,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from app.control.expected import ASKED
 from app.domain import JSON, BuiltVersion, Event, Job, JobState, Mode, ModelState, RuntimeSettings, Verdict
 from app.errors import Conflict, InvalidRequest, NotAllowed, NotFound
 from app.store.base import Journal
+
+CHANGES: Final = frozenset({"desired.changed", "settings.changed", "model.deployed"})
+"""What makes a new generation of a model."""
+READ_BACK: Final = 200
 
 
 class Commands:
@@ -102,29 +106,50 @@ class Commands:
         return self._desire(model, version, actor, reason, settings, watch_share, fault)
 
     def rollback(self, name: str, actor: str, reason: str) -> Event:
-        """Undo the last change, at once: the settings before where those changed last, else the version before."""
+        """Undo the last change, at once: the settings before where those changed last, else the version before.
+
+        Raises Conflict where that was another's going back: of two who see the same trouble the second would bring it back.
+        """
         model = self.model(name)
+        self._not_undone_already(model, actor)
         before = dict(model.previous_settings).get(model.desired)
         by_settings = model.changed == "settings" or (not model.changed and before is not None and model.previous in ("", model.desired))
         if by_settings and before != model.settings_of(model.desired):
-            return self.change_settings(name, before, actor, reason)
+            return self.change_settings(name, before, actor, reason, back=True)
         return self.leave(name, actor, reason)
+
+    def _not_undone_already(self, model: ModelState, actor: str) -> None:
+        newest_first = self._journal.read(0, READ_BACK, model.name, True)
+        last = next((event for event in newest_first if event.kind in CHANGES), None)
+        if last is None or last.actor == actor or not (last.data.get("back") or last.data.get("fault")):
+            return
+        if last.kind == "settings.changed":
+            raise Conflict(
+                f"{last.actor} has put the settings of {model.name!r} back already, and a rollback would undo that; "
+                f"for those of before: hone settings {model.name} NAME=VALUE"
+            )
+        raise Conflict(
+            f"{last.actor} has taken {model.name!r} from version {model.previous} to {model.desired} already, and a rollback would undo that; "
+            f"for {model.previous} all the same: hone promote {model.name}:{model.previous}"
+        )
 
     def leave(self, name: str, actor: str, reason: str, fault: bool = False) -> Event:
         """Back to the previous version, whatever changed last. With `fault` the one that is left is not gone back to by the loop."""
         model = self.model(name)
         if not model.previous or model.previous == model.desired:
             raise Conflict(f"model {name!r} has nothing to go back to: before version {model.desired} there was none, or it was removed")
-        return self._desire(model, model.previous, actor, reason, None, fault=fault)
+        return self._desire(model, model.previous, actor, reason, None, fault=fault, back=True)
 
     def change_settings(
-        self, name: str, settings: RuntimeSettings | None, actor: str, reason: str, stood: RuntimeSettings | None = None
+        self, name: str, settings: RuntimeSettings | None, actor: str, reason: str, stood: RuntimeSettings | None = None, back: bool = False
     ) -> Event:  # fmt: skip
-        """New run-time settings for the desired version: a new generation, not a new version. None: those of its proof. `stood` are those it ran with, to go back to."""
+        """New run-time settings for the desired version: a new generation, not a new version. None: those of its proof. `stood` are those it ran with, to go back to; with `back` the new ones are of before."""
         model = self.model(name)
         data: dict[str, Any] = {"version": model.desired, "settings": asdict(settings) if settings is not None else None, "reason": reason}
         if stood is not None:
             data["from"] = asdict(stood)
+        if back:
+            data["back"] = True
         return self._journal.append(Event("settings.changed", name, model.desired, "", actor, data), expect=model.generation)
 
     def set_loaded(self, name: str, loaded: bool, actor: str) -> Event:
@@ -176,7 +201,7 @@ class Commands:
 
     def _desire(
         self, model: ModelState, version: str, actor: str, reason: str, settings: RuntimeSettings | None, watch_share: float = 0.0,
-        fault: bool = False,
+        fault: bool = False, back: bool = False,
     ) -> Event:  # fmt: skip
         data: dict[str, Any] = {"version": version, "from": model.desired, "reason": reason}
         if settings is not None:
@@ -185,4 +210,6 @@ class Commands:
             data["watch_share"] = watch_share
         if fault:
             data["fault"] = True
+        if back:
+            data["back"] = True
         return self._journal.append(Event("desired.changed", model.name, version, "", actor, data), expect=model.generation)

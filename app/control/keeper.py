@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from time import monotonic, time
 from typing import Any, Final
@@ -50,6 +51,7 @@ from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 log = logging.getLogger("hone.control")
 LEASE: Final = "control"
 LEASE_S: Final = 10.0
+RELEASE_S: Final = 1.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
 
@@ -64,8 +66,11 @@ class JobKeeper:
         self._journal, self._commands, self._bench = journal, commands, Bench(repository, state, cards)
         self._cards, self._host_class, self._settings, self._metrics = cards, host_class, settings, metrics
         self._window, self._replica = window, replica
-        self._taking = Taking(journal, commands, cards, host_class, rollout, metrics)
+        self._taking = Taking(journal, commands, cards, host_class, rollout, metrics, replica)
         self._leads_until = 0.0
+        self._led: bool | None = None
+        self.may_lead: Callable[[], bool] = lambda: True
+        """Not while its models are being loaded: what it cannot judge yet another may, or it a moment later; a job would end as failed."""
         self.refused = ""
         """Why the store takes nothing, though it may well be read: full, read-only."""
         self._fallback = RuntimeSettings(cores, 1, 16, 512)
@@ -87,9 +92,16 @@ class JobKeeper:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._give_up_lease()
+
+    async def _give_up_lease(self) -> None:
+        """Another server decides at once, not when the lease has run out. A store that is away holds up no end."""
+        if self.leads:
+            with suppress(StoreUnavailable, TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(self._journal.release, LEASE, self._replica), RELEASE_S)
 
     async def _look(self) -> None:
-        if await self._lead():
+        if self.may_lead() and await self._lead():
             await self._pass(await asyncio.to_thread(self._journal.state))
 
     async def _bounded(self, work: Coroutine[Any, Any, None]) -> None:
@@ -119,6 +131,9 @@ class JobKeeper:
         self.refused = ""
         if not held or began > self._leads_until:
             self._tally.lapsed()
+        if held is not self._led:
+            log.info("this server decides from now on" if held else "another server that shares the journal decides")
+        self._led = held
         self._leads_until = began + LEASE_S if held else 0.0
         return held
 
@@ -295,7 +310,7 @@ class JobKeeper:
         def spend(cpu_s: float) -> None:
             self._cpu_s[job.id] = self._cpu_s.get(job.id, 0.0) + cpu_s
 
-        async with self._measuring:  # two at once would measure each other
+        async with self._turn(stop):  # two at once would measure each other
             began = monotonic()
             try:
                 with self._bench.scratch() as scratch:
@@ -304,6 +319,21 @@ class JobKeeper:
                         return await run_task(kind, request, limits, progress, stop, spend)
             finally:
                 self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
+
+    @asynccontextmanager
+    async def _turn(self, stop: asyncio.Event) -> AsyncIterator[None]:
+        """A turn at measuring, which others may take minutes for. Raises TaskFailed where the job is cancelled while it waits for it."""
+        turn, cancelled = asyncio.create_task(self._measuring.acquire()), asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({turn, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
+                raise TaskFailed(Failure.CANCELLED, "cancelled while it waited for its turn to be measured")
+            yield
+        finally:
+            cancelled.cancel()
+            if turn.done() and not turn.cancelled():
+                self._measuring.release()
+            turn.cancel()
 
     def _post(self, job: Job, seen: Progress) -> None:
         try:

@@ -43,6 +43,8 @@ OWN_S: Final = 3600.0
 """Settings that the loop changed itself are not undone by it for so long."""
 AGAIN_FAULT_S: Final = 5.0
 """Until a remedy for wrong or missing answers that could not be begun is tried again."""
+FOLLOWS: Final = 5
+"""Ticks without the lease after which it is another's: after an absence of the store it may be a moment until it is renewed."""
 
 
 class Plane(experiments.Plane, remedies.Plane, Protocol):
@@ -63,7 +65,9 @@ class Loop:
     ) -> None:  # fmt: skip
         self._plane, self._window, self._journal = plane, window, journal
         self._metrics, self._host_class, self._cores = metrics, host_class, cores
-        self._leads = leads
+        self.leads = leads
+        self._follows = 0
+        """Ticks in a row, with the store in reach, in which another server decided."""
         self._experiments = Experiments(plane, window, bench, metrics, settings.job_memory_bytes, cores)
         self._remedies = Remedies(plane, commands, journal, metrics)
         self._beside = Beside(window, journal, commands, bench, metrics, host_class)
@@ -105,6 +109,7 @@ class Loop:
         self._state = await asyncio.to_thread(self._journal.state)
         if any(job.state is JobState.BUILDING for job in self._state.jobs.values()):
             self._window.mark()
+        self._follows = 0 if self.leads() else self._follows + 1
         views = self._plane.models()
         self._window.forget({(view.name, version) for view in views for version in view.loaded})
         for view in views:
@@ -114,6 +119,8 @@ class Loop:
                 begin_at_zero(self._metrics, view.name)
             patient = self._patients.setdefault(view.name, Patient())
             self._notice_events(view, patient, want)
+            if self._follows >= FOLLOWS:
+                patient.incident = None  # another decides, and sees for itself: what was begun here nobody would ever end
             condition = self._condition(view, patient, want)
             latest = self._window.closed(view.name, view.active, 1)
             if not latest or latest[0].ended > patient.shown_until or view.name not in self._said:
@@ -122,7 +129,7 @@ class Loop:
                     self._window, self._metrics, view, self._plane.config(view.name), patient.normal, self._plane.drift(view.name)
                 )
             self._said[view.name] |= {"condition": condition.value} | _told(patient.incident)
-            if want is not None and self._leads():
+            if want is not None and self.leads():
                 await self._look(view, patient, want, views)
         prune(self._metrics, {view.name: view.active for view in self._plane.models()})
         names = {view.name for view in views}
@@ -305,8 +312,8 @@ class Loop:
             return
         state = await asyncio.to_thread(self._journal.state)
         now = state.models.get(view.name)
-        if patient.incident is not incident:
-            return  # another golden came meanwhile
+        if patient.incident is not incident or not self.leads():
+            return  # another golden came meanwhile, or another server decides now
         if now is None or now.desired != want.desired or (now.split is not None and want.split is None and not faulty(found)):
             patient.incident = None  # while it was looked into, somebody asked for another version, or put one on trial
             return

@@ -41,7 +41,7 @@ class Remedies:
                 self._metrics.count("hone_rollbacks", view.name, diagnosis.cause.value)
             case Action.UNDO_SETTINGS:
                 before = dict(want.previous_settings)[view.active]
-                await asyncio.to_thread(self._commands.change_settings, view.name, before, "hone", reason, view.settings)
+                await asyncio.to_thread(self._commands.change_settings, view.name, before, "hone", reason, view.settings, True)
             case Action.SWITCH:
                 await asyncio.to_thread(
                     self._commands.promote, view.name, decided.version, "hone", reason, decided.version.isdigit(), fault=fault

@@ -29,10 +29,10 @@ class Taking:
     """One per server; of jobs whose golden is still the model's: all else raises Conflict."""
 
     def __init__(
-        self, journal: Journal, commands: Commands, cards: Cards, host_class: str, rollout: Rollout, metrics: Metrics
+        self, journal: Journal, commands: Commands, cards: Cards, host_class: str, rollout: Rollout, metrics: Metrics, replica: str
     ) -> None:  # fmt: skip
         self._journal, self._commands, self._cards = journal, commands, cards
-        self._host_class, self._rollout, self._metrics = host_class, rollout, metrics
+        self._host_class, self._rollout, self._metrics, self._replica = host_class, rollout, metrics, replica
         self.seen = State()
         """The newest state that anybody read here: a canary asks often whether something hinders it."""
 
@@ -131,14 +131,15 @@ class Taking:
             await asyncio.to_thread(self._commands.leave, job.model, "hone", f"version {version} did not load")
 
     async def _activated(self, model: str, version: str, since: int) -> bool:
-        """Wait, bounded, for the data plane to say, later than event `since`, that it serves `version`, or that it does not load."""
+        """Wait, bounded, for this server's data plane to say, later than event `since`, that it serves `version`, or that it does not load.
+        Another, which may lack its files, goes on with the one before, and says so."""
         after, until = since, monotonic() + ACTIVATION_S
         while monotonic() < until:
             for event in await asyncio.to_thread(self._journal.read, after, 500, model):
                 after = event.seq
-                if event.version == version and event.kind == "version.activated":
-                    return True
-                if event.version == version and event.kind == "version.failed":
-                    return False
+                if event.version != version or event.data.get("replica", self._replica) != self._replica:
+                    continue
+                if event.kind in ("version.activated", "version.failed"):
+                    return event.kind == "version.activated"
             await asyncio.to_thread(self._journal.wait, after, 1.0)
         return False

@@ -71,11 +71,20 @@ class Admission:
         self._repository, self._state, self._cards = repository, state, cards
         self._host_class, self._cores, self._run_task = host_class, cores, run_task
 
+    def served_here(self, model: str) -> bool:
+        """Whether the state folder has anything of it, from this life or one before."""
+        return self._state.model(model).is_dir()
+
     async def admit(self, found: FoundModel, want: ModelState, version: str) -> Admitted:
         """Raises ModelRejected, NotFound, NotReady or InsufficientStorage with the reason and remedy."""
         number = next((v for v in found.versions if v.number == version), None)
         if number is not None:
             return await self._golden(found, number)
+        if version.isdigit() and await asyncio.to_thread(self._cards.golden, found.name, version) is None:
+            raise NotFound(
+                f"version {version} of {found.name!r} is not in this server's repository, which has {', '.join(v.number for v in found.versions)}; "
+                "where another server deployed it, its files must come here too"
+            )
         return await self._built(found, want, version)
 
     async def processor(self, found: FoundModel, admitted: Admitted) -> Processor:

@@ -25,17 +25,18 @@ PLACES: Final = 512
 _RECORD: Final = struct.Struct("<BdH")
 _BYTES: Final = 512
 _NAME_BYTES: Final = _BYTES - _RECORD.size
-_IDLE, _COMPUTING, _LOADING = 0, 1, 2
+_IDLE, _COMPUTING, _LOADING, _SERVER = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A version that was at work when its server ended; `at` (unix seconds) is when it began to be."""
+    """A version that was at work when its `server` ended; `at` (unix seconds, by this host's clock) is when it began to be."""
 
     model: str
     version: str
     loading: bool
     at: float
+    server: str = ""
 
     @property
     def reason(self) -> str:
@@ -85,11 +86,13 @@ class Mark:
 
 
 class AtWork:
-    """One per server, on its state folder. Where no such file can be had, nothing is remembered and all else goes on."""
+    """One per server, on its state folder; `server` tells it from others there, in this life as in the next. Where no such file can be had,
+    nothing is remembered and all else goes on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: str = "") -> None:
         self._marks: dict[tuple[str, str], Mark] = {}
-        self._places = list(range(PLACES))
+        self._places = list(range(1, PLACES))
+        self._server = server.encode()[:_NAME_BYTES]
         self._path: Path | None = None
         self._map: mmap.mmap | None = None
         self.unfinished: tuple[Unfinished, ...] = ()
@@ -123,6 +126,7 @@ class AtWork:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(self._fd, 0, PLACES * _BYTES)  # a full disk must be met here, not by a signal at the first mark
             self._map = mmap.mmap(self._fd, PLACES * _BYTES)
+            self._name(0, _SERVER, self._server)
             self._path = hidden.with_name(hidden.name[1:])
             os.rename(hidden, self._path)
         except BaseException:
@@ -138,9 +142,13 @@ class AtWork:
         if not self._places:
             return Mark()
         at = self._places.pop() * _BYTES
-        _RECORD.pack_into(self._map, at, _IDLE, 0.0, len(name))
-        self._map[at + _RECORD.size : at + _RECORD.size + len(name)] = name
+        self._name(at, _IDLE, name)
         return Mark(self._map, at)
+
+    def _name(self, at: int, state: int, name: bytes) -> None:
+        assert self._map is not None
+        _RECORD.pack_into(self._map, at, state, 0.0, len(name))
+        self._map[at + _RECORD.size : at + _RECORD.size + len(name)] = name
 
     def _forget_one(self) -> None:
         """The place of a version that is idle and was asked for longest ago goes to another; should it come back it gets a new one."""
@@ -168,9 +176,12 @@ def _left_by_the_dead(folder: Path) -> Iterator[Unfinished]:
 
 
 def _read(data: bytes) -> Iterator[Unfinished]:
+    server = ""
     for at in range(0, len(data) - _BYTES + 1, _BYTES):
         state, since, length = _RECORD.unpack_from(data, at)
         name = data[at + _RECORD.size : at + _RECORD.size + min(length, _NAME_BYTES)].decode("utf-8", "replace")
         model, _, version = name.rpartition(":")
-        if state in (_COMPUTING, _LOADING) and model and version:
-            yield Unfinished(model, version, state == _LOADING, since)
+        if state == _SERVER:
+            server = name
+        elif state in (_COMPUTING, _LOADING) and model and version:
+            yield Unfinished(model, version, state == _LOADING, since, server)

@@ -22,6 +22,7 @@ from app.domain import JSON, Event, State
 from app.errors import HoneError
 from app.serving.admission import Admission
 from app.serving.loader import Loader
+from app.serving.own_repository import OwnRepository
 from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
@@ -37,6 +38,7 @@ GONE = "its folder is gone from the repository"
 P = ParamSpec("P")
 T = TypeVar("T")
 SWAPS = ("activated", "swapped", "settings", "failed")
+GONE = "its folder is gone from the repository"
 
 
 class Recorder:
@@ -106,6 +108,7 @@ class Fleet:
         self._found: dict[str, FoundModel] = {}
         self._leaving: set[str] = set()
         self._coming: set[str] = set()
+        self._own = OwnRepository()
         self.state = known or State()
         self._remembered = known is not None
         self.store_error = ""
@@ -118,8 +121,7 @@ class Fleet:
         self.ready = False
         service.complete = False
         self.listeners: list[Callable[[State], None]] = []
-        self.refused: Callable[[], str] = str
-        """Why the store takes nothing, though it can be read; '' while it does."""
+        self.refused: Callable[[], str] = str  # why the store takes nothing, though it can be read; '' while it does
 
     async def run(self) -> None:
         watcher = asyncio.create_task(self._watch(), name="journal-watch")
@@ -302,11 +304,13 @@ class Fleet:
         await self.refresh()
         if self.store_error:
             return
+        self._own.begin(self.state.epoch)
         for model in models:
             if not model.error and model.name not in coming | self._coming:
                 await self._announce(model)
-        for name in [name for name in self.state.models if name not in self._found and name not in self._leaving]:
-            await self._append(Event("model.removed", name, data={"reason": GONE}))
+        away = self.state.models.keys() - self._found.keys() - self._leaving
+        gone = [Event("model.removed", name, data={"reason": GONE}) for name in away if self._own.lost(name, self._admission.served_here)]
+        self._own.end(self._found, [event.model for event in gone if not await self._append(event)])
         await self.refresh()
         for model in models:
             if not model.error and (version := way_back_gone(self.state.models.get(model.name), model)):
@@ -319,17 +323,20 @@ class Fleet:
         except HoneError as error:
             self._found[model.name] = replace(model, error=str(error))
             return
-        known = self.state.models.get(model.name)
-        if known is None or (known.golden, known.golden_sha256) != (model.golden.number, sha256):
-            data = {"golden": model.golden.number, "sha256": sha256, "replaces": known.golden if known else ""}
-            await self._append(Event("model.deployed", model.name, model.golden.number, data=data))
+        known, own = self.state.models.get(model.name), (model.golden.number, sha256)
+        data = {"golden": model.golden.number, "sha256": sha256, "replaces": known.golden if known else ""}
+        event = Event("model.deployed", model.name, model.golden.number, data=data)
+        if not self._own.is_news(model.name, own, self.state) or await self._append(event):
+            self._own.holds(model.name, own)
 
-    async def _append(self, event: Event) -> None:
+    async def _append(self, event: Event) -> bool:
         try:
             await asyncio.to_thread(self._journal.append, event)
-            self._metrics.count("hone_events", event.kind)
         except StoreUnavailable as error:
             self._journal_is_away(error)
+            return False
+        self._metrics.count("hone_events", event.kind)
+        return True
 
     def _journal_is_away(self, error: StoreUnavailable | OSError | str) -> None:
         if not self.store_error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import monotonic, time
@@ -24,11 +25,12 @@ ANEW: Final = frozenset({"model.deployed", "model.removed"})
 
 @dataclass(frozen=True, slots=True)
 class PastDeath:
-    """`age_s` at the time of the look. `whole`: the server and all its runners ended with it."""
+    """`age_s` at the time of the look. `whole`: `server` and all its runners ended with it."""
 
     age_s: float
     outside: bool
     whole: bool = False
+    server: str = ""
 
 
 def own_doing(reason: str) -> bool | None:
@@ -41,26 +43,33 @@ class PastDeaths:
 
     def __init__(self, unfinished: Sequence[Unfinished] = ()) -> None:
         self._began = time()
+        self._ahead_s = 0.0
+        """How far the store's clock is ahead of this host's, where it is known."""
         self._untold = list(unfinished)
         self._found: dict[tuple[str, str], list[PastDeath]] = {}
         self._found_at = 0.0
 
     async def remember(self, journal: Journal) -> None:
         """Tell the journal what ended together with the server before, and learn what died; while the store is away, try again as long as it matters."""
-        while time() < self._began + DEATHS_S:
+        until = monotonic() + DEATHS_S
+        while monotonic() < until:
             try:
                 await asyncio.to_thread(self._tell, journal)
                 events = await asyncio.to_thread(journal.read, 0, READ_BACK, "", True)
             except StoreUnavailable:
                 await asyncio.sleep(AGAIN_S)
                 continue
-            self._found, self._found_at = past_deaths(events, time(), DEATHS_S, self._began), monotonic()
+            found = past_deaths(events, time() + self._ahead_s, DEATHS_S, self._began + self._ahead_s)
+            self._found, self._found_at = found, monotonic()
             return
 
     def recent(self, model: str, version: str) -> list[PastDeath]:
-        """Those of the last five minutes."""
+        """Those of the last five minutes. Of servers that ended whole those of the one that did most often: of several that a power cut
+        or an order ended together each ended once, and that is no version's fault."""
         elapsed = monotonic() - self._found_at
-        return [death for death in self._found.get((model, version), ()) if elapsed + death.age_s < DEATHS_S]
+        recent = [death for death in self._found.get((model, version), ()) if elapsed + death.age_s < DEATHS_S]
+        ((worst, _),) = Counter(death.server for death in recent if death.whole).most_common(1) or [("", 0)]
+        return [death for death in recent if not death.whole or death.server == worst]
 
     def took_all_down(self, model: str, version: str) -> int:
         """How often it died within five minutes, the whole server with it; 0 where that is less often than counts against a version."""
@@ -85,12 +94,15 @@ class PastDeaths:
     def _tell(self, journal: Journal) -> None:
         while self._untold:
             one = self._untold[0]
-            journal.append(Event("runner.died", one.model, one.version, data={"reason": one.reason, "ended_at": one.at}))
+            before_s = max(0.0, time() - one.at)  # clocks of hosts differ, lengths of time do not
+            data = {"reason": one.reason, "ended_s_ago": round(before_s, 1), "server": one.server}
+            stored = journal.append(Event("runner.died", one.model, one.version, data=data))
+            self._ahead_s = stored.at - time()
             self._untold.pop(0)
 
 
 def past_deaths(newest_first: Iterable[Event], now: float, most_s: float, before: float) -> dict[tuple[str, str], list[PastDeath]]:
-    """By model and version, those of the last `most_s` seconds that were written until `before` (unix seconds, as `now`), or that tell of what was before."""
+    """By model and version, those of the last `most_s` seconds that were written until `before` (unix seconds by the store's clock, as `now`), or that tell of what was before."""
     found: dict[tuple[str, str], list[PastDeath]] = {}
     over: set[str] = set()
     wanted: set[tuple[str, str]] = set()
@@ -102,11 +114,12 @@ def past_deaths(newest_first: Iterable[Event], now: float, most_s: float, before
         elif event.kind == "desired.changed":  # somebody, or the loop, gives it another chance
             wanted.add((event.model, version_of(event)))
         elif event.kind == "runner.died" and event.model not in over and (event.model, version_of(event)) not in wanted:
-            ended_at = event.data.get("ended_at")
-            whole = isinstance(ended_at, int | float)
-            at = float(ended_at) if isinstance(ended_at, int | float) else event.at
+            earlier_s = event.data.get("ended_s_ago")
+            whole = isinstance(earlier_s, int | float)
+            at = event.at - (float(earlier_s) if isinstance(earlier_s, int | float) else 0.0)
             if at >= now - most_s and (whole or at <= before):
                 own = own_doing(str(event.data.get("reason")))
                 if own is not None:
-                    found.setdefault((event.model, version_of(event)), []).append(PastDeath(max(0.0, now - at), not own, whole))
+                    death = PastDeath(max(0.0, now - at), not own, whole, str(event.data.get("server", "")))
+                    found.setdefault((event.model, version_of(event)), []).append(death)
     return found
