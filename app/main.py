@@ -44,12 +44,13 @@ from app.operations import ServerOperations
 from app.serving.admission import Admission
 from app.serving.at_work import AtWork
 from app.serving.feedback import Feedback
-from app.serving.fleet import Fleet, Recorder
+from app.serving.fleet import Fleet
 from app.serving.forkserver import ForkServer
 from app.serving.ladder import Ladder
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
 from app.serving.past_deaths import PastDeaths, own_doing
+from app.serving.recorder import Recorder
 from app.serving.service import InferenceService
 from app.serving.vitals import Vitals
 from app.serving.wording import Wording

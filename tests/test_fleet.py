@@ -67,7 +67,7 @@ def test_servers_whose_repositories_differ_do_not_put_each_others_version_back(t
     scaled(first / "models" / "m" / "2" / "model.onnx", 3.0)
     assert told_by_looks() == []
     shutil.rmtree(first / "models" / "m" / "2")
-    assert told_by_looks() == [("model.deployed", "1")]
+    assert told_by_looks() == [("model.deployed", "1"), ("version.removed", "2")]
     shutil.rmtree(second / "models" / "m")
     assert told_by_looks() == [("model.removed", "")]
     scaled(first / "models" / "m" / "1" / "model.onnx", 4.0)

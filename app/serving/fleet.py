@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from time import monotonic
@@ -25,6 +24,7 @@ from app.serving.loader import Loader
 from app.serving.own_repository import OwnRepository
 from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
+from app.serving.recorder import Recorder
 from app.serving.service import InferenceService
 from app.serving.slot import Slot
 from app.serving.warm import way_back_gone
@@ -38,51 +38,6 @@ GONE = "its folder is gone from the repository"
 P = ParamSpec("P")
 T = TypeVar("T")
 SWAPS = ("activated", "swapped", "settings", "failed")
-GONE = "its folder is gone from the repository"
-
-
-class Recorder:
-    """Writes events in order, off the event loop; while the store is away they wait, bounded, and the newest win."""
-
-    def __init__(self, journal: Journal, metrics: Metrics) -> None:
-        self._journal, self._metrics = journal, metrics
-        self._waiting: asyncio.Queue[Event] = asyncio.Queue(1000)
-        self._pool = ThreadPoolExecutor(1, "journal-writer")
-        self.refused = ""
-        """Why an event waits."""
-
-    def __call__(self, event: Event) -> None:
-        if self._waiting.full():
-            self._waiting.get_nowait()
-            self._metrics.count("hone_store_errors", "dropped")
-        self._waiting.put_nowait(event)
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            event = await self._waiting.get()
-            while True:
-                try:
-                    await loop.run_in_executor(self._pool, self._journal.append, event)
-                    self._metrics.count("hone_events", event.kind)
-                    self.refused = ""
-                    break
-                except StoreUnavailable as error:
-                    self.refused = str(error)
-                    self._metrics.count("hone_store_errors", "append")
-                    await asyncio.sleep(1.0)
-                except Exception:
-                    log.exception("event %s of %s could not be written", event.kind, event.model)
-                    break
-            self._waiting.task_done()
-
-    async def flush(self, timeout_s: float) -> None:
-        """Wait, bounded, until everything is written."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._waiting.join()
-        except TimeoutError:
-            log.warning("the journal did not take the last events within %.0f s", timeout_s)
 
 
 class Fleet:
@@ -121,7 +76,8 @@ class Fleet:
         self.ready = False
         service.complete = False
         self.listeners: list[Callable[[State], None]] = []
-        self.refused: Callable[[], str] = str  # why the store takes nothing, though it can be read; '' while it does
+        self.refused: Callable[[], str] = str
+        """Why the store takes nothing, though it can be read; '' while it does."""
 
     async def run(self) -> None:
         watcher = asyncio.create_task(self._watch(), name="journal-watch")
