@@ -25,6 +25,8 @@ log = logging.getLogger("hone.http")
 _PREFIX: Final = os.urandom(6).hex()
 _numbers: Final = count(1)
 MAX_ID: Final = 128
+_CHAIN: Final = 32
+"""Causes of an error that are looked at."""
 JOINED_BYTES: Final = 64 << 10
 """Bodies up to here are sent as one part: a copy costs less than another write."""
 
@@ -156,7 +158,9 @@ def let_go_of_frames(error: BaseException) -> None:
     """An error holds the frames that it came through, and they hold bodies and the future that holds the error: a circle that only a rare
     collection would open, so that a few dozen refused bodies were gigabytes (and CPython crashes over a memoryview in use in a circle)."""
     chain: BaseException | None = error
-    while chain is not None:
+    for _ in range(_CHAIN):  # a chain may be a circle itself
+        if chain is None:
+            return
         chain.__traceback__ = None
         chain = chain.__cause__ or chain.__context__
 
