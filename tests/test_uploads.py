@@ -208,6 +208,16 @@ def test_too_large_is_told_by_the_length_and_by_the_bytes(running: Running, good
     assert not leftovers(running)
 
 
+@pytest.mark.parametrize("call", ["models/standing/verify", "models/standing/optimize", "models/standing/promote"])
+def test_what_is_asked_of_the_admin_side_is_small(running: Running, call: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(300):
+            yield b" " * 65536
+
+    headers = {"Authorization": f"Bearer {running.token}"}
+    refused(running.call("POST", f"/admin/{call}", headers=headers, content=chunks()), "the body passes 1048576 bytes", 413)
+
+
 def test_a_client_that_leaves_in_mid_upload_leaves_nothing(running: Running) -> None:
     head = (
         "POST /admin/models HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 3000000\r\n"
