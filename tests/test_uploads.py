@@ -134,6 +134,8 @@ def test_forms_that_are_none_are_refused(running: Running, good: bytes) -> None:
         "cut off",
     )
     refused(running.call("POST", "/admin/models", headers=cut, content=b"nonsense"), "no multipart form")
+    long = {**token, "Content-Type": f"multipart/form-data; boundary={'x' * 300}"}
+    refused(running.call("POST", "/admin/models", headers=long, content=b"nonsense"), "exceeds maximum")
     for files in ({"model.onnx": good, "b.onnx": good}, {}, {"model.yaml": b"owner: x\n"}):
         answer = running.call("POST", "/admin/models", headers=token, data={"name": "m"}, files=list(files.items()) or {"x": b""})
         refused(answer, "one .onnx file")
