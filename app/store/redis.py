@@ -37,6 +37,7 @@ NOTHING: Final = "*"
 _WAIT_SLICE_S: Final = 0.5
 _PAGE: Final = 1000
 _RACES: Final = 100
+MALFORMED: Final = "the store's URL cannot be read; write redis://[user:password@]host[:port]/db, its parts percent-encoded"
 _OPTIONS: Final = frozenset(
     {"prefix", "timeout", "db", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"}
 )
@@ -327,7 +328,12 @@ class RedisJournal:
 
 def _client(url: str) -> tuple[redis.Redis, str, Keys, float]:
     """The driver's client with bounded waits, the address as it may be shown (no password), the keys, and the timeout in seconds."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreRefused(MALFORMED) from error
+    if "@" in parts.path + parts.query + parts.fragment:  # a password with / or ? in it ends up there, and would be shown
+        raise StoreRefused(MALFORMED)
     options = dict(parse_qsl(parts.query))
     for name in options.keys() - _OPTIONS:
         near = difflib.get_close_matches(name, _OPTIONS, 1) or sorted(_OPTIONS)
@@ -345,9 +351,7 @@ def _client(url: str) -> tuple[redis.Redis, str, Keys, float]:
         )
         port = f":{parts.port}" if parts.port else ""
     except ValueError as error:
-        raise StoreRefused(
-            "the store's URL cannot be read; write redis://[user:password@]host[:port]/db, its parts percent-encoded"
-        ) from error
+        raise StoreRefused(MALFORMED) from error
     return client, f"Redis at {parts.hostname or 'localhost'}{port}{parts.path}", Keys(prefix), timeout_s
 
 
