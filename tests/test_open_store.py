@@ -1,13 +1,16 @@
-"""HONE_STORE as people mistype it: refused with the rule, and without the password that it holds."""
+"""HONE_STORE as people mistype it: refused with the rule, and without the password that it holds. And a Redis that others write into."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.store.base import StoreRefused, StoreUnavailable
 from app.store.open import open_journal
+from tests.journal_story import deployed
+from tests.redis_server import RedisServer
 
 
 @pytest.mark.parametrize(
@@ -36,3 +39,17 @@ def test_a_password_may_have_any_character_percent_encoded() -> None:
         journal.state()
     assert "SECRET" not in str(away.value)
     journal.close()
+
+
+@pytest.mark.parametrize("entry", [{"foo": "bar"}, {"uid": "x", "event": "{"}, {"uid": "x", "event": '{"kind": 5}'}])
+def test_an_entry_that_is_not_hones_is_told(entry: dict[Any, Any], tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start()
+    journal = open_journal(server.url)
+    try:
+        journal.append(deployed())
+        server.client().xadd("{hone}:events", entry)
+        with pytest.raises(StoreUnavailable, match=r"\{hone\}:events is not all Hone's"):
+            journal.read()
+    finally:
+        journal.close()
+        server.stop()

@@ -218,6 +218,14 @@ class RedisJournal:
             if self._closed:
                 self._redis.connection_pool.disconnect(inuse_connections=False)
 
+    @contextmanager
+    def _ours(self, key: str) -> Iterator[None]:
+        """Others may write into the same Redis."""
+        try:
+            yield
+        except (KeyError, Unreadable) as error:
+            raise StoreUnavailable(f"{self.address}: what lies under {key} is not all Hone's ({error}); remove what is not") from error
+
     def _races(self) -> Iterator[int]:
         """Attempts of a compare-and-set; later ones step aside for a moment."""
         for attempt in range(_RACES):
@@ -236,9 +244,10 @@ class RedisJournal:
             )
         if seen is not None and last == seen.last:
             return seen, at
-        if seen is not None and seen.last and entries and redis_form.uid_of(entries[0]) == seen.last:
-            newer = [redis_form.event_of(entry) for entry in entries[1:]]
-            return _Seen(fold_all(seen.state, newer), redis_form.uid_of(entries[-1]), newer[-1].seq), at
+        with self._ours(self.keys.events):
+            if seen is not None and seen.last and entries and redis_form.uid_of(entries[0]) == seen.last:
+                newer = [redis_form.event_of(entry) for entry in entries[1:]]
+                return _Seen(fold_all(seen.state, newer), redis_form.uid_of(entries[-1]), newer[-1].seq), at
         loaded, _ = self._loaded()
         if seen is not None and (merge.behind(loaded.state, seen.state) or self._diverged(loaded, seen)):
             raise StoreWentBack(
@@ -260,10 +269,8 @@ class RedisJournal:
         _, lost, _, _ = self._looked(NOTHING, 0)
         with self._explained():
             last, rest, models, jobs, top = self._load(keys=self.keys.journal, args=[self.keys.model])
-        try:
+        with self._ours(self.keys.journal[0]):
             state = redis_form.state_of(rest, models, jobs)
-        except Unreadable as error:
-            raise StoreUnavailable(f"{self.address}: what lies under {self.keys.journal[0]} is not Hone's: {error}") from error
         return _Seen(state, last, int(top.partition("-")[0])), not lost
 
     def _write(self, before: _Seen, after: _Seen, events: Sequence[tuple[Event, str]]) -> bool:
@@ -312,8 +319,9 @@ class RedisJournal:
         while True:
             command = ("XREVRANGE", self.keys.events, high, low) if newest_first else ("XRANGE", self.keys.events, low, high)
             entries = self._command(*command, "COUNT", _PAGE)
-            for _, fields in entries:
-                yield event_from_json(loads(fields["event"]))
+            with self._ours(self.keys.events):
+                page = [event_from_json(loads(fields["event"])) for _, fields in entries]
+            yield from page
             if len(entries) < _PAGE:
                 return
             low, high = (low, f"({entries[-1][0]}") if newest_first else (f"({entries[-1][0]}", high)
