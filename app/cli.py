@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_told(error):
             raise
-        print(f"hone: {_told(error)}", file=sys.stderr)
+        from app.plain import clean_lines
+
+        print(clean_lines(f"hone: {_told(error)}"), file=sys.stderr)
         return 1
 
 

@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from app.plain import clean_lines
 from app.settings import PREFIX, discovered, in_url, is_token
 
 JSON: TypeAlias = Any
@@ -260,7 +261,7 @@ class Client:
 
     def _refusal(self, response: httpx.Response) -> ClientError:
         if response.status_code != 401:
-            return ClientError(_told(response), response.status_code)
+            return ClientError(clean_lines(_told(response)), response.status_code)
         why = self.address.token_problem or f"the token is not this server's: {NO_TOKEN}"
         return ClientError(f"{_base(str(response.url))} refuses: {why}", 401)
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from app.plain import clean, clean_lines
 from app.settings import Settings
 
 
@@ -47,8 +48,12 @@ def backup(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     file, as_json = Path(given.pop("file")), given.pop("json")
-    said = backups.backup(_settings(arguments), file, lambda text: print(text, file=sys.stderr))
-    print(json.dumps(said) if as_json else "\n".join([*said["notes"], f"{file}: {said['files']} files, {said['bytes'] / 1e6:.1f} MB"]))
+    said = backups.backup(_settings(arguments), file, lambda text: print(clean_lines(text), file=sys.stderr))
+    print(
+        json.dumps(said)
+        if as_json
+        else "\n".join([*map(clean, said["notes"]), f"{file}: {said['files']} files, {said['bytes'] / 1e6:.1f} MB"])
+    )
     return 0
 
 
@@ -57,7 +62,7 @@ def restore(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     file, overwrite, as_json = Path(given.pop("file")), given.pop("overwrite"), given.pop("json")
-    said = backups.restore(_settings(arguments), file, overwrite, lambda text: print(text, file=sys.stderr))
+    said = backups.restore(_settings(arguments), file, overwrite, lambda text: print(clean_lines(text), file=sys.stderr))
     models = ", ".join(said["models"]) or "no model"
     text = f"restored {models} in epoch {said['epoch']}; the loop is frozen: look with hone status, then hone unfreeze"
     print(json.dumps(said) if as_json else text)

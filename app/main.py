@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -41,6 +40,7 @@ from app.deployment import Deployment
 from app.domain import JSON, Event
 from app.errors import NotAllowed
 from app.operations import ServerOperations
+from app.plain import log_to_stderr
 from app.serving.admission import Admission
 from app.serving.at_work import AtWork
 from app.serving.feedback import Feedback
@@ -347,7 +347,7 @@ def _take_all_descriptors() -> None:
 
 
 def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    log_to_stderr(level)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # who sent the form is told

@@ -7,6 +7,7 @@ from typing import Any, Final, TypeAlias
 
 from app import tables
 from app.domain import short
+from app.plain import clean
 
 JSON: TypeAlias = dict[str, Any]
 _SHOWN: Final = frozenset({
@@ -19,9 +20,7 @@ _SHOWN: Final = frozenset({
 def server(found: JSON) -> str:
     """Server, host and workers, then a table of the models and the open jobs."""
     models, jobs = found.get("models") or [], found.get("jobs") or []
-    parts = [
-        "\n".join(tables.clean(line) for line in (_service(found), _host(found.get("host") or {}), *_workers(found), *_troubles(found)))
-    ]
+    parts = ["\n".join(clean(line) for line in (_service(found), _host(found.get("host") or {}), *_workers(found), *_troubles(found)))]
     parts.append(tables.models(models) if models else "no models: hand it one with `hone deploy`, or put one into the repository")
     if jobs:
         parts.append(tables.jobs(jobs))
@@ -34,7 +33,7 @@ def model(found: JSON) -> str:
     parts = [tables.models([found])]
     told = [*([str(found["description"])] if found.get("description") else []), *tables.now(found.get("loop") or {}), *_standing(found)]
     if told:
-        parts.append("\n".join(tables.clean(line) for line in told))
+        parts.append("\n".join(clean(line) for line in told))
     if loaded:
         parts.append(_loaded(loaded))
     if jobs:
@@ -60,7 +59,7 @@ def job(found: JSON) -> str:
     if found.get("worker"):
         told.append(f"{'is' if found.get('state') == 'building' else 'was'} built by {found['worker']}, attempt {found.get('attempt', 1)}")
     told += [str(report["canary"])] if report.get("canary") else []
-    lines = "\n".join(tables.clean(line) for line in told)
+    lines = "\n".join(clean(line) for line in told)
     return "\n\n".join(part for part in (tables.jobs([found]), lines, tables.job_report(report), left_to_a_person(found)) if part)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias
 
 from app.domain import short
+from app.plain import clean
 
 JSON: TypeAlias = dict[str, Any]
 Cell: TypeAlias = Callable[[JSON], object]
@@ -277,11 +278,6 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return _inline(value) if isinstance(value, dict | list | tuple) else clean(value)
-
-
-def clean(value: object) -> str:
-    """Nothing that moves a terminal: names and reasons come from whoever wrote them."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 
 def _inline(value: Any) -> str:

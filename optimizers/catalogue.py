@@ -152,7 +152,7 @@ def _typed(method: str, key: str, value: Any, hint: Any) -> Any:
     """`value` as a field of type `hint` has it: JSON's lists become tuples, integers floats; anything else must fit as it is."""
     try:
         return _fit(value, hint)
-    except TypeError:
+    except (TypeError, OverflowError):
         raise InvalidStep(f"{method}: {key} must be {_told(hint)}, not {value!r}") from None
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from optimizers.host import memory_budget
+
+TEXT_BYTES: Final = 64
+"""What a str object takes beside its characters, at most."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,17 @@ class Samples:
             labels = arrays.pop("labels", None)
         if single := [name for name, values in arrays.items() if not values.ndim]:
             raise ValueError(f"{single[0]!r} is a single value; its first axis must be the samples")
-        if labels is not None and (labels.dtype.kind not in "iufb" or not labels.ndim):
+        if labels is not None and not (labels.dtype.kind in "iufb" and labels.ndim and _are_whole(labels)):
             raise ValueError("labels must be one number of a class for each sample")
         lengths = {name: len(values) for name, values in arrays.items()}
         if not lengths or len({*lengths.values(), *([len(labels)] if labels is not None else [])}) != 1:
             raise ValueError(f"{path}: arrays must share one first axis (the samples), got {lengths}")
         return cls(arrays, None if labels is None else labels.astype(np.int64), origin, stacked)
+
+
+def _are_whole(values: NDArray[Any]) -> bool:
+    with np.errstate(invalid="ignore"):
+        return np.array_equal(values.astype(np.int64), values)
 
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -94,35 +106,73 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 def read_npz(path: Path, most: int | None = None) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz; text as arrays of str objects, as ONNX Runtime wants it. Of each array the first `most` entries, if given: no more of it
-    is held in memory. Raises ValueError for pickles, and for what is cut or damaged."""
+    is held in memory. Raises ValueError for pickles, for what is cut or damaged, and for what would fill the memory that there is: a few megabytes
+    of zeros unpack to many gigabytes."""
     path.stat()  # a file that is not there is another matter
     if not zipfile.is_zipfile(path):
         raise ValueError("it is no .npz, as numpy.savez writes it, or it was copied in part")
     try:
-        if most is None:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        else:
-            with zipfile.ZipFile(path) as archive:
-                arrays = {name.removesuffix(".npy"): _first(archive, name, most) for name in archive.namelist()}
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            heads = {member.filename: _head(archive, member) for member in archive.infolist()}
+            _check_room(sum(head.bytes(most) for head in heads.values()))
+            arrays = {name.removesuffix(".npy"): _array(archive, name, head, most) for name, head in heads.items()}
+            return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in arrays.items()}
+    except (zipfile.BadZipFile, zlib.error, EOFError, SystemError, RuntimeError, TypeError) as error:  # SystemError: text that is none
         raise ValueError(f"it is damaged: {error}") from None
-    if stray := [name for name, values in arrays.items() if not isinstance(values, np.ndarray)]:
-        raise ValueError(f"{stray[0]!r} in it is no array")
-    return {name: values.astype(object) if values.dtype.kind == "U" else values for name, values in arrays.items()}
 
 
-def _first(archive: zipfile.ZipFile, name: str, most: int) -> NDArray[Any]:
-    """The first `most` entries of an array, as `write_npz` writes it. Raises ValueError for pickles."""
+@dataclass(frozen=True)
+class _Head:
+    """What an array in an .npz says of itself."""
+
+    shape: tuple[int, ...]
+    by_columns: bool
+    dtype: np.dtype[Any]
+
+    def bytes(self, most: int | None) -> int:
+        entries = math.prod(self.shape if most is None else (min(most, *self.shape[:1]), *self.shape[1:]))
+        return entries * (self.dtype.itemsize + (TEXT_BYTES if self.dtype.kind == "U" else 0))
+
+
+def _head(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> _Head:
+    """Raises ValueError for pickles, and where the array's head and the file's size contradict each other."""
+    name = member.filename
+    if not name.endswith(".npy") or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name.removesuffix('.npy')!r} in it is no array")
+    with archive.open(member) as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            head = _Head(*read(file))
+        except (TypeError, TokenError, SyntaxError, MemoryError, RecursionError) as error:  # numpy reads heads by Python's parser
+            raise ValueError(f"{name} begins with nonsense ({type(error).__name__})") from None
+        if head.dtype.hasobject:
+            raise ValueError(f"{name} holds Python objects (a pickle), which are not loaded")
+        promised = math.prod(head.shape) * head.dtype.itemsize
+        if not head.dtype.itemsize or min(head.shape, default=0) < 0 or file.tell() + promised != member.file_size:
+            raise ValueError(
+                f"{name} should have {promised} bytes, by its shape {list(head.shape)}, and has {member.file_size - file.tell()}"
+            )
+    return head
+
+
+def _check_room(needed: int) -> None:
+    room = memory_budget().available_bytes // 2
+    if needed > room:
+        raise ValueError(f"it unpacks to {needed} bytes, more than half of the memory that is free ({room} bytes); name fewer samples")
+
+
+def _array(archive: zipfile.ZipFile, name: str, head: _Head, most: int | None) -> NDArray[Any]:
+    """The array, or its first `most` entries where it is laid out as `write_npz` writes it."""
     with archive.open(name) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_columns, dtype = read(member)
-        if dtype.hasobject or (by_columns and len(shape) > 1) or not shape:
+        if most is None:
+            return np.asarray(np.lib.format.read_array(member, allow_pickle=False))
+        if (head.by_columns and len(head.shape) > 1) or not head.shape:
             raise ValueError(f"{name} is not laid out row by row")
-        rows = min(most, shape[0])
-        data = member.read(rows * int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize)
-    return np.frombuffer(bytearray(data), dtype).reshape(rows, *shape[1:])
+        member.read(archive.getinfo(name).file_size - math.prod(head.shape) * head.dtype.itemsize)
+        rows = min(most, head.shape[0])
+        data = member.read(rows * math.prod(head.shape[1:]) * head.dtype.itemsize)
+    return np.frombuffer(bytearray(data), head.dtype).reshape(rows, *head.shape[1:])
 
 
 def _row_bytes(row: Any) -> bytes:

@@ -156,10 +156,12 @@ def _message(kind: str, request: Mapping[str, Any], limits: TaskLimits, scratch:
 
 
 async def _start(limits: TaskLimits) -> asyncio.subprocess.Process:
-    """Thread counts must stand in the environment before the first numerics library is imported, so they are set here."""
+    """Thread counts must stand in the environment before the first numerics library is imported, so they are set here. The service's own
+    settings, tokens and the journal's password among them, are no business of a child that runs other people's models and code."""
     threads = str(max(1, limits.threads))
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, threads), "MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HONE_")}
+    environment = {**inherited, **dict.fromkeys(names, threads), "MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
     environment.pop("ORT_INTRA_OP_NUM_THREADS", None)
     # -P and a path appended: neither the working folder nor ours may shadow the standard library.
     bootstrap = f"import sys; sys.path.append({str(_ROOT)!r}); from optimizers.task_child import main; sys.exit(main())"

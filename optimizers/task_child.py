@@ -174,6 +174,8 @@ def is_out_of_memory(error: BaseException) -> bool:
             "not enough memory",
             "cannot allocate memory",
             "can't allocate memory",
+            "array is too big",
+            "maximum allowed dimension exceeded",
         )
     )
 

@@ -44,6 +44,7 @@ def surroundings(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
         "cpus": sorted(os.sched_getaffinity(0)),
         "omp": os.environ["OMP_NUM_THREADS"],
         "oom": int(Path("/proc/self/oom_score_adj").read_text()),
+        "settings": [name for name in os.environ if name.startswith("HONE_")],
         "stdin": sys.stdin.read(),
         "first_on_path": sys.path[0],
     }

@@ -294,6 +294,14 @@ def test_a_model_that_agrees_at_no_level_but_none_is_served_so(tmp_path: Path) -
         assert report.serving.session_options == ()
 
 
+@pytest.mark.parametrize("shape", [[1 << 40, 1 << 20], [1 << 62, 1 << 62, 1 << 62]])
+def test_an_input_that_no_memory_holds_is_told_as_such(tmp_path: Path, shape: list[int]) -> None:
+    path = write(model([node("Relu", ["x"], ["y"])], [value("x", F, shape)], [value("y", F, shape)]), tmp_path / "model.onnx")
+    with pytest.raises(TaskFailed, match="needs more memory than its bound") as caught:
+        run_task_sync("inspect", {"path": str(path)}, TaskLimits(memory_bytes=1 << 30))
+    assert caught.value.kind is Failure.OUT_OF_MEMORY
+
+
 def test_memory_is_bounded_at_the_first_run(tmp_path: Path) -> None:
     nodes = [node("ConstantOfShape", ["n"], ["big"]), node("ReduceSum", ["big"], ["s"], keepdims=0), node("Mul", ["x", "s"], ["y"])]
     path = write(model(nodes, [value("x", F, ["N"])], [value("y", F, ["N"])], weights(n=np.array([1 << 30]))), tmp_path / "model.onnx")

@@ -161,9 +161,14 @@ def test_what_cannot_be_asked_for_is_told_at_once(running: Running) -> None:
         ({"recipe": ["tune", "graph"]}, "tune comes last"),
         ({"promote": "perhaps"}, "promote"),
         ({"recipes": ["graph"]}, "recipes"),
+        ({"recipe": ["graph"] * 33}, "at most 32 items"),
+        ({"try": [["graph"]] * 65}, "at most 64 items"),
+        ({"recipe": [{"method": "int8-static", "samples": 10**30}]}, "64-bit range"),
+        ({"recipe": [{"method": "int8-static", "exclude": ["\ud800"]}]}, "surrogates"),
+        ({"recipe": [{"method": "low-rank", "ratio": 10**400}]}, "ratio must be a number"),
     ]
     for body, said in refused:
-        answer = running.admin("POST", "/admin/models/net/optimize", 400, json=body)
+        answer = running.admin("POST", "/admin/models/net/optimize", 400, content=json.dumps(body))
         assert said in answer["error"], answer
     assert running.admin("POST", "/admin/models/nobody/optimize", 404)["error"]
     assert running.admin("GET", "/admin/jobs/nobody", 404)["error"]

@@ -69,7 +69,8 @@ def test_what_a_task_spent_is_told_once_however_it_ends(name: str, request_: dic
     assert len(spent) == 1 and (1.0 if name == "spins" else 0.0) < spent[0] < 30
 
 
-def test_the_child_is_bounded_and_apart() -> None:
+def test_the_child_is_bounded_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HONE_ADMIN_TOKEN", "secret")
     cpu = min(os.sched_getaffinity(0))
     result = run_task_sync(kind("surroundings"), {}, TaskLimits(scheduler="idle", cpus=(cpu,), threads=3))
     assert result["nice"] == 19
@@ -78,6 +79,7 @@ def test_the_child_is_bounded_and_apart() -> None:
     assert result["cpus"] == [cpu]
     assert result["omp"] == "3"
     assert result["oom"] == 900
+    assert result["settings"] == [], "it runs models and code of others: tokens and the store's password are none of theirs"
     assert result["stdin"] == ""
     assert result["first_on_path"] not in {"", str(ROOT)}, "nothing may shadow the standard library"
 

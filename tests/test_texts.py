@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,21 @@ def test_tokenizer_files_stay_in_the_models_folder_and_must_be_sound(tmp_path: P
                        ("absent.json", "no file"), ("bad.json", "no tokenizer.json")]:  # fmt: skip
         with pytest.raises(ModelRejected, match=says):
             text_processor(model, tokenizer=name)
+
+
+def test_where_the_library_panics_the_file_or_the_text_is_refused(tmp_path: Path) -> None:
+    """A panic of its Rust code is no Exception in Python: it ended whatever task it was raised in."""
+    path = tokenizer_file(tmp_path)
+    sound = json.loads(path.read_text())
+    path.write_text(json.dumps({**sound, "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}))
+    with pytest.raises(ModelRejected, match="is no tokenizer"):
+        text_processor(tmp_path)
+    endless = {"type": "Split", "pattern": {"Regex": "((a+)+)+$"}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps({**sound, "pre_tokenizer": endless}))
+    processor = text_processor(tmp_path)
+    assert len(processor.encode_text(["good"])) == 3
+    with pytest.raises(ModelFailed, match="retry-limit"):
+        processor.encode_text(["a" * 40 + "!"])
 
 
 def test_a_model_of_strings_takes_texts_as_they_are() -> None:

@@ -136,6 +136,8 @@ def test_forms_that_are_none_are_refused(running: Running, good: bytes) -> None:
         "cut off",
     )
     refused(running.call("POST", "/admin/models", headers=cut, content=b"nonsense"), "no multipart form")
+    long = {**token, "Content-Type": f"multipart/form-data; boundary={'x' * 300}"}
+    refused(running.call("POST", "/admin/models", headers=long, content=b"nonsense"), "exceeds maximum")
     for files in ({"model.onnx": good, "b.onnx": good}, {}, {"model.yaml": b"owner: x\n"}):
         answer = running.call("POST", "/admin/models", headers=token, data={"name": "m"}, files=list(files.items()) or {"x": b""})
         refused(answer, "one .onnx file")
@@ -208,6 +210,16 @@ def test_too_large_is_told_by_the_length_and_by_the_bytes(running: Running, good
     headers = {"Authorization": f"Bearer {running.token}", "Content-Type": "multipart/form-data; boundary=x"}
     refused(running.call("POST", "/admin/models", headers=headers, content=chunks()), "HONE_MAX_UPLOAD_BYTES", 413)
     assert not leftovers(running)
+
+
+@pytest.mark.parametrize("call", ["models/standing/verify", "models/standing/optimize", "models/standing/promote"])
+def test_what_is_asked_of_the_admin_side_is_small(running: Running, call: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(300):
+            yield b" " * 65536
+
+    headers = {"Authorization": f"Bearer {running.token}"}
+    refused(running.call("POST", f"/admin/{call}", headers=headers, content=chunks()), "the body passes 1048576 bytes", 413)
 
 
 def test_a_client_that_leaves_in_mid_upload_leaves_nothing(running: Running) -> None:

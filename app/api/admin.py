@@ -26,13 +26,14 @@ class Asked(BaseModel):
 FOLLOWED_AT_ONCE: Final = 1000
 AWAY_S: Final = 2.0
 Step = str | dict[str, Any]
+Recipe = Annotated[list[Step], Field(max_length=32)]
 
 
 class OptimizeBody(Asked):
     """`recipe`: steps in order; `try`: alternatives, each a recipe; neither: the planner's. A step is a method's name or {"method": …, options}."""
 
-    recipe: list[Step] | None = None
-    alternatives: list[list[Step]] | None = Field(None, alias="try")
+    recipe: Recipe | None = None
+    alternatives: Annotated[list[Recipe], Field(max_length=64)] | None = Field(None, alias="try")
     reason: str = Field("asked for", max_length=1000)
     promote: Literal["auto", "manual"] = "auto"
     target: str = Field("", max_length=200)

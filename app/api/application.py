@@ -30,7 +30,7 @@ from app.api.exchange import Door, request_id
 from app.api.infer import Infer
 from app.api.labels import feedback_route
 from app.api.offload import Offload
-from app.api.oip import Protocol2
+from app.api.oip import MAX_SMALL_BODY, Protocol2
 from app.api.openapi import build_openapi
 from app.api.predict import PATHS, Predict
 from app.errors import HoneError, NotReady
@@ -149,6 +149,7 @@ class Gate:
                 return
             if path != UPLOAD_PATH:
                 scope = _read_as_json(scope)
+                receive = _bounded(receive) if path.startswith(ADMIN_PREFIX) else receive
         await self._app(scope, receive, send_with_id)
 
     def _door(self, scope: Scope, path: str) -> ASGIApp | None:
@@ -175,6 +176,21 @@ def _read_as_json(scope: Scope) -> Scope:
     """Admin bodies are JSON whatever their type says, since curl -d calls everything a form; only an upload is one."""
     others = [header for header in scope["headers"] if header[0] != b"content-type"]
     return {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+
+
+def _bounded(receive: Receive) -> Receive:
+    """The framework reads a body to its end before anybody looks at it: what passes the bound is refused as it comes."""
+    taken = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > MAX_SMALL_BODY:
+            raise HTTPException(413, f"the body passes {MAX_SMALL_BODY} bytes, which is the most this call takes")
+        return message
+
+    return receive_bounded
 
 
 def _answer_errors_as_json(app: FastAPI, surfaces: Surfaces) -> None:

@@ -6,8 +6,8 @@ Nothing is spooled to a temporary folder of the system's (which may be small), a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import BufferedWriter
 from pathlib import Path
@@ -60,6 +60,15 @@ async def receive_form(
         return receiver.whole()
 
 
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """What the parser has against a form, a boundary that is too long among it."""
+    try:
+        yield
+    except FormParserError as error:
+        raise InvalidRequest(f"the body is no multipart form: {error}") from None
+
+
 class _Receiver(ExitStack):
     """The parser's callbacks: each part to its field or its file. One at a time, on any thread."""
 
@@ -73,25 +82,24 @@ class _Receiver(ExitStack):
         self._text = bytearray()
         self._file: BufferedWriter | None = None
         self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": self._header_field,
-                "on_header_value": self._header_value,
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_finished,
-                "on_part_data": self._data,
-                "on_part_end": self._end,
-                "on_end": self._finish,
-            },
-        )
+        with _well_formed():
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": self._header_field,
+                    "on_header_value": self._header_value,
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_finished,
+                    "on_part_data": self._data,
+                    "on_part_end": self._end,
+                    "on_end": self._finish,
+                },
+            )
 
     def write(self, data: bytes) -> None:
-        try:
+        with _well_formed():
             self._parser.write(data)
-        except FormParserError as error:
-            raise InvalidRequest(f"the body is no multipart form: {error}") from None
 
     def whole(self) -> Form:
         if not self._ended:

@@ -6,7 +6,8 @@ The only user of the `tokenizers` library, which is imported when the first text
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,7 @@ import numpy as np
 from app.catalog.sections import TextPreprocess
 from app.catalog.tensors import bytes_tensor, to_tensor
 from app.domain import BYTES, Signature, Tensor, TensorSpec
-from app.errors import InvalidRequest, ModelFailed, ModelRejected, PayloadTooLarge, Unsupported
+from app.errors import HoneError, InvalidRequest, ModelFailed, ModelRejected, PayloadTooLarge, Unsupported
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -28,6 +29,8 @@ USUAL_NAMES: Final = {
 USUAL_PADS: Final = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
 DEFAULT_MAX_LENGTH: Final = 512
 MAX_TOKENIZER_BYTES: Final = 64 << 20
+PANIC: Final = "PanicException"
+"""Of pyo3_runtime, a module that cannot be imported."""
 
 
 class StringEncoder:
@@ -103,10 +106,8 @@ class TextEncoder:
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """int tensors [len(texts), tokens]. Raises InvalidRequest for no or too many texts, and for too long ones where they may not be cut."""
         _check_texts(texts, self.config)
-        try:
+        with _failures(lambda said: ModelFailed(f"the model's tokenizer failed on this text: {said}")):
             encoded = self.tokenizer.encode_batch(list(texts))
-        except Exception as e:  # noqa: BLE001 - the library raises it bare
-            raise ModelFailed(f"the model's tokenizer failed on this text: {e}") from None
         for row, one in enumerate(encoded):
             tokens = sum(one.attention_mask)
             if tokens > self.max_length:
@@ -162,13 +163,24 @@ def _load(path: Path) -> Tokenizer:
     try:
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise ModelRejected(f"{path} is larger than {MAX_TOKENIZER_BYTES >> 20} MiB; a tokenizer.json is not")
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ModelRejected(f"preprocess.text.tokenizer {path.name!r} cannot be read: {e}") from None
-    except Exception as e:  # the library raises bare Exception
-        if isinstance(e, ModelRejected):
+    with _failures(
+        lambda said: ModelRejected(f"{path.name} is no tokenizer.json that this version of the tokenizers library reads: {said}")
+    ):
+        return Tokenizer.from_str(text)
+
+
+@contextmanager
+def _failures(as_error: Callable[[str], HoneError]) -> Iterator[None]:
+    """The library raises bare Exception, and panics where a file or a text goes beyond it: such a panic is no Exception at all."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
-        raise ModelRejected(f"{path.name} is no tokenizer.json that this version of the tokenizers library reads: {e}") from None
+        raise as_error(str(error)) from None
 
 
 def _check_texts(texts: Sequence[str], config: TextPreprocess) -> None:

@@ -1,6 +1,7 @@
 """One YAML file as bounded, plain data, with the line of every key. Knows nothing of what the keys mean.
 
-Refused: files over a bound, deep nesting, aliases that unfold without end, keys given twice, tags that build objects.
+Refused: files over a bound, deep nesting, aliases that unfold without end, keys given twice, numbers without end, and tags, which build
+objects or fail in ways of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from app.errors import ModelRejected
 MAX_BYTES: Final = 1 << 20
 MAX_DEPTH: Final = 16
 MAX_NODES: Final = 50_000
+MAX_NUMBER: Final = 64
+"""Characters of a number. Python reads hexadecimal and sexagesimal ones (1:30:00) of any length, and cannot print what comes of it."""
+_TEXT: Final = "tag:yaml.org,2002:str"
+_NUMBERS: Final = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
@@ -87,6 +92,9 @@ def _check_events(text: str, path: Path) -> None:
         elif isinstance(event, yaml.DocumentStartEvent):
             documents += 1
         line = event.start_mark.line + 1 if event.start_mark else 1
+        tag = getattr(event, "tag", None)
+        if tag not in (None, _TEXT):
+            raise ModelRejected(f"{path}:{line}: the tag {tag[:80]!r} is not taken; write the value as it is, without a tag")
         if depth > MAX_DEPTH:
             raise ModelRejected(f"{path}:{line}: nested deeper than {MAX_DEPTH} levels")
         if count > 2 * MAX_NODES:
@@ -109,6 +117,10 @@ def _check_nodes(root: Any, path: Path) -> None:
             )
         if isinstance(node, yaml.SequenceNode):
             stack.extend((item, depth + 1) for item in node.value)
+        elif node.tag in _NUMBERS and len(node.value) > MAX_NUMBER:
+            raise ModelRejected(
+                f"{path}:{line}: a number of {len(node.value)} characters; at most {MAX_NUMBER} are read (text goes in quotes)"
+            )
         elif isinstance(node, yaml.MappingNode):
             _check_keys(node, path)
             stack.extend((value, depth + 1) for _, value in node.value)
@@ -124,7 +136,7 @@ def _check_keys(node: Any, path: Path) -> None:
             raise ModelRejected(f"{path}:{line}: key {key.value!r} is given twice (first in line {seen[key.value]}); keep one")
         seen[key.value] = line
         if key.tag != "tag:yaml.org,2002:merge":
-            key.tag = "tag:yaml.org,2002:str"
+            key.tag = _TEXT
 
 
 def _lines(node: Any, at: KeyPath) -> Iterator[tuple[KeyPath, int]]:

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from app.control.steps import is_recalibration, target_of
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
 from app.errors import Conflict, HoneError, NotAllowed
+from app.plain import log_to_stderr
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
@@ -356,7 +356,7 @@ def _methods() -> list[str]:
 
 def run_worker(settings: Settings) -> int:
     """Work until a signal; the job in hand is given back. Returns the exit status."""
-    logging.basicConfig(level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    log_to_stderr(settings.log_level)
     few_arenas()
     state = StateFolder(settings.state).prepare()
     repository = Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked)

@@ -27,6 +27,7 @@ from app.domain import (
     State,
     Verdict,
 )
+from app.errors import InvalidRequest
 
 EVENT_LIMIT_BYTES: Final = 4 << 20
 E = TypeVar("E", bound=StrEnum)
@@ -50,14 +51,18 @@ def loads(text: str | bytes) -> Any:
         raise Unreadable(f"not JSON: {error}") from error
 
 
+class Unstorable(InvalidRequest, ValueError):
+    """An event's data is no JSON, or too large for a journal; where a caller gave it, it is the caller's to mend."""
+
+
 def data_text(event: Event) -> str:
-    """The data of an event as it will be stored. Raises ValueError for what is no JSON or too large for a journal."""
+    """The data of an event as it will be stored. Raises Unstorable."""
     try:
         text = dumps(event.data)
     except TypeError as error:
-        raise ValueError(f"event {event.kind} of model {event.model!r}: its data is not JSON ({error}); give plain values only") from error
+        raise Unstorable(f"event {event.kind} of model {event.model!r}: its data is not JSON ({error}); give plain values only") from error
     if len(text) > EVENT_LIMIT_BYTES and not event.kind.startswith("journal."):
-        raise ValueError(
+        raise Unstorable(
             f"event {event.kind} of model {event.model!r} has {len(text)} characters of data, the limit is {EVENT_LIMIT_BYTES}: "
             "keep the bulk in a file and its path in the event"
         )

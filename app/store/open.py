@@ -16,9 +16,9 @@ def open_journal(url_or_path: str | Path) -> Journal:
 
     Nothing is connected yet. Raises StoreRefused for an unknown kind of URL and for a place that cannot hold a journal.
     """
-    if isinstance(url_or_path, Path) or "://" not in url_or_path:
+    scheme = "" if isinstance(url_or_path, Path) else url_or_path.partition(":")[0].lower()
+    if isinstance(url_or_path, Path) or ("://" not in url_or_path and scheme not in REDIS_SCHEMES):
         return SqliteJournal(url_or_path)
-    scheme = url_or_path.partition("://")[0].lower()
     if scheme == "sqlite":
         return SqliteJournal(_sqlite_path(url_or_path))
     if scheme in REDIS_SCHEMES:

@@ -37,6 +37,7 @@ NOTHING: Final = "*"
 _WAIT_SLICE_S: Final = 0.5
 _PAGE: Final = 1000
 _RACES: Final = 100
+MALFORMED: Final = "the store's URL cannot be read; write redis://[user:password@]host[:port]/db, its parts percent-encoded"
 _OPTIONS: Final = frozenset(
     {"prefix", "timeout", "db", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"}
 )
@@ -217,6 +218,14 @@ class RedisJournal:
             if self._closed:
                 self._redis.connection_pool.disconnect(inuse_connections=False)
 
+    @contextmanager
+    def _ours(self, key: str) -> Iterator[None]:
+        """Others may write into the same Redis."""
+        try:
+            yield
+        except (KeyError, Unreadable) as error:
+            raise StoreUnavailable(f"{self.address}: what lies under {key} is not all Hone's ({error}); remove what is not") from error
+
     def _races(self) -> Iterator[int]:
         """Attempts of a compare-and-set; later ones step aside for a moment."""
         for attempt in range(_RACES):
@@ -235,9 +244,10 @@ class RedisJournal:
             )
         if seen is not None and last == seen.last:
             return seen, at
-        if seen is not None and seen.last and entries and redis_form.uid_of(entries[0]) == seen.last:
-            newer = [redis_form.event_of(entry) for entry in entries[1:]]
-            return _Seen(fold_all(seen.state, newer), redis_form.uid_of(entries[-1]), newer[-1].seq), at
+        with self._ours(self.keys.events):
+            if seen is not None and seen.last and entries and redis_form.uid_of(entries[0]) == seen.last:
+                newer = [redis_form.event_of(entry) for entry in entries[1:]]
+                return _Seen(fold_all(seen.state, newer), redis_form.uid_of(entries[-1]), newer[-1].seq), at
         loaded, _ = self._loaded()
         if seen is not None and (merge.behind(loaded.state, seen.state) or self._diverged(loaded, seen)):
             raise StoreWentBack(
@@ -259,10 +269,8 @@ class RedisJournal:
         _, lost, _, _ = self._looked(NOTHING, 0)
         with self._explained():
             last, rest, models, jobs, top = self._load(keys=self.keys.journal, args=[self.keys.model])
-        try:
+        with self._ours(self.keys.journal[0]):
             state = redis_form.state_of(rest, models, jobs)
-        except Unreadable as error:
-            raise StoreUnavailable(f"{self.address}: what lies under {self.keys.journal[0]} is not Hone's: {error}") from error
         return _Seen(state, last, int(top.partition("-")[0])), not lost
 
     def _write(self, before: _Seen, after: _Seen, events: Sequence[tuple[Event, str]]) -> bool:
@@ -311,8 +319,9 @@ class RedisJournal:
         while True:
             command = ("XREVRANGE", self.keys.events, high, low) if newest_first else ("XRANGE", self.keys.events, low, high)
             entries = self._command(*command, "COUNT", _PAGE)
-            for _, fields in entries:
-                yield event_from_json(loads(fields["event"]))
+            with self._ours(self.keys.events):
+                page = [event_from_json(loads(fields["event"])) for _, fields in entries]
+            yield from page
             if len(entries) < _PAGE:
                 return
             low, high = (low, f"({entries[-1][0]}") if newest_first else (f"({entries[-1][0]}", high)
@@ -327,7 +336,12 @@ class RedisJournal:
 
 def _client(url: str) -> tuple[redis.Redis, str, Keys, float]:
     """The driver's client with bounded waits, the address as it may be shown (no password), the keys, and the timeout in seconds."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise StoreRefused(MALFORMED) from error
+    if "@" in parts.path + parts.query + parts.fragment:  # a password with / or ? in it ends up there, and would be shown
+        raise StoreRefused(MALFORMED)
     options = dict(parse_qsl(parts.query))
     for name in options.keys() - _OPTIONS:
         near = difflib.get_close_matches(name, _OPTIONS, 1) or sorted(_OPTIONS)
@@ -345,9 +359,7 @@ def _client(url: str) -> tuple[redis.Redis, str, Keys, float]:
         )
         port = f":{parts.port}" if parts.port else ""
     except ValueError as error:
-        raise StoreRefused(
-            "the store's URL cannot be read; write redis://[user:password@]host[:port]/db, its parts percent-encoded"
-        ) from error
+        raise StoreRefused(MALFORMED) from error
     return client, f"Redis at {parts.hostname or 'localhost'}{port}{parts.path}", Keys(prefix), timeout_s
 
 
