@@ -135,6 +135,19 @@ class Demo:
         return InferenceResult([to_tensor("logits", "FP32", logits)], "digits", "1", 1, 0.0, 0.0, 1)
 
 
+def test_an_upload_is_one_model_plain_or_packed(document: dict[str, Any]) -> None:
+    upload = validator(document, {"$ref": "#/components/schemas/Upload"})
+    assert all(upload.is_valid({"name": "m", form: ""}) for form in ("model.onnx", "model.onnx.packed"))
+    assert not upload.is_valid({"name": "m"}) and not upload.is_valid({"model.onnx": ""})
+
+
+def test_what_may_happen_meanwhile_is_said(document: dict[str, Any]) -> None:
+    """The journal that is read may be away; others may load what is being unloaded."""
+    for path in ("/admin/timeline", "/admin/models/{model}/explain"):
+        assert "503" in document["paths"][path]["get"]["responses"]
+    assert "409" in document["paths"]["/v2/repository/models/{model}/unload"]["post"]["responses"]
+
+
 def example_of(document: dict[str, Any], path: str) -> Any:
     return document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
 
