@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
 from optimizers.samples import Samples
@@ -39,7 +39,6 @@ class Need(StrEnum):
     UNLABELLED = "unlabelled inputs"
     LABELLED = "labelled training data"
     TRAINING = "inputs to train on (labelled or not)"
-    TEACHER = "a teacher"
     HERE = "the host that serves"
     PYTORCH = "PyTorch golden"
 
@@ -137,7 +136,6 @@ class Budget:
 
 
 Method = Callable[[Artifact, Any, Samples, Budget], Artifact]
-ConfigType = TypeVar("ConfigType", bound=type[Config])
 _methods: dict[type[Config], Method] = {}
 
 

@@ -24,7 +24,6 @@ FILE_NAME: Final = "model.yaml"
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
 Metric: TypeAlias = Literal["auto", "agreement", "accuracy", "cosine", "sqnr_db"]
 SamplesFrom: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096)]
 
