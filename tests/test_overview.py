@@ -103,3 +103,18 @@ def test_versions_and_explain_tell_of_what_answers_also_where_golden_does_not_lo
         assert [line.split()[-1] for line in shown.splitlines()[:1]] == ["REASON"] and "deployed" in shown.splitlines()[2]
         explained = tables.explanation(running.admin("GET", "/admin/models/m/explain"))
     assert "version 1 answers" in explained and "1  not golden, as deployed" in explained and "no answers of late" in explained
+
+
+def test_a_wrong_model_yaml_at_a_start_is_told_as_that_and_mended(tmp_path: Path) -> None:
+    """Not that the version is gone: it lies there, and nothing of the folder was read."""
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    with server(tmp_path) as running:
+        running.ready("m")
+        config = tmp_path / "models" / "m" / "model.yaml"
+        config.write_text("objectve: {p95_ms: 3}\n")
+        running.restart().ready()
+        model = running.until(lambda: (found := running.admin("GET", "/admin/models/m")).get("failed") and found)
+        assert model["failed"] == {"1": model["reason"]} and "did you mean 'objective'" in model["reason"], model
+        assert "no longer in the repository" not in running.log and running.log.count("is not served") == 1
+        config.write_text("objective: {p95_ms: 3}\n")
+        running.ready("m")
