@@ -53,10 +53,9 @@ def run_demo(settings: Settings) -> int:
 
 def run_broken(settings: Settings, cause: str) -> int:
     """Break the demo that runs here, or one that is started for it, and show how it mends itself. Status 0 where it was found out."""
-    from app.injection import CAUSES, run_break
+    from app.injection import check_cause, run_break
 
-    if cause not in CAUSES:
-        raise HoneError(f"{cause!r} is no cause that can be injected; there are {', '.join(CAUSES)}")
+    check_cause(cause)
     address = Address.from_env(os.environ | {"HONE_PORT": str(settings.port), "HONE_HOST": settings.host}, state=str(settings.state))
     with Client(address, timeout_s=20.0) as client:
         if _answers(client):

@@ -29,14 +29,12 @@ from app.errors import HoneError, InvalidRequest
 from app.faulty_models import free_size, not_a_number, slower_twin
 from app.traffic import MODEL, RATE, Traffic
 
-LEAKY: Final = "leaky-digits"
-"""A second model, of PyTorch, for the scene that needs one."""
+LEAKY: Final = "leaky-digits"  # a second model, of PyTorch, for the scene that needs one
 WARM_S: Final = 25.0
 """Traffic before anything is broken: the loop learns what is normal from some blocks of it."""
 TIME_LIMIT_S: Final = 420.0
 CALM_S: Final = 75.0
-REMEDIES: Final = frozenset({"desired.changed", "settings.changed", "runner.restarted", "ladder.stepped"})
-"""What the loop did, when it is done."""
+REMEDIES: Final = frozenset({"desired.changed", "settings.changed", "runner.restarted", "ladder.stepped"})  # what the loop did
 
 
 @dataclass
@@ -264,8 +262,6 @@ def larger(scene: Scene) -> Iterator[None]:
 @contextmanager
 def leak(scene: Scene) -> Iterator[None]:
     """A PyTorch model whose code keeps something of every very bright image, and such images come: 8 MB a second are never given back."""
-    if importlib.util.find_spec("torch") is None:
-        raise HoneError("--break leak serves a PyTorch model, and PyTorch is not installed here: make run EXTRAS=optimize")
     source, made = scene.repository / MODEL, scene.repository / f".{LEAKY}"
     (made / "1").mkdir(parents=True)
     shutil.copyfile(source / "1" / "model.safetensors", made / "1" / "model.safetensors")
@@ -298,6 +294,14 @@ CAUSES: Final[dict[str, Injection]] = {
 }  # fmt: skip
 
 
+def check_cause(cause: str) -> None:
+    """Whether it can be injected here, before anything is started or waited for. Raises HoneError."""
+    if cause not in CAUSES:
+        raise InvalidRequest(f"{cause!r} is no cause that can be injected; there are {', '.join(CAUSES)}")
+    if CAUSES[cause] is leak and importlib.util.find_spec("torch") is None:
+        raise HoneError("--break leak serves a PyTorch model: pip install 'hone-server[optimize]', or make run EXTRAS=optimize")
+
+
 def run_break(
     cause: str, client: Client, state: Path, say: Callable[[str], None], limit_s: float = TIME_LIMIT_S,
     stopped: Callable[[], bool] = lambda: False,
@@ -306,8 +310,7 @@ def run_break(
 
     Returns what was found: {"cause", "blamed": [...], "plans": [...], "recovered": seconds or None, "failed": requests}. Raises HoneError.
     """
-    if cause not in CAUSES:
-        raise InvalidRequest(f"{cause!r} is no cause that can be injected; there are {', '.join(CAUSES)}")
+    check_cause(cause)
     repository = state / "demo"
     images = _images(repository)
     address = urlsplit(client.address.url)

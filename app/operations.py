@@ -39,9 +39,7 @@ class ServerOperations:
     async def optimize(
         self, name: str, tries: Sequence[Sequence[str | JSON]] | None, reason: str, promote: str, target: str, actor: str
     ) -> JSON:  # fmt: skip
-        slot = self._service.slot(name)
-        if slot.golden in slot.failed and await asyncio.to_thread(self._cards.golden, name, slot.golden) is None:
-            raise Conflict(f"golden {slot.golden} of {name!r} does not load, so nothing is built from it: {slot.failed[slot.golden]}")
+        slot = await self._with_a_golden(name)
         torch = slot.golden_kind == "torch"
         wanted = tries if tries is not None else quick_tries(slot.config, torch)
         steps = await asyncio.to_thread(parse_tries, wanted, slot.config.allow, name, target, torch=torch)
@@ -49,6 +47,7 @@ class ServerOperations:
         return self._views.job_facts(job)
 
     async def verify(self, name: str, version: str | None, reason: str, actor: str) -> JSON:
+        await self._with_a_golden(name)
         model = await asyncio.to_thread(self._commands.model, name)
         chosen = version or model.desired
         if chosen != model.golden:
@@ -129,6 +128,15 @@ class ServerOperations:
         loaded = await self._fleet.reconciler(name).load_version(version)
         await asyncio.to_thread(self._journal.append, Event("version.loaded", name, version, actor=actor, data={"version": version}))
         return loaded_facts(loaded)
+
+    async def _with_a_golden(self, name: str) -> Slot:
+        """Raises Conflict where golden never loaded: there is nothing to build from, or to hold a version to."""
+        slot = self._service.slot(name)
+        if slot.golden in slot.failed and await asyncio.to_thread(self._cards.golden, name, slot.golden) is None:
+            raise Conflict(
+                f"golden {slot.golden} of {name!r} does not load, so nothing is built from it or proven: {slot.failed[slot.golden]}"
+            )
+        return slot
 
     async def _reached(self, name: str, event: Event) -> JSON:
         """Wait, bounded, until the active version is the one now desired, or somebody wants another, or none."""

@@ -119,11 +119,12 @@ def explanation(found: JSON) -> str:
         f"{found.get('name')}: version {found.get('active') or 'none'} answers, {found.get('mode')} mode, {loop.get('condition', 'steady')}"
     ]
     for version in found.get("lineage") or ():
-        origin = "golden, as deployed" if version.get("golden") else f"from {version.get('parent')} by {recipe(version.get('recipe'))}"
+        built = f"from {version['parent']} by {recipe(version.get('recipe'))}" if version.get("parent") else "not golden, as deployed"
+        origin = "golden, as deployed" if version.get("golden") else built
         proof = version.get("proof") or {}
         said = f"{proof.get('verdict')} here: {proof.get('summary')}" if proof else "no proof on this class of host"
         lines.append(f"  {version.get('version')}  {origin}; {version.get('why') or ''}; {said}")
-    lines += ["", "now:", *(f"  {line}" for line in now(loop)), "", "what led here:"]
+    lines += ["", "now:", *(f"  {line}" for line in [*now(loop)] or ["no answers of late"]), "", "what led here:"]
     return "\n".join([*map(clean, lines), *(f"  {event_line(event)}" for event in found.get("story") or ())])
 
 
@@ -166,7 +167,7 @@ def versions(rows: Iterable[JSON]) -> str:
         [
             ("", lambda r: "*" if r.get("active") else ""),
             ("VERSION", lambda r: r.get("version")),
-            ("PARENT", lambda r: "golden" if r.get("golden") else r.get("parent")),
+            ("PARENT", lambda r: "golden" if r.get("golden") else r.get("parent") or "deployed"),
             ("RECIPE", lambda r: recipe(r.get("recipe"))),
             ("STATE", lambda r: r.get("state")),
             ("SIZE", lambda r: size(r.get("bytes"))),

@@ -82,7 +82,7 @@ class ServerViews:
         }
 
     async def versions(self, name: str) -> list[JSON]:
-        """Lineage: golden first, then what was built from it, each with fidelity and speed as proven on this class of host."""
+        """Lineage: golden first, then others that were deployed and what was built, each with its proof on this class of host."""
         slot = self._service.slot(name)
         want = self._fleet.state.models.get(name)
         if want is None:
@@ -166,30 +166,47 @@ class ServerViews:
         return said | {"state": job.state.value, "progress": progress if job.state is not JobState.FINISHED else None}
 
     def _lineage(self, slot: Slot, want: ModelState) -> list[JSON]:
-        cards: list[Card] = []
-        golden = self._cards.golden(want.name, want.golden)
-        if golden is not None:
-            cards.append(golden)
-        cards += self._cards.built(want.name)
-        return [self._version(slot, want, card) for card in cards]
+        earlier = sorted((version for version in slot.known if version.isdigit() and version != want.golden), key=int, reverse=True)
+        rows = []
+        for version in (want.golden, *earlier):
+            card = self._cards.golden(want.name, version)
+            told = self._deployed(slot, want, version)
+            rows.append(told | self._with_card(want, card) if card is not None else told)
+        return rows + [self._built(slot, want, card) for card in self._cards.built(want.name)]
 
-    def _version(self, slot: Slot, want: ModelState, card: Card) -> JSON:
-        proof = self._cards.proof(card, want.golden_sha256, str(self._host["host_class"]))
-        state, reason = slot.state_of(card.version)
-        built = isinstance(card, BuiltCard)
-        known = next((b for b in want.built if b.version == card.version), None)
+    def _deployed(self, slot: Slot, want: ModelState, version: str) -> JSON:
+        """What is known without a card, which a version that never loaded does not have."""
+        state, reason = slot.state_of(version)
         return {
-            "version": card.version,
-            "golden": not built,
-            "parent": card.draft.parent if isinstance(card, BuiltCard) else "",
-            "recipe": [step.get("method") for step in card.draft.recipe] if isinstance(card, BuiltCard) else [],
-            "why": card.draft.why if isinstance(card, BuiltCard) else "deployed",
-            "job": card.draft.job if isinstance(card, BuiltCard) else "",
+            "version": version,
+            "golden": version == want.golden,
+            "parent": "",
+            "recipe": [],
+            "why": "deployed",
+            "job": "",
+            "state": state.value,
+            "reason": reason,
+            "active": slot.active is not None and slot.active.version == version,
+        }
+
+    def _built(self, slot: Slot, want: ModelState, card: BuiltCard) -> JSON:
+        draft = card.draft
+        known = next((b for b in want.built if b.version == card.version), None)
+        told = self._deployed(slot, want, card.version) | {
+            "parent": draft.parent,
+            "recipe": [step.get("method") for step in draft.recipe],
+            "why": draft.why,
+            "job": draft.job,
+        }
+        if known is not None and known.removed:
+            told["state"] = "REMOVED"
+        return told | self._with_card(want, card)
+
+    def _with_card(self, want: ModelState, card: Card) -> JSON:
+        proof = self._cards.proof(card, want.golden_sha256, str(self._host["host_class"]))
+        return {
             "bytes": card.bytes,
             "sha256": card.sha256,
-            "state": "REMOVED" if known is not None and known.removed else state.value,
-            "reason": reason,
-            "active": slot.active is not None and slot.active.version == card.version,
             "stale": isinstance(card, BuiltCard) and card.draft.golden_sha256 != want.golden_sha256,
             "batching": card.rows.reason,
             "notes": _found_at_deploy(card),

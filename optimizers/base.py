@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final
 
 from optimizers.artifact import Artifact
 from optimizers.samples import Samples
+
+DEVICES: Final = ("auto", "cpu", "cuda")
 
 
 class NotApplicable(Exception):
@@ -39,7 +41,6 @@ class Need(StrEnum):
     UNLABELLED = "unlabelled inputs"
     LABELLED = "labelled training data"
     TRAINING = "inputs to train on (labelled or not)"
-    TEACHER = "a teacher"
     HERE = "the host that serves"
     PYTORCH = "PyTorch golden"
 
@@ -117,6 +118,10 @@ class Budget:
     cancelled: Callable[[], bool] = lambda: False
     started: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device {self.device!r} is none of {', '.join(DEVICES)}")
+
     def folder(self, name: str) -> Path:
         """A new folder of its own for one step, inside `scratch` (or the system's temporary folder)."""
         parent = Path(self.scratch) if self.scratch else Path(tempfile.gettempdir())
@@ -137,7 +142,6 @@ class Budget:
 
 
 Method = Callable[[Artifact, Any, Samples, Budget], Artifact]
-ConfigType = TypeVar("ConfigType", bound=type[Config])
 _methods: dict[type[Config], Method] = {}
 
 
@@ -152,12 +156,13 @@ def method(config_type: type[Config]) -> Callable[[Method], Method]:
 
 
 def optimize(artifact: Artifact, config: Config, samples: Samples, budget: Budget) -> Artifact:
-    """Apply one method. Raises NotApplicable with the reason, or Cancelled."""
+    """Apply one method. Raises NotApplicable with the reason, Rejected for a file that is no model, Cancelled, or ValueError for a budget's
+    target that names no class of hosts."""
     try:
         chosen = _methods[type(config)]
     except KeyError:
         raise NotApplicable(
-            f"{config.method or type(config).__name__}: its implementation is not imported; see optimizers.catalogue()"
+            f"{config.method or type(config).__name__}: no method for it is imported; take configs from optimizers.catalogue.parse_step, or import their module"
         ) from None
     if artifact.is_torch and Need.PYTORCH not in config.needs:
         raise NotApplicable(

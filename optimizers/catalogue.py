@@ -32,7 +32,7 @@ class InvalidStep(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One method as the planner, the API and the docs see it. `fields`: name to (type, default). `reason` says why it is not available."""
+    """One method as the planner and the worker see it. `fields`: name to (type, default). `reason` says why it is not available."""
 
     method: str
     summary: str

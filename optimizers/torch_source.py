@@ -32,6 +32,7 @@ from optimizers.running import ORT_ERRORS, RunRefused, brief, raise_if_memory, r
 from optimizers.samples import Samples
 from optimizers.session import Settings, open_session
 from optimizers.torch_structure import KEY, Structure, apply, structure_of
+from optimizers.trial import fitting
 
 OPSET: Final = 18
 TRIED_BATCHES: Final = (1, 2, 7)
@@ -74,9 +75,9 @@ def open_source(artifact: Artifact, samples: Samples, method: str) -> Opened:
         raise NotApplicable(
             f"{method} needs inputs with a batch axis to train on, and there are none: name some in model.yaml (samples: train)"
         )
-    signature = signature_of(read(artifact.path).model)
-    if missing := [name for name in signature.inputs if name not in samples.inputs]:
-        raise NotApplicable(f"the samples lack the input {missing[0]!r}; they have {', '.join(samples.inputs)}")
+    model = read(artifact.path).model
+    fitting(samples, model)
+    signature = signature_of(model)
     module = load_module(artifact.source)
     rows = samples.rows(slice(0, 8))
     error = difference(module, artifact.path, signature, rows)

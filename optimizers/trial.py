@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from onnx import ModelProto
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from optimizers.base import NotApplicable
 from optimizers.difference import root_mean_square
@@ -18,6 +19,11 @@ from optimizers.running import ORT_ERRORS, brief, raise_if_memory, runner
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings, open_session
 
+NUMPY: Final = {
+    getattr(TensorProto, name): dtype
+    for name, dtype in {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BOOL": "bool"}.items()
+} | {getattr(TensorProto, f"{sign}INT{bits}"): f"{sign.lower()}int{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)}
+"""Datatypes of ONNX that ONNX Runtime takes in one numpy dtype alone."""
 LOOKED_AT: Final = 32
 HOPELESS: Final = 0.5
 """Relative root-mean-square error of the outputs beyond which a result is no candidate."""
@@ -96,10 +102,38 @@ def matching(samples: Samples, model: ModelProto, count: int, method: str) -> Sa
         raise NotApplicable(
             f"{method} needs calibration inputs, and there are none: name some in model.yaml (samples: calibration), or capture live ones"
         )
-    weights = initializers(model.graph)
-    names = [value.name for value in model.graph.input if value.name not in weights]
-    missing = [name for name in names if name not in samples.inputs]
-    if missing:
-        raise NotApplicable(f"the calibration samples lack the input {missing[0]!r}; they have {', '.join(samples.inputs)}")
+    names = fitting(samples, model)
     taken = samples.rows(sorted({int(i) for i in np.linspace(0, len(samples) - 1, min(count, len(samples)))}))
     return Samples({name: taken.inputs[name] for name in names}, taken.labels, taken.origin, taken.stacked)
+
+
+def fitting(samples: Samples, model: ModelProto) -> list[str]:
+    """The model's inputs by name. Raises NotApplicable where the samples lack one, or hold another datatype or shape than it takes."""
+    weights = initializers(model.graph)
+    values = [value for value in model.graph.input if value.name not in weights]
+    for value in values:
+        if value.name not in samples.inputs:
+            raise NotApplicable(f"the samples lack the input {value.name!r}; they have {', '.join(samples.inputs)}")
+        array = samples.inputs[value.name]
+        if not _fits(value, array, samples.stacked):
+            given = f"{array.dtype} {list(array.shape)}"
+            raise NotApplicable(f"the samples of {value.name!r} are {given}, one row each; the model takes {_wanted(value)}")
+    return [value.name for value in values]
+
+
+def _fits(value: ValueInfoProto, array: NDArray[Any], stacked: bool) -> bool:
+    tensor = value.type.tensor_type
+    wanted = NUMPY.get(tensor.elem_type)
+    if wanted is not None and array.dtype != wanted:
+        return False
+    dims, shape = tensor.shape.dim, array.shape if stacked else array.shape[1:]
+    if not tensor.HasField("shape"):
+        return True
+    fixed = [dim.dim_value if dim.HasField("dim_value") else size for dim, size in zip(dims, shape, strict=False)]
+    return len(dims) == len(shape) and fixed[int(stacked) :] == [*shape][int(stacked) :]
+
+
+def _wanted(value: ValueInfoProto) -> str:
+    tensor = value.type.tensor_type
+    shape = [str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
+    return f"{NUMPY.get(tensor.elem_type) or TensorProto.DataType.Name(tensor.elem_type)} [{', '.join(shape)}]"

@@ -269,3 +269,15 @@ def wait_until(holds: Callable[[], Any], seconds: float) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"did not happen within {seconds} s"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("cause", "told"), [("leek", "there are load, host"), ("leak", "pip install 'hone-server[optimize]'")])
+def test_a_fault_that_cannot_be_put_in_is_told_before_anything_starts(tmp_path: Path, cause: str, told: str) -> None:
+    """It was told after half a minute of traffic, with a Makefile's remedy to people who have none."""
+    (tmp_path / "bare.py").write_text("import sys; sys.modules['torch'] = None; from app.cli import main; sys.exit(main())")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HONE_PORT": str(free_port())}
+    run = subprocess.run(
+        [sys.executable, "bare.py", "demo", "--break", cause], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 1 and told in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    assert not (tmp_path / ".hone").exists()

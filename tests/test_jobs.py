@@ -186,8 +186,11 @@ def test_nothing_is_built_from_a_golden_that_does_not_load(running: Running) -> 
         return answer if "does not load" in answer else ""
 
     reason = running.until(told)
-    refused = running.admin("POST", "/admin/models/broken/optimize", 409, json={"recipe": ["graph"]})["error"]
-    assert "golden 1 of 'broken' does not load, so nothing is built from it: " in refused and refused.split(": ")[-1] in reason
+    for asked, body in (("optimize", {"recipe": ["graph"]}), ("verify", {})):
+        refused = running.admin("POST", f"/admin/models/broken/{asked}", 409, json=body)["error"]
+        assert (
+            "golden 1 of 'broken' does not load, so nothing is built from it or proven: " in refused and refused.split(": ")[-1] in reason
+        )
     shutil.rmtree(broken.parents[1])
 
 

@@ -230,6 +230,11 @@ def test_sides_can_be_parted_and_closed(tmp_path: Path) -> None:
         assert httpx.get(f"{admin}/v2/health/ready").status_code == 200
         refused = httpx.post(f"{admin}/v2/models/m/infer", json={"inputs": [X]})
         assert refused.status_code == 404 and "inference is on the server's other one (HONE_PORT)" in refused.json()["error"]
+        for port in (running.url, admin):
+            for path in (path for path, methods in httpx.get(f"{port}/openapi.json").json()["paths"].items() if "get" in methods):
+                if not path.endswith("timeline"):
+                    there = httpx.get(port + path.replace("{model}", "m").replace("{version}", "1"), headers=token)
+                    assert "nothing is at" not in there.text, f"{path} is described and not there"
         assert httpx.post(f"{admin}/v2/repository/models/m/unload", headers=token).status_code == 200
         assert infer(running, "m", X).status_code == 503
 

@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 
 from app.api import docs
 from app.api.admin import Admin, Operations, Uploads, Views
+from app.api.application import Surfaces
 from app.api.auth import Guard
 from app.api.docs import docs_routes
 from app.api.friendly import read_input, write_answer
@@ -135,6 +136,19 @@ class Demo:
         return InferenceResult([to_tensor("logits", "FP32", logits)], "digits", "1", 1, 0.0, 0.0, 1)
 
 
+def test_an_upload_is_one_model_plain_or_packed(document: dict[str, Any]) -> None:
+    upload = validator(document, {"$ref": "#/components/schemas/Upload"})
+    assert all(upload.is_valid({"name": "m", form: ""}) for form in ("model.onnx", "model.onnx.packed"))
+    assert not upload.is_valid({"name": "m"}) and not upload.is_valid({"model.onnx": ""})
+
+
+def test_what_may_happen_meanwhile_is_said(document: dict[str, Any]) -> None:
+    """The journal that is read may be away; others may load what is being unloaded."""
+    for path in ("/admin/timeline", "/admin/models/{model}/explain"):
+        assert "503" in document["paths"][path]["get"]["responses"]
+    assert "409" in document["paths"]["/v2/repository/models/{model}/unload"]["post"]["responses"]
+
+
 def example_of(document: dict[str, Any], path: str) -> Any:
     return document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"]
 
@@ -170,10 +184,12 @@ def test_examples_can_be_of_another_model() -> None:
     assert parameters[0]["example"] == "iris"
 
 
-def test_an_admin_side_of_its_own_is_pointed_at() -> None:
-    paths = build_openapi(admin_url="http://127.0.0.1:9000")["paths"]
-    assert paths["/admin/models"]["servers"] == [{"url": "http://127.0.0.1:9000"}]
-    assert "servers" not in paths["/v2/models/{model}/infer"]
+def test_each_of_two_ports_describes_what_it_serves(document: dict[str, Any]) -> None:
+    inference, admin = (set(build_openapi(serves=sides.serves)["paths"]) for sides in (Surfaces(admin=False), Surfaces(inference=False)))
+    assert inference | admin == set(document["paths"])
+    assert inference & admin == {"/v2/health/live", "/v2/health/ready", "/metrics"}
+    assert {"/v2/models/{model}/infer", "/models/{model}/feedback", "/v2/repository/index"} <= inference
+    assert {"/admin/models", "/v2/repository/models/{model}/load"} <= admin
 
 
 # -- the page

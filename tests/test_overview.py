@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from app import overview
+from app import overview, tables
 from app.domain import Event
 from app.views import what_led_here
+from tests.models import corrupt, scaled
+from tests.running_server import server
 
 HOST: dict[str, Any] = {
     "host_class": "x86_64-avx2", "cores": 2, "memory_bytes": 22_000_000_000, "store": "sqlite",
@@ -85,3 +88,33 @@ def test_what_led_here_is_not_buried_under_incidents_for_which_nothing_was_done(
         *incident("nothing", 50),
     ]
     assert [event.seq for event in what_led_here(events)] == [1, 10, 11, 12, 13, 40, 50, 51, 52, 53]
+
+
+def test_versions_and_explain_tell_of_what_answers_also_where_golden_does_not_load(tmp_path: Path) -> None:
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    with server(tmp_path) as running:
+        running.ready("m")
+        corrupt(tmp_path / "models" / "m" / "2" / "model.onnx")
+        running.until(lambda: "2" in running.admin("GET", "/admin/models/m")["failed"])
+        broken, serving = running.admin("GET", "/admin/models/m/versions")["versions"]
+        assert (broken["version"], broken["golden"], broken["active"]) == ("2", True, False) and "not an ONNX file" in broken["reason"]
+        assert (serving["version"], serving["golden"], serving["active"], serving["state"]) == ("1", False, True, "READY")
+        shown = tables.versions([broken, serving])
+        assert [line.split()[-1] for line in shown.splitlines()[:1]] == ["REASON"] and "deployed" in shown.splitlines()[2]
+        explained = tables.explanation(running.admin("GET", "/admin/models/m/explain"))
+    assert "version 1 answers" in explained and "1  not golden, as deployed" in explained and "no answers of late" in explained
+
+
+def test_a_wrong_model_yaml_at_a_start_is_told_as_that_and_mended(tmp_path: Path) -> None:
+    """Not that the version is gone: it lies there, and nothing of the folder was read."""
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    with server(tmp_path) as running:
+        running.ready("m")
+        config = tmp_path / "models" / "m" / "model.yaml"
+        config.write_text("objectve: {p95_ms: 3}\n")
+        running.restart().ready()
+        model = running.until(lambda: (found := running.admin("GET", "/admin/models/m")).get("failed") and found)
+        assert model["failed"] == {"1": model["reason"]} and "did you mean 'objective'" in model["reason"], model
+        assert "no longer in the repository" not in running.log and running.log.count("is not served") == 1
+        config.write_text("objective: {p95_ms: 3}\n")
+        running.ready("m")

@@ -12,7 +12,7 @@ import httpx
 import jsonschema
 import pytest
 
-from tests.models import scaled
+from tests.models import corrupt, scaled
 from tests.running_server import DEMO, Running, server
 
 SCHEMATHESIS = Path(sys.executable).parent / "st"
@@ -104,6 +104,14 @@ def test_errors_fit_the_document_too(running: Running, document: dict[str, Any])
         answer = running.call("POST", f"/admin/models/{path}/promote", json=body, headers=token)
         assert answer.status_code == status, answer.text
         fits(document, promote, answer)
+    scaled(running.folder / "models" / "halved" / "1" / "model.onnx")
+    running.ready("halved")
+    corrupt(running.folder / "models" / "halved" / "2" / "model.onnx")
+    load = document["paths"]["/admin/models/{model}/versions/{version}/load"]["post"]
+    running.until(lambda: "2" in running.admin("GET", "/admin/models/halved")["failed"])
+    answer = running.call("POST", "/admin/models/halved/versions/2/load", headers=token)
+    assert answer.status_code == 400, answer.text
+    fits(document, load, answer)
 
 
 @pytest.mark.skipif(not SCHEMATHESIS.exists(), reason="needs schemathesis: pip install -c constraints.txt '.[dev]'")

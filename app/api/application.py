@@ -41,6 +41,8 @@ from app.telemetry.prometheus import Exporter
 log = logging.getLogger("hone.http")
 ADMIN_PREFIX: Final = "/admin"
 REPOSITORY_PREFIX: Final = "/v2/repository/models/"
+METRICS_PATH: Final = "/metrics"
+HEALTH_PREFIX: Final = "/v2/health/"
 UPLOAD_PATH: Final = "/admin/models"
 _UNPARSED: Final = "There was an error parsing the body"
 _MODEL: Final = r"([^/]+)(?:/versions/([^/]+))?"
@@ -54,6 +56,12 @@ class Surfaces:
 
     inference: bool = True
     admin: bool = True
+
+    def serves(self, path: str) -> bool:
+        """Whether a documented path is on this port."""
+        if path.startswith((ADMIN_PREFIX, REPOSITORY_PREFIX)):
+            return self.admin
+        return self.inference or path.startswith(HEALTH_PREFIX) or not path.startswith(("/v2", "/models/"))
 
     def elsewhere(self, path: str) -> str:
         """What to say of a path that the server's other port may have; empty where there is none."""
@@ -85,7 +93,7 @@ def build_app(
         routes += [Route("/v2/health/live", protocol.live), Route("/v2/health/ready", protocol.ready)]
     if surfaces.admin:
         routes += protocol.repository_routes()
-    routes += operation_routes(guard, exporter, metrics)
+    routes += operation_routes(surfaces, guard, exporter, metrics)
     app.router.routes[:0] = routes
     app.router.redirect_slashes = False  # Gate takes a path with a slash at its end for the one without
     if surfaces.admin:
@@ -94,7 +102,7 @@ def build_app(
     return Gate(app, guard, surfaces, doors)
 
 
-def operation_routes(guard: Guard, exporter: Exporter, metrics: str) -> Sequence[BaseRoute]:
+def operation_routes(surfaces: Surfaces, guard: Guard, exporter: Exporter, metrics: str) -> Sequence[BaseRoute]:
     """/metrics, and the documentation that works without internet."""
 
     async def show_metrics(request: Request) -> Response:
@@ -107,8 +115,8 @@ def operation_routes(guard: Guard, exporter: Exporter, metrics: str) -> Sequence
             await asyncio.sleep(0)  # who waits for a model is answered between two pieces
         return Response(b"".join(parts), media_type=None, headers={"Content-Type": content_type})
 
-    shown = [] if metrics == "off" else [Route("/metrics", show_metrics, methods=["GET"])]
-    return [*shown, *docs_routes(build_openapi())]
+    shown = [] if metrics == "off" else [Route(METRICS_PATH, show_metrics, methods=["GET"])]
+    return [*shown, *docs_routes(build_openapi(serves=lambda path: surfaces.serves(path) and (path != METRICS_PATH or bool(shown))))]
 
 
 class Gate:

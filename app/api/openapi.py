@@ -6,6 +6,7 @@ Built from a table, not from routes, since most routes read raw bodies; a test h
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 from app import __version__
@@ -42,16 +43,14 @@ ERRORS: Final = {
 RETRY: Final = {429, 503}
 
 
-def build_openapi(example: Example | None = None, server_url: str = "/", admin_url: str = "") -> dict[str, Any]:
-    """The whole document. `admin_url`: where the admin side is, if it has a port of its own."""
+def build_openapi(example: Example | None = None, serves: Callable[[str], bool] = lambda path: True) -> dict[str, Any]:
+    """The document of those paths that `serves` says are there: a server may have two ports, each with one side."""
     example = example or Example()
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations(example):
         for path in [operation.path.replace("{either}", part) for part in (("", EITHER) if operation.either else ("",))]:
-            described = paths.setdefault(path, {})
-            described[operation.method.lower()] = _describe(operation, path, example)
-            if admin_url and operation.who:
-                described["servers"] = [{"url": admin_url}]
+            if serves(path):
+                paths.setdefault(path, {})[operation.method.lower()] = _describe(operation, path, example)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -61,7 +60,7 @@ def build_openapi(example: Example | None = None, server_url: str = "/", admin_u
             "description": "Errors are always `{\"error\": text}`; any request may be refused for its HTTP alone (400, 408, 414, 431). Every answer has an `X-Request-Id`; an answer of a model says which version "
             "and generation gave it, and where the time went (`Server-Timing`), unless HONE_SHOW_INTERNALS is off.",
         },
-        "servers": [{"url": server_url}],
+        "servers": [{"url": "/"}],
         "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
         "paths": paths,
         "components": {

@@ -146,7 +146,7 @@ def operations(example: Example) -> list[Operation]:
         ),
         Operation(
             "POST", "/v2/repository/models/{model}/unload", "repository", "Unload a model", ((200, "It is unloaded.", "Nothing"),),
-            "400 401 403 404 413 503", _json("UnloadRequest", {}), body_needed=False, who=CHANGE,
+            "400 401 403 404 409 413 503", _json("UnloadRequest", {}), body_needed=False, who=CHANGE,
         ),
         *_admin(example),
         Operation("GET", "/v2/health/live", "operation", "Whether the process lives", ((200, "It does.", "Live"),)),
@@ -179,19 +179,20 @@ def _admin(example: Example) -> list[Operation]:
         change(
             "POST", "/admin/models", "Upload and deploy a model", 201, "409 411 415 501 507",
             (("multipart/form-data", ref("Upload"), None),), said="Checked and deployed.", schema="Deployed",
-            details="A form with `name` and the files: model.onnx, its external data under its own file name where it has some, and model.yaml. "
+            details="A form with `name` and the files: model.onnx, or its packed form; its external data under its own file name where it has some; model.yaml, "
+            "with the labels, tokenizer and samples that it names. "
             "All of it is checked before anything changes.",
         ),
         read(model, "One model", "Model", "401 404"),
         change("DELETE", model, "Remove a model", said="It is served no longer.", errors="404 409"),
-        read(f"{model}/explain", "Why the active version is the active one", "Model", "401 404"),
+        read(f"{model}/explain", "Why the active version is the active one", "Model", "401 404 503"),
         read(f"{model}/versions", "Versions with their lineage, fidelity and speed", "VersionList", "401 404"),
         read(
             f"{model}/versions/{{version}}/curves", "What each layer costs when it alone is cut, as a picture", "", "400 401 404", answer_type="image/svg+xml",
             details="For versions that sensitivity-pruning built, or a method with rank=sensitivity.",
         ),
         change("DELETE", f"{model}/versions/{{version}}", "Remove a built version", errors="404 409", said="Its weights go, its card stays."),
-        change("POST", f"{model}/versions/{{version}}/load", "Load a version beside the active one", errors="404 409 507", said="It answers under /versions."),
+        change("POST", f"{model}/versions/{{version}}/load", "Load a version beside the active one", errors="400 404 409 501 507", said="It answers under /versions."),
         change(
             "POST", f"{model}/optimize", "Ask for a better version", 202, "404 409", _json("OptimizeBody", {"recipe": ["graph"], **reason}),
             body_needed=False, said="The job is in the journal.", schema="Job",
@@ -210,7 +211,7 @@ def _admin(example: Example) -> list[Operation]:
         read("/admin/jobs/{job}", "One job", "Job", "401 404"),
         change("DELETE", "/admin/jobs/{job}", "Cancel a job", 202, "404 409", said="Asked for.", schema="Job"),
         read(
-            "/admin/timeline", "What was decided, by whom and why", "Timeline", "400 401", also="text/event-stream",
+            "/admin/timeline", "What was decided, by whom and why", "Timeline", "400 401 503", also="text/event-stream",
             query=(
                 ("model", {"type": "string"}, "Only this model's."),
                 ("after", {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "Only later events; without it the newest."),

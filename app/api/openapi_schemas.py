@@ -205,13 +205,17 @@ SCHEMAS: Final[dict[str, Schema]] = {
     "Mode": {"type": "string", "enum": [mode.value for mode in Mode]},
     "Upload": {
         "type": "object",
-        "required": ["name", "model.onnx"],
+        "required": ["name"],
+        "anyOf": [{"required": ["model.onnx"]}, {"required": ["model.onnx.packed"]}],
         "properties": {
             "name": text("Name of the model.", examples=["digits2"]),
             "model.onnx": text(contentMediaType="application/octet-stream"),
+            "model.onnx.packed": text("In its place: what `hone pack` writes.", contentMediaType="application/octet-stream"),
             "model.yaml": text("Default: all defaults.", contentMediaType="application/yaml"),
         },
-        "additionalProperties": text("Files of external data.", contentMediaType="application/octet-stream"),
+        "additionalProperties": text(
+            "Files of external data, and what model.yaml names beside itself.", contentMediaType="application/octet-stream"
+        ),
     },
 }
 BODIES: Final[tuple[type[BaseModel], ...]] = (

@@ -7,7 +7,6 @@ It reads no model file, and knows neither the repository nor what the values are
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
@@ -18,13 +17,13 @@ from app.catalog import config_errors, yaml_file
 from app.catalog.sections import Postprocess, Preprocess
 from app.domain import Mode, Signature, TensorSpec
 from app.errors import ModelRejected
+from optimizers.catalogue import config_types
 
 MAX_BYTES: Final = yaml_file.MAX_BYTES
 FILE_NAME: Final = "model.yaml"
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
 Metric: TypeAlias = Literal["auto", "agreement", "accuracy", "cosine", "sqnr_db"]
 SamplesFrom: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -362,14 +361,14 @@ asks before any version takes over; `observe`: only looks."""
         return self
 
 
-def load_model_config(path: Path, methods: Collection[str] = ()) -> ModelConfig:
-    """Read model.yaml at `path`; without a file, all defaults. `methods`, where given, are the optimizers that `allow` may name.
+def load_model_config(path: Path) -> ModelConfig:
+    """Read model.yaml at `path`; without a file, all defaults.
 
     Raises ModelRejected with file, line, key, rule and remedy.
     """
     if not path.exists():
         return ModelConfig()
-    return parse_model_config(read_config(path), path, methods)
+    return parse_model_config(read_config(path), path)
 
 
 def read_config(path: Path) -> bytes:
@@ -381,7 +380,7 @@ def read_config(path: Path) -> bytes:
         raise ModelRejected(f"{path}: cannot be read: {error.strerror}; it must be a readable file, or absent") from None
 
 
-def parse_model_config(raw: bytes, path: Path, methods: Collection[str] = ()) -> ModelConfig:
+def parse_model_config(raw: bytes, path: Path) -> ModelConfig:
     """The same for bytes at hand (an upload); `path` is for messages only."""
     if len(raw) > MAX_BYTES:
         raise ModelRejected(f"{path}: larger than {MAX_BYTES} bytes, which is the most a model.yaml may have")
@@ -395,6 +394,6 @@ def parse_model_config(raw: bytes, path: Path, methods: Collection[str] = ()) ->
     except ValidationError as error:
         raise ModelRejected(config_errors.explain(error, document, ModelConfig)) from None
     for index, name in enumerate(config.allow or ()):
-        if methods and name not in methods:
-            raise ModelRejected(config_errors.unknown_value(document, ("allow", index), name, methods))
+        if name not in config_types():
+            raise ModelRejected(config_errors.unknown_value(document, ("allow", index), name, config_types()))
     return config

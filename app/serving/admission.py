@@ -80,6 +80,8 @@ class Admission:
         number = next((v for v in found.versions if v.number == version), None)
         if number is not None:
             return await self._golden(found, number)
+        if version.isdigit() and found.error and not found.versions:
+            raise ModelRejected(found.error)  # it may well be there: nothing of the folder could be read, as with a wrong model.yaml
         if version.isdigit() and await asyncio.to_thread(self._cards.golden, found.name, version) is None:
             raise NotFound(
                 f"version {version} of {found.name!r} is not in this server's repository, which has {', '.join(v.number for v in found.versions)}; "

@@ -109,12 +109,11 @@ class Dispatcher:
         self.queue.drop(work)
         self._withdraw_if_idle()
 
-    def fail_waiting(self, error: HoneError, among: set[Work] | None = None) -> None:
-        """Answer those that wait (all, or those in `among`) with `error`; suspects stay to be tried, for others' sake."""
+    def fail_waiting(self, error: HoneError) -> None:
+        """Answer those that wait with `error`, the suspects too: they stay to be tried, for others' sake."""
         for work in [*self.queue, *self.suspects]:
-            if among is None or work in among:
-                self.queue.drop(work)
-                work.fail(error)
+            self.queue.drop(work)
+            work.fail(error)
         self._withdraw_if_idle()
 
     def refuse_if_full(self) -> None:

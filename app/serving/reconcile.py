@@ -62,6 +62,7 @@ class ModelReconciler:
         self._reference = ReferenceFreezer(slot, admission, loader, record)
         self._prepared: tuple[object, ...] | None = None
         self._unfit: tuple[object, ...] | None = None
+        self._unserved = ""
         self._turn = asyncio.Lock()
         self._closed = False
         self.changed = asyncio.Event()
@@ -91,11 +92,12 @@ class ModelReconciler:
     async def converge(self) -> None:
         """One pass."""
         want, found, slot = self.want, self.found, self.slot
-        if found is not None and found.error and slot.active is None:
-            reason = self._told(found.error)
-            if slot.reason != reason:
-                log.warning("model %s is not served: %s", slot.name, reason)
-            slot.reason = reason
+        unserved = self._told(found.error) if found is not None and slot.active is None else ""
+        if unserved:
+            slot.reason = unserved
+        if unserved not in ("", self._unserved):
+            log.warning("model %s is not served: %s", slot.name, unserved)
+        self._unserved = unserved
         if want is None or found is None:
             return
         slot.golden, slot.desired, slot.unloaded = want.golden, want.desired, want.unloaded

@@ -281,7 +281,7 @@ def _name_and_bound(spec: dict[str, Any]) -> None:
 def _too_large(spec: dict[str, Any]) -> str:
     return (
         f"{os.path.basename(spec['path'])} needs more memory than the {spec['memory_limit_bytes'] >> 20} MiB it may take here; "
-        "give the server more memory or serve a smaller version"
+        "give the server more memory (or limits.memory_mb in model.yaml, where that is the bound), or serve a smaller version"
     )
 
 

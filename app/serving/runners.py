@@ -195,7 +195,7 @@ class Runner:
             if limit and (procfs.private_bytes(self.pid) or 0) > limit:
                 raise ModelRejected(
                     f"{self.spec.name} took more than the {limit >> 20} MiB it may take here while it loaded; "
-                    "give the server more memory or serve a smaller version"
+                    "give the server more memory (or limits.memory_mb in model.yaml, where that is the bound), or serve a smaller version"
                 )
             if time.monotonic() > deadline:
                 raise ModelRejected(f"{self.spec.name} was not loaded and warm within {timeout_s:.0f} s")

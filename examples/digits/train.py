@@ -1,4 +1,4 @@
-"""Trains the demo model and writes all its files: python examples/digits/train.py [--epochs 40] [--out FOLDER]
+"""Trains the demo model and writes its weights, samples and picture: python examples/digits/train.py [--epochs 40] [--out FOLDER]
 
 Data: scikit-learn's digits (UCI optical digits, 1,797 images of 8×8), enlarged to 32×32; three disjoint parts. About five minutes on two
 cores. Seeds, thread count and algorithms are fixed: the same torch on the same kind of CPU writes the same bytes; another kind of CPU
@@ -92,7 +92,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += loss.item()
         print(f"epoch {epoch + 1:3d}/{epochs}  loss {total / steps:.3f}", flush=True)
     model.eval()
 
