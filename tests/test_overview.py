@@ -66,6 +66,10 @@ def test_a_job_says_what_came_of_it() -> None:
     kept, undecided = ({**job, "outcome": outcome, "candidate": "1.1"} for outcome in ("kept", "inconclusive"))
     assert "hone promote d:1.1" in overview.job(kept) and "--force" not in overview.job(kept)
     assert "hone verify d:1.1 judges it anew, hone promote d:1.1 --force" in overview.job(undecided)
+    tuned = {"candidate": "1", "report": {"tune": {"verdict": "tuned"}, "settings": {"instances": 2, "graph_level": "all"}}}
+    assert "hone settings d instances=2" in overview.job(kept | tuned) and "promote" not in overview.job(kept | tuned)
+    open_end = overview.job(undecided | {"candidate": "1", "report": {"tune": {"verdict": "inconclusive"}}})
+    assert "hone optimize d --with tune" in open_end and "--force" not in open_end, "no version waits: the one that serves was measured"
     open_job = overview.job({"id": "d-2", "model": "d", "state": "building", "progress": {"method": "tune", "step": "x", "share": 0.42}})
     assert "building  tune  x  40%" in open_job
 
