@@ -234,7 +234,7 @@ class Loop:
             return
         patient.calm = 0
         if patient.incident is not None:
-            patient.incident.suspected_at = monotonic()
+            patient.incident.see(found, monotonic())
         if view.rung and all(one.kind in (Kind.LATENCY, Kind.REFUSALS, Kind.COST) for one in found):
             return  # stepped down for load: no blame until it is back
         incident = patient.incident
@@ -287,7 +287,7 @@ class Loop:
         incident = patient.incident
         news = incident is None or _news(found, incident)
         if incident is None:
-            incident = patient.incident = Incident(monotonic(), found, suspected_at=monotonic())
+            incident = patient.incident = Incident(monotonic(), found, seen_at={one.kind: monotonic() for one in found})
         elif incident.unproven and incident.diagnosis is not None:
             incident.unproven = False
             cause = incident.diagnosis.cause

@@ -19,6 +19,8 @@ AGAIN_MOST_S: Final = 3600.0
 """A cause without a remedy (load, host, unknown) is looked into again after this long, then after twice, … at most after the other."""
 EVENT_S: Final = 300.0
 """So long an event may explain what is seen."""
+OWN: Final = frozenset({Cause.VERSION, Cause.INPUT, Cause.SETTINGS, Cause.PROCESS})
+"""Causes that lie in one model: they say nothing of the host."""
 SHAPES: Final = "change of the inputs' shapes"
 BACKGROUND: Final = 0.1
 """Share of the cores' time that experiments may take."""
@@ -68,7 +70,15 @@ class Incident:
     awaited: tuple[str, bool] = ("", False)
     """The version that a remedy leads to, and whether one that is being built may come as well: any other is somebody else's."""
     looking: bool = False
-    suspected_at: float = 0.0
+    seen_at: dict[Kind, float] = field(default_factory=dict)
+    """When each kind was out of the ordinary last: an incident may stand for much longer than what began it."""
+
+    def see(self, found: Sequence[Suspicion], now: float) -> None:
+        self.seen_at |= {one.kind: now for one in found}
+
+    @property
+    def suspected_at(self) -> float:
+        return max(self.seen_at.values(), default=self.began)
 
 
 @dataclass
@@ -130,9 +140,11 @@ class Patient:
         return len(self.switched_at)
 
     def suspected_of(self, kinds: Set[Kind], since: float) -> bool:
-        """Whether any of `kinds` was out of the ordinary here at or after `since`; an incident may stand for much longer than what began it."""
+        """Whether any of `kinds` was out of the ordinary here at or after `since`, and is not known to be this one model's own doing."""
         one = self.incident
-        return one is not None and one.suspected_at >= since and any(suspicion.kind in kinds for suspicion in one.suspicions)
+        if one is None or (one.diagnosis is not None and one.diagnosis.cause in OWN):
+            return False
+        return any(one.seen_at.get(kind, since - 1) >= since for kind in kinds)
 
     def leap_stands(self, leapt: bool, now: float, read_at: float) -> bool:
         """Whether a leap was there before the host was read last (at `read_at`): an older reading may know nothing of what explains it."""
