@@ -184,6 +184,20 @@ async def test_an_answer_that_cannot_be_compared_costs_other_models_nothing(
     assert [(name, compared.version, compared.agreed) for name, compared in found] == [("m", "1.1", 1.0)]
 
 
+async def test_nan_that_came_with_the_request_says_nothing_of_the_version(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    slot.active, slot.golden = await put("1", scaled(tmp_path / "1.onnx", 2.0)), "1"
+    await put("1.1", scaled(tmp_path / "2.onnx", 2.0))
+    slot.mirror, row = Mirror("cosine", 0.99), np.ones((1, 4), np.float32)
+    vitals = Vitals(service, None, service.window, 2, PastDeaths())  # type: ignore[arg-type]
+    slot.mirror.kept.append(Seen([tensor("x", row * np.nan)], None, [tensor("y", row * np.nan)], "1.1"))
+    assert await vitals.compare_some() == [] and service.window.since("m", "1.1", 0.0).non_finite == 0
+    slot.mirror.kept.append(Seen([tensor("x", row)], None, [tensor("y", row * np.nan)], "1.1"))
+    assert [compared.agreed for _, compared in await vitals.compare_some()] == [0.0]
+    assert service.window.since("m", "1.1", 0.0).non_finite == 1
+
+
 @pytest.mark.parametrize(("metric", "agreed"), [("agreement", 0.75), ("cosine", 1.0), ("sqnr_db", 0.0)])
 def test_a_request_of_several_rows_agrees_by_its_rows_where_the_floor_is_one_of_rows(metric: str, agreed: float) -> None:
     golden = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.4, 0]], np.float32)
