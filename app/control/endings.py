@@ -6,6 +6,7 @@ from typing import Final
 
 from app.control.verification import SERVER_SIDE, Judged
 from app.domain import JSON, Job, JobState, ModelState, Verdict
+from optimizers.fidelity import Met
 from optimizers.task import Failure
 
 KEPT_PROVEN: Final = 4
@@ -58,10 +59,12 @@ def is_server_side(job: Job) -> bool:
 
 
 def told(one: Judged) -> JSON:
-    """What a person reads; the whole report is in the proof."""
+    """What a person reads; the whole report is in the proof. `too_few`: for want of samples, which another build would not have either."""
+    sets = (one.report.get("fidelity") or {}).values()
     return {
         "version": one.version, "verdict": one.verdict.value, "summary": one.summary, "gain": round(one.gain, 4), "evidence": one.evidence,
         "lossless": one.lossless, "reasons": list(one.report.get("reasons") or ()), "notes": list(one.report.get("notes") or ()),
+        "too_few": any(found.get("met") == Met.TOO_FEW.value for found in sets if isinstance(found, dict)),
     }  # fmt: skip
 
 

@@ -196,7 +196,7 @@ class Loop:
 
     def _condition(self, view: ModelView, patient: Patient, want: ModelState | None) -> Condition:
         """What the loop is about with a model; as a gauge, too."""
-        condition = patient.condition
+        condition = patient.condition(lambda incident: self._acting(view, incident))
         if want is not None and want.split is not None:
             condition = Condition.WATCHING if want.split.stage == "watch" else Condition.TRIAL
         for one in Condition:

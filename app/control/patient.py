@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -165,10 +165,10 @@ class Patient:
         self.seen_until, self.judged_until, self.found, self.requests = 0.0, -1.0, [], 0
         self.looks, self.leapt_at, self.again_at, self.non_finite = Looks(), 0.0, 0.0, (0, 0)
 
-    @property
-    def condition(self) -> Condition:
+    def condition(self, acting: Callable[[Incident], bool]) -> Condition:
+        """`acting`: whether a remedy is under way. One that was looked into again, and left with nothing to do, repairs nothing any more."""
         if self.incident is None:
             return Condition.STEADY
-        if self.incident.acted_at:
+        if self.incident.acted_at and (self.incident.unproven or acting(self.incident)):
             return Condition.REPAIRING
         return Condition.COOLING if self.incident.diagnosis is not None else Condition.SUSPICIOUS
