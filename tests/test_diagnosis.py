@@ -106,6 +106,15 @@ def test_settings_that_were_just_changed_and_leave_cores_idle_need_no_experiment
         assert needs_probe(other) and needs_replay(other), other
 
 
+def test_a_queue_that_was_made_too_short_is_the_settings_doing_whoever_else_is_busy() -> None:
+    busy: dict[str, Any] = {"host": replace(QUIET, others_ratio=0.8, busy_ratio=1.0), "event": "settings"}
+    short = findings([Kind.REFUSALS], block(refused=40, wait_s=0.3), **busy)
+    assert not needs_replay(short) and diagnose(short).cause is Cause.SETTINGS and "its queue is too short" in diagnose(short).text
+    long = findings([Kind.REFUSALS], block(refused=40, queue_s=200 * 0.0036, wait_s=0.3), **busy)
+    assert diagnose(long).cause is Cause.HOST, "a queue of any length would be full"
+    assert diagnose(replace(short, event="swap")).cause is Cause.HOST
+
+
 def test_evidence_that_blames_nobody_is_told_beside() -> None:
     found = diagnose(findings([Kind.LATENCY], block(edge_s=0.5), replay=AS_PROVEN, host=replace(QUIET, loop_lag_s=0.3)))
     assert any("binary protocol" in text for text in found.beside) and any("event loop" in text for text in found.beside)

@@ -26,6 +26,7 @@ from app.control.findings import (
     is_host,
     is_load,
     is_settings,
+    is_short_of_queue,
     leaves_cores_idle,
     mean_batch,
     numbers,
@@ -110,7 +111,7 @@ def _slow_or_standing(found: Findings) -> Diagnosis:
     standing = _first((_by_confidence, _by_labels, _by_need), found)
     if standing is not None and not any(one.kind in SLOW for one in found.suspicions):
         return standing
-    rules = (_by_many, _by_fresh_runner, _by_replay, _by_host, _by_load, _by_settings, _as_ever)
+    rules = (_by_short_queue, _by_many, _by_fresh_runner, _by_replay, _by_host, _by_load, _by_settings, _as_ever)
     slow = _first(rules, found) or Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", numbers(found))
     if standing is None:
         return slow
@@ -204,6 +205,15 @@ def _needs(memory: Suspicion, found: Findings) -> bool:
     """Whether it was beyond its objective from the start."""
     limit = memory.numbers.get("limit_mb")
     return limit is not None and (not found.normal.known or found.normal.memory_bytes > limit * (1 << 20))
+
+
+def _by_short_queue(found: Findings) -> Diagnosis | None:
+    if not is_short_of_queue(found):
+        return None
+    block = found.block
+    waits = f"what is taken waits only {block.queue_ratio:.0%} of its time"
+    text = f"{block.refused} of {block.offered} requests are refused since other settings are used, and {waits}: its queue is too short"
+    return Diagnosis(Cause.SETTINGS, 0.8, text, numbers(found), ("load, host: neither makes a queue shorter",))
 
 
 def _by_many(found: Findings) -> Diagnosis | None:
