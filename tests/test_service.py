@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ import pytest
 from onnx import helper
 
 from app.catalog.model_config import ModelConfig
-from app.catalog.samples import Reservoir
+from app.catalog.samples import Reference, ReferenceMeta, Reservoir
 from app.domain import Event, Generation, InferenceResult, ModelState, RuntimeSettings, Tensor
 from app.errors import DeadlineExceeded, NotReady, Quarantined, QueueFull
-from app.serving.admission import Admitted
+from app.serving.admission import KEPT_ROWS, Admitted
 from app.serving.engine import Engine
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
@@ -30,8 +31,9 @@ from app.serving.slot import Loaded, Neighbours, Share, Slot
 from app.serving.vitals import Vitals
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.samples import Samples
 from tests.engines import Start, anyio_backend, forkserver, request, start, tensor, until, values
-from tests.models import KILLING_ROW, endless, killer, save, scaled, signature_of, value
+from tests.models import KILLING_ROW, endless, killer, save, scaled, signature_of, slow, value
 
 __all__ = ["anyio_backend", "forkserver", "start"]
 pytestmark = pytest.mark.anyio
@@ -226,6 +228,22 @@ async def test_what_killed_a_runner_is_refused_by_the_next_engine_of_the_same_we
         deaths = len(loaded.engine.deaths)
         await loader.stop(loaded, 1.0)
     assert deaths == 0
+
+
+@pytest.mark.parametrize("check_s", [0.02, 0.0])
+async def test_a_model_too_slow_for_all_reference_rows_is_held_to_those_that_fit(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, check_s: float
+) -> None:
+    monkeypatch.setattr("app.serving.loader.CHECK_S", check_s)
+    rows = np.random.default_rng(0).normal(size=(KEPT_ROWS, 4)).astype(np.float32)
+    meta = ReferenceMeta("g", "here", "owner", True, tuple(str(row) for row in range(KEPT_ROWS)), {}, 0.0)
+    reference = Reference(Samples({"x": rows}), {"y": 3 * rows}, meta, {}, tmp_path)
+    proof: Any = SimpleNamespace(detail={})
+    admitted = replace(admitted_of("1", slow(tmp_path / "1.onnx", inner=1600), RuntimeSettings()), reference=reference, proof=proof)
+    for _ in range(3):
+        loaded = await loader.load(admitted, RuntimeSettings(), 1, ModelConfig())
+        assert loaded.engine.alive
+        await loader.stop(loaded, 1.0)
 
 
 async def test_loads_that_hang_give_their_places_back(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
