@@ -11,7 +11,7 @@ from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, diagnose, needs_probe, needs_replay
 from app.control.findings import FreshRunner, Replay
 from app.control.patient import Incident, Patient
-from app.control.planner import Action, plan
+from app.control.planner import Action, in_brackets, plan
 from app.control.suspicion import Kind, Suspicion
 from app.telemetry.window import Block
 from tests.blocks import GOLDEN, QUIET, block, findings, normal
@@ -124,6 +124,14 @@ def test_what_reading_and_writing_takes_is_not_the_versions_fault_and_the_plan_s
     found = diagnose(findings([Kind.LATENCY], block(edge_s=0.68), replay=AS_PROVEN))
     decided = plan(found, GOLDEN, ModelConfig())
     assert decided.action is Action.NOTHING and any("binary protocol" in text for text in decided.advice)
+
+
+def test_what_only_was_seen_is_not_told_as_advice() -> None:
+    busy = diagnose(findings([Kind.LATENCY], block(wait_s=0.3), host=replace(QUIET, others_ratio=0.6)))
+    told = in_brackets(plan(busy, GOLDEN, ModelConfig()), busy)
+    assert told.startswith(" (you could: move the neighbour") and ", beside it: other programs use 60%" in told
+    unknown = diagnose(findings([Kind.COST], host=replace(QUIET, loop_lag_s=0.3)))
+    assert in_brackets(plan(unknown, GOLDEN, ModelConfig()), unknown) == " (beside it: the server's event loop ran 300 ms late)"
 
 
 def test_only_models_that_are_out_of_the_ordinary_now_and_likewise_count_beside_one() -> None:

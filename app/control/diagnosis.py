@@ -292,7 +292,7 @@ def _as_ever(found: Findings) -> Diagnosis | None:
     edge = found.block.edge_ratio
     if edge > AT_THE_EDGE and "threshold_s" in missed.numbers:
         text = f"{missed.text}, of which {edge:.0%} goes into reading and writing the request: the model itself is as quick as ever"
-        advice = "send tensors by the binary protocol, or smaller requests"
+        advice = "tensors by the binary protocol, or smaller requests, would be answered sooner"
         return Diagnosis(Cause.UNKNOWN, 0.6, text, numbers(found), ("version: another one would be read and written alike",), (advice,))
     text = f"{missed.text}, with cost as proven, a quiet host and {found.block.queue_ratio:.0%} of it in the queue: this version is slower than its objective"
     return Diagnosis(Cause.VERSION, 0.7, text, numbers(found), ("host, load, process, input: all as ever",))

@@ -23,7 +23,7 @@ from app.control.experiments import Experiments
 from app.control.glance import glance, notice_shapes
 from app.control.normal import LEAST_CALLS, learned, with_news
 from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
-from app.control.planner import Action, plan, wait_after
+from app.control.planner import Action, in_brackets, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
@@ -337,10 +337,9 @@ class Loop:
                 "rules_out": list(diagnosis.rules_out), "beside": list(diagnosis.beside), "evidence": diagnosis.evidence,
             }  # fmt: skip
             await self._say("diagnosis.made", view, told)
-            advice = f" (you could: {'; '.join(decided.advice)})" if decided.advice else ""
             hoped = f"; {outlook.text}" if outlook is not None else ""
             told = {
-                "action": decided.action.value, "summary": f"plan: {decided.text}{hoped}{advice}", "version": decided.version,
+                "action": decided.action.value, "summary": f"plan: {decided.text}{hoped}{in_brackets(decided, diagnosis)}", "version": decided.version,
                 "waits": decided.waits, "expected": outlook.to_json() if outlook is not None else None,
             }  # fmt: skip
             await self._say("plan.made", view, told)
