@@ -89,3 +89,19 @@ def test_what_led_here_is_not_buried_under_incidents_for_which_nothing_was_done(
         *incident("nothing", 50),
     ]
     assert [event.seq for event in what_led_here(events)] == [1, 10, 11, 12, 13, 40, 50, 51, 52, 53]
+
+
+def test_looks_without_a_remedy_are_not_shown_for_the_one_that_had_one() -> None:
+    def look(first: int, action: str) -> list[Event]:
+        return [Event("suspicion.raised", "m", seq=first), Event("plan.made", "m", seq=first + 1, data={"action": action})]
+
+    events = [*look(1, "nothing"), *look(3, "nothing"), *look(5, "roll back"), *look(7, "nothing"), Event("recovery.verified", "m", seq=9)]
+    assert [event.seq for event in what_led_here(events)] == [5, 6, 7, 8, 9]
+    assert [event.seq for event in what_led_here([*events, *look(10, "nothing"), Event("recovery.verified", "m", seq=12)])] == [
+        5,
+        6,
+        9,
+        10,
+        11,
+        12,
+    ]
