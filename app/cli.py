@@ -49,7 +49,8 @@ WORKER_FLAGS: Final = frozenset({"repository", "state", "store", "log-level"})
 def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it cannot write as \uXXXX
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments = top.parse_args(_command_first(top, sys.argv[1:] if argv is None else argv))
     os.environ.setdefault(
         "ORT_DISABLE_TELEMETRY", "1"
     )  # ONNX Runtime reports to its vendor and writes to HOME otherwise; children inherit it
@@ -86,6 +87,16 @@ def parser() -> argparse.ArgumentParser:
     _add_jobs(commands)
     _add_files(commands)
     return top
+
+
+def _command_first(top: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """`hone --url URL status` as `hone status --url URL`: argparse would take the URL for the command."""
+    commands = next(action.choices for action in top._actions if isinstance(action, argparse._SubParsersAction)).values()
+    takes_value = {option: action.nargs != 0 for command in commands for action in command._actions for option in action.option_strings}
+    at = 0
+    while at < len(argv) and (option := argv[at].partition("=")[0]) in takes_value.keys() - top._option_string_actions.keys():
+        at += 2 if takes_value[option] and "=" not in argv[at] else 1
+    return [*argv[at : at + 1], *argv[:at], *argv[at + 1 :]] if at < len(argv) else []
 
 
 def _add_processes(commands: Parsers) -> None:

@@ -65,12 +65,22 @@ def job(found: JSON) -> str:
 
 def left_to_a_person(found: JSON) -> str:
     """What to do with what a job built and did not promote."""
-    version = f"{found.get('model')}:{found.get('candidate')}"
+    version, report = f"{found.get('model')}:{found.get('candidate')}", found.get("report") or {}
     if not found.get("candidate") or found.get("outcome") not in {"kept", "inconclusive"}:
         return ""
+    if report.get("tune") and found["candidate"] not in {one.get("version") for one in report.get("verdicts") or ()}:
+        return _settings_left(str(found.get("model")), report.get("settings") or {})
     if found["outcome"] == "kept":
         return f"{version} waits for a person: hone promote {version}"
     return f"{version} is undecided: hone verify {version} judges it anew, hone promote {version} --force takes it as it is"
+
+
+def _settings_left(model: str, settings: JSON) -> str:
+    """What was measured for the version that serves: its settings wait, no version does."""
+    if not settings:
+        return f"the settings stay as they are; measure them anew on a quieter host: hone optimize {model} --with tune"
+    changes = " ".join(f"{name}={value}" for name, value in settings.items() if isinstance(value, int))
+    return f"the settings wait for a person: hone settings {model} {changes}"
 
 
 def _service(found: JSON) -> str:

@@ -32,15 +32,21 @@ _INCIDENT: Final = frozenset({"suspicion.raised", "diagnosis.made", "plan.made",
 
 
 def what_led_here(events: Sequence[Event]) -> list[Event]:
-    """`events` without the incidents for which nothing was done, but for the newest of those: on a busy host there are many."""
-    incidents: list[list[Event]] = [[]]
-    for event in events:
-        if event.kind not in _INCIDENT:
-            continue
-        incidents[-1].append(event)
-        if event.kind == "recovery.verified":
-            incidents.append([])
-    idle = [one for one in incidents if one and not any(event.data.get("action", "nothing") != "nothing" for event in one)]
+    """`events` without the looks for which nothing was done, but for the newest of those: on a busy host there are many, also in one incident."""
+    idle: list[list[Event]] = []
+    look: list[Event] = []
+    acted = False
+    for event in (event for event in events if event.kind in _INCIDENT):
+        look.append(event)
+        if event.kind == "plan.made":
+            done = event.data.get("action", "nothing") != "nothing"
+            acted = acted or done
+            idle += [] if done else [look]
+            look = []
+        elif event.kind == "recovery.verified":
+            if not acted:
+                idle[-1:] = [[*(idle[-1] if idle else ()), *look]]
+            look, acted = [], False
     left_out = {event.seq for one in idle[:-1] for event in one}
     return [event for event in events if event.seq not in left_out]
 

@@ -97,7 +97,7 @@ class Hone:
         self.looked = at_s
         track = self._track
         for blocks in (list(track.blocks)[-2:], [track.open]):
-            found = suspicions(Seen(blocks, Block(at_s, at_s), 0, 0), self.normal, ModelConfig(), None, None)
+            found = suspicions(Seen(blocks, Block(at_s, at_s), 0, 0), self.normal, ModelConfig(), None)
             if any(one.kind is Kind.COST for one in found):
                 return True
         return False

@@ -44,6 +44,27 @@ def test_every_sub_command_explains_itself_with_an_example(name: str, capsys: py
     assert f"usage: hone {name}" in text and "examples:" in text and f"hone {name}" in text.split("examples:")[1]
 
 
+@pytest.mark.parametrize(
+    "line", ["--url {0} status", "--url={0} --json status", "--json --timeout 2 --url {0} timeline", "-n 3 timeline --url {0}"]
+)
+def test_what_a_command_takes_may_stand_before_it(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.format("http://127.0.0.1:1").split()) == 1
+    assert "http://127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["--url http://127.0.0.1:1", "--url", ""])
+def test_options_without_a_command_ask_for_one(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2 and "required: COMMAND" in capsys.readouterr().err
+
+
+def test_an_option_means_the_same_kind_of_thing_in_every_command() -> None:
+    """Before the command nobody knows which one it is: an option takes a value in all of them, or in none."""
+    kinds = {(option, action.nargs != 0) for one in subcommands().values() for action in one._actions for option in action.option_strings}
+    assert len(kinds) == len({option for option, _ in kinds})
+
+
 def test_the_main_module_imports_nothing_heavy() -> None:
     code = "import sys, app.cli; print([m for m in ('fastapi', 'numpy', 'httpx', 'onnx', 'onnxruntime', 'pydantic', 'asyncio') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

@@ -11,7 +11,7 @@ from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, diagnose, needs_probe, needs_replay
 from app.control.findings import FreshRunner, Replay
 from app.control.patient import Incident, Patient
-from app.control.planner import Action, plan
+from app.control.planner import Action, in_brackets, plan
 from app.control.suspicion import Kind, Suspicion
 from app.telemetry.window import Block
 from tests.blocks import GOLDEN, QUIET, block, findings, normal
@@ -106,6 +106,15 @@ def test_settings_that_were_just_changed_and_leave_cores_idle_need_no_experiment
         assert needs_probe(other) and needs_replay(other), other
 
 
+def test_a_queue_that_was_made_too_short_is_the_settings_doing_whoever_else_is_busy() -> None:
+    busy: dict[str, Any] = {"host": replace(QUIET, others_ratio=0.8, busy_ratio=1.0), "event": "settings"}
+    short = findings([Kind.REFUSALS], block(refused=40, wait_s=0.3), **busy)
+    assert not needs_replay(short) and diagnose(short).cause is Cause.SETTINGS and "its queue is too short" in diagnose(short).text
+    long = findings([Kind.REFUSALS], block(refused=40, queue_s=200 * 0.0036, wait_s=0.3), **busy)
+    assert diagnose(long).cause is Cause.HOST, "a queue of any length would be full"
+    assert diagnose(replace(short, event="swap")).cause is Cause.HOST
+
+
 def test_evidence_that_blames_nobody_is_told_beside() -> None:
     found = diagnose(findings([Kind.LATENCY], block(edge_s=0.5), replay=AS_PROVEN, host=replace(QUIET, loop_lag_s=0.3)))
     assert any("binary protocol" in text for text in found.beside) and any("event loop" in text for text in found.beside)
@@ -117,9 +126,45 @@ def test_what_reading_and_writing_takes_is_not_the_versions_fault_and_the_plan_s
     assert decided.action is Action.NOTHING and any("binary protocol" in text for text in decided.advice)
 
 
+def test_what_only_was_seen_is_not_told_as_advice() -> None:
+    busy = diagnose(findings([Kind.LATENCY], block(wait_s=0.3), host=replace(QUIET, others_ratio=0.6)))
+    told = in_brackets(plan(busy, GOLDEN, ModelConfig()), busy)
+    assert told.startswith(" (you could: move the neighbour") and ", beside it: other programs use 60%" in told
+    unknown = diagnose(findings([Kind.COST], host=replace(QUIET, loop_lag_s=0.3)))
+    assert in_brackets(plan(unknown, GOLDEN, ModelConfig()), unknown) == " (beside it: the server's event loop ran 300 ms late)"
+
+
 def test_only_models_that_are_out_of_the_ordinary_now_and_likewise_count_beside_one() -> None:
-    slow = Suspicion(Kind.LATENCY, "slow")
-    patient = Patient(incident=Incident(100.0, [slow], suspected_at=200.0))
+    slow, large = Suspicion(Kind.LATENCY, "slow"), Suspicion(Kind.MEMORY, "large")
+    incident = Incident(100.0, [slow, large], seen_at={Kind.LATENCY: 200.0, Kind.MEMORY: 300.0})
+    patient = Patient(incident=incident)
     assert patient.suspected_of({Kind.LATENCY, Kind.COST}, 195.0)
-    assert not patient.suspected_of({Kind.LATENCY}, 201.0), "it stands, and nothing is wrong any more"
+    assert not patient.suspected_of({Kind.LATENCY}, 201.0), "it stands, for its memory, and is not slow any more"
     assert not patient.suspected_of({Kind.ERRORS}, 195.0) and not Patient().suspected_of({Kind.LATENCY}, 0.0)
+    incident.diagnosis = diagnose(findings([Kind.LATENCY], replay=AS_PROVEN))
+    assert incident.diagnosis.cause is Cause.VERSION
+    assert not patient.suspected_of({Kind.LATENCY}, 195.0), "an objective that it never met says nothing of the host"
+    incident.diagnosis = None
+    incident.see([slow], 400.0)
+    assert patient.suspected_of({Kind.LATENCY}, 395.0) and incident.suspected_at == 400.0
+
+
+@pytest.mark.parametrize("standing", [Kind.MEMORY, Kind.CONFIDENCE, Kind.LABELS])
+def test_what_stands_for_days_does_not_hide_what_slows_it_today(standing: Kind) -> None:
+    def found(**more: Any) -> Any:
+        both = findings([standing, Kind.LATENCY], **more)
+        return replace(both, suspicions=[replace(both.suspicions[0], numbers={"limit_mb": 1.0}), both.suspicions[1]])
+
+    assert needs_probe(found()) and needs_replay(found())
+    assert diagnose(found(fresh=FreshRunner((1.5, 1.4, 1.6), (1.5, 1.4, 1.6)))).cause is Cause.PROCESS
+    assert diagnose(found(replay=SLOWER)).cause is Cause.VERSION and "file takes" in diagnose(found(replay=SLOWER)).text
+    busy = diagnose(found(seen=block(wait_s=0.3), host=replace(QUIET, others_ratio=0.6)))
+    assert "wait for a core" in " ".join((busy.text, *busy.beside)), "who is on call reads both"
+    assert busy.cause is (Cause.VERSION if standing is Kind.MEMORY else Cause.HOST), (
+        "for memory something can be built, whoever else is busy"
+    )
+
+
+def test_a_process_that_grew_is_not_probed_for_being_slow_too() -> None:
+    grew = findings([Kind.MEMORY, Kind.LATENCY])
+    assert not needs_probe(grew) and not needs_replay(grew) and diagnose(grew).cause is Cause.PROCESS

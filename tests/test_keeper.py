@@ -12,8 +12,9 @@ import pytest
 from app.catalog.cards import Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
-from app.control.endings import KEPT_PROVEN, unneeded
+from app.control.endings import KEPT_PROVEN, unneeded, without_winner
 from app.control.keeper import LEASE, JobKeeper
+from app.control.verification import Judged
 from app.domain import BuiltVersion, Generation, Job, JobState, ModelState, Split, Verdict
 from app.settings import Settings
 from app.store.sqlite import SqliteJournal
@@ -60,6 +61,27 @@ def test_of_what_waits_for_a_person_the_newest_stay() -> None:
     versions = [built(number, Verdict.INCONCLUSIVE) for number in range(1, KEPT_PROVEN + 3)]
     jobs = [job(id=v.version, outcome="inconclusive", candidate=v.version, finished_at=float(at)) for at, v in enumerate(versions)]
     assert unneeded(model(*versions), jobs[::-1], HERE) == ["1.1", "1.2"]
+
+
+def test_what_is_undecided_stays_whatever_else_its_job_came_to() -> None:
+    versions = [built(1, Verdict.FAILED), *(built(number, Verdict.INCONCLUSIVE) for number in range(2, KEPT_PROVEN + 3))]
+    assert unneeded(model(*versions), [job(outcome="promoted", candidate="1")], HERE) == ["1.1", "1.2"]
+
+
+def judged(version: str, verdict: Verdict, gain: float = 0.0, nothing_changed: bool = False) -> Judged:
+    return Judged(version, verdict, "s", gain, False, "", nothing_changed, {})
+
+
+def test_a_job_ends_with_what_a_person_may_still_take() -> None:
+    refused, slow, fast = judged("1.1", Verdict.FAILED), judged("1.2", Verdict.INCONCLUSIVE, 0.1), judged("1.3", Verdict.INCONCLUSIVE, 0.56)
+    same = judged("1.4", Verdict.INCONCLUSIVE, nothing_changed=True)
+    assert without_winner([refused, slow, fast], job()) == ("inconclusive", "1.3")
+    assert without_winner([refused], job()) == ("refused", "") and without_winner([same], job()) == ("nothing_changed", "")
+    for vain in ("nothing_changed", "inconclusive"):  # of the settings
+        assert without_winner([refused, fast], job(), (vain, "1")) == ("inconclusive", "1.3")
+        assert without_winner([refused, same], job(), (vain, "1")) == without_winner([], job(), (vain, "1")) == (vain, "1")
+    for better in ("promoted", "kept"):
+        assert without_winner([refused, fast], job(), (better, "1")) == (better, "1")
 
 
 def test_what_may_answer_under_load_and_what_is_on_trial_or_watched_stays() -> None:

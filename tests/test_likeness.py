@@ -69,7 +69,7 @@ def test_a_class_that_collapsed_is_found_though_the_whole_meets_its_floor() -> N
     found = worst_class(likeness(golden[seen], other[seen]), CLASSIFIER)
     assert found is not None and (found.group, found.agreed, found.compared) == (3, 6, 30)
     block = Block(0.0, 300.0, compared=len(seen), agreed=len(seen) - 24, likeness=likeness(golden[seen], other[seen]))
-    said = suspicions(Seen([block], block, 0, 0), Normal(), CLASSIFIER, None, None)
+    said = suspicions(Seen([block], block, 0, 0), Normal(), CLASSIFIER, None)
     assert [one.kind for one in said] == [Kind.FIDELITY] and "6 of 30 live rows of class 3" in said[0].text
 
 
@@ -106,7 +106,7 @@ def test_the_first_hundred_answers_make_up_what_is_usual() -> None:
         normal = with_news(normal, Block(0.0, 10.0, likeness=likeness(golden, golden)))
     assert normal.likeness.entropy.count == 128
     doubt = Block(0.0, 300.0, likeness=likeness(scores(300), scores(300) * 0))
-    found = suspicions(Seen([doubt], doubt, 0, 0), normal, CLASSIFIER, None, None)
+    found = suspicions(Seen([doubt], doubt, 0, 0), normal, CLASSIFIER, None)
     assert Kind.CONFIDENCE in [one.kind for one in found]
 
 

@@ -69,6 +69,10 @@ def test_a_job_says_what_came_of_it() -> None:
     kept, undecided = ({**job, "outcome": outcome, "candidate": "1.1"} for outcome in ("kept", "inconclusive"))
     assert "hone promote d:1.1" in overview.job(kept) and "--force" not in overview.job(kept)
     assert "hone verify d:1.1 judges it anew, hone promote d:1.1 --force" in overview.job(undecided)
+    tuned = {"candidate": "1", "report": {"tune": {"verdict": "tuned"}, "settings": {"instances": 2, "graph_level": "all"}}}
+    assert "hone settings d instances=2" in overview.job(kept | tuned) and "promote" not in overview.job(kept | tuned)
+    open_end = overview.job(undecided | {"candidate": "1", "report": {"tune": {"verdict": "inconclusive"}}})
+    assert "hone optimize d --with tune" in open_end and "--force" not in open_end, "no version waits: the one that serves was measured"
     open_job = overview.job({"id": "d-2", "model": "d", "state": "building", "progress": {"method": "tune", "step": "x", "share": 0.42}})
     assert "building  tune  x  40%" in open_job
 
@@ -118,3 +122,13 @@ def test_a_wrong_model_yaml_at_a_start_is_told_as_that_and_mended(tmp_path: Path
         assert "no longer in the repository" not in running.log and running.log.count("is not served") == 1
         config.write_text("objective: {p95_ms: 3}\n")
         running.ready("m")
+
+
+def test_looks_without_a_remedy_are_not_shown_for_the_one_that_had_one() -> None:
+    def look(first: int, action: str) -> list[Event]:
+        return [Event("suspicion.raised", "m", seq=first), Event("plan.made", "m", seq=first + 1, data={"action": action})]
+
+    events = [*look(1, "nothing"), *look(3, "nothing"), *look(5, "roll back"), *look(7, "nothing"), Event("recovery.verified", "m", seq=9)]
+    assert [event.seq for event in what_led_here(events)] == [5, 6, 7, 8, 9]
+    later = [*events, *look(10, "nothing"), Event("recovery.verified", "m", seq=12)]
+    assert [event.seq for event in what_led_here(later)] == [5, 6, 9, 10, 11, 12]

@@ -13,7 +13,7 @@ from app.control.findings import Replay
 from app.control.patient import Patient
 from app.control.planner import Action, Situation, plan, wait_after
 from app.control.replay import _held_to
-from app.control.situation import situation_of
+from app.control.situation import DAY_S, situation_of
 from app.control.suspicion import Kind
 from app.domain import BuiltVersion, Generation, Job, JobState, Mode, ModelState, ModelView, RuntimeSettings, State, Verdict
 from optimizers.base import Gain
@@ -245,4 +245,16 @@ def test_the_planner_knows_what_was_tried_left_and_spent() -> None:
     spent = situation_of(state, want, view, ModelConfig(), Cause.VERSION, "here", (), 0.0, patient.switched(100.0))
     assert spent.swaps_left == swaps - 3, "one by a job, two by the loop itself"
     assert situation(job("d", "int8-static", "inconclusive")).tried_actions == frozenset(), "a loud host left it open"
+    built_by = [{"version": "1.4", "try": ["int8-static"]}, {"version": "1.5", "try": ["graph"]}]
+    said: list[dict[str, Any]] = [{"version": "1.4", "verdict": "failed"}, {"version": "1.5", "verdict": "inconclusive", "too_few": True}]
+    undecided = job("e", "int8-static", "inconclusive", report={"built": built_by, "verdicts": said})
+    undecided = replace(undecided, finished_at=time.time())
+    assert situation(undecided).tried == {("int8-static",), ("graph",)}, (
+        "one was refused, for the other the samples are as few as they were"
+    )
+    assert situation(replace(undecided, finished_at=time.time() - 2 * DAY_S)).tried == {("int8-static",)}, (
+        "more may have been captured since"
+    )
+    loud = replace(undecided, report={"built": built_by, "verdicts": [said[0], said[1] | {"too_few": False}]})
+    assert situation(loud).tried == {("int8-static",)}, "the host may be quieter next time"
     assert situation(*jobs, model=replace(want, left=("1",))).builds_left == 0, "nothing is built from a golden that was left"

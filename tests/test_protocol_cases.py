@@ -305,6 +305,11 @@ def test_nan_and_infinity_come_back_whole_or_marked(running: Running) -> None:
     marked = outputs(infer(running, "log", json_input("x", "FP32", [3], [-1, 0, 1])))["y"]
     assert marked["data"] == [None, None, 0.0] and marked["parameters"]["non_finite"] == 2
     assert sum(samples(running, "hone_nonfinite_outputs_total", model="log")) >= before + 1
+    assert sum(samples(running, "hone_nonfinite_inputs_total", model="log")) == 0
+    headers, body = binary_body({"x": ("FP32", [3], np.full(3, np.nan, np.float32).tobytes())})
+    poisoned = outputs(running.call("POST", "/v2/models/log/infer", headers=headers, content=body))["y"]
+    assert poisoned["data"] == [None, None, None]
+    assert sum(samples(running, "hone_nonfinite_inputs_total", model="log")) >= 1
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])

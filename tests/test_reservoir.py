@@ -54,6 +54,14 @@ def test_one_row_of_a_batch_is_kept_and_a_whole_call_where_rows_depend(tmp_path:
     assert calls is not None and not calls.stacked and calls.inputs["x"][:, :, 0].tolist() == [[10, 11, 12]]
 
 
+def test_an_input_with_nan_is_kept_only_where_its_answer_has_none(tmp_path: Path) -> None:
+    poison, whole = (Tensor("x", "FP32", (1, 4), np.full(4, value, np.float32).tobytes()) for value in (np.nan, 1))
+    lost, answer = (Tensor("y", "FP32", (1, 3), np.full(3, value, np.float32).tobytes()) for value in (np.nan, 1))
+    for number, (asked, answered, stored) in enumerate([(poison, lost, 0), (poison, answer, 1), (whole, lost, 1)]):
+        reservoir = opened(tmp_path / str(number))
+        assert reservoir.offer([asked], [answered]) and reservoir.store_pending() == stored
+
+
 def test_text_and_half_precision_come_back_as_values(tmp_path: Path) -> None:
     signature = Signature(
         (TensorSpec("t", "BYTES", (-1, 2)), TensorSpec("h", "BF16", (-1,)), TensorSpec("n", "INT64", (-1,))), (TensorSpec("y", "FP32", (-1,)),), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ import pytest
 from onnx import helper
 
 from app.catalog.model_config import ModelConfig
-from app.catalog.samples import Reservoir
+from app.catalog.samples import Reference, ReferenceMeta, Reservoir
 from app.domain import Event, Generation, InferenceResult, ModelState, RuntimeSettings, Tensor
 from app.errors import DeadlineExceeded, NotReady, Quarantined, QueueFull
-from app.serving.admission import Admitted
+from app.serving.admission import KEPT_ROWS, Admitted
 from app.serving.engine import Engine
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
@@ -30,8 +31,9 @@ from app.serving.slot import Loaded, Neighbours, Share, Slot
 from app.serving.vitals import Vitals
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from optimizers.samples import Samples
 from tests.engines import Start, anyio_backend, forkserver, request, start, tensor, until, values
-from tests.models import KILLING_ROW, endless, killer, save, scaled, signature_of, value
+from tests.models import KILLING_ROW, endless, killer, save, scaled, signature_of, slow, value
 
 __all__ = ["anyio_backend", "forkserver", "start"]
 pytestmark = pytest.mark.anyio
@@ -184,6 +186,20 @@ async def test_an_answer_that_cannot_be_compared_costs_other_models_nothing(
     assert [(name, compared.version, compared.agreed) for name, compared in found] == [("m", "1.1", 1.0)]
 
 
+async def test_nan_that_came_with_the_request_says_nothing_of_the_version(
+    service: InferenceService, slot: Slot, put: Put, tmp_path: Path
+) -> None:
+    slot.active, slot.golden = await put("1", scaled(tmp_path / "1.onnx", 2.0)), "1"
+    await put("1.1", scaled(tmp_path / "2.onnx", 2.0))
+    slot.mirror, row = Mirror("cosine", 0.99), np.ones((1, 4), np.float32)
+    vitals = Vitals(service, None, service.window, 2, PastDeaths())  # type: ignore[arg-type]
+    slot.mirror.kept.append(Seen([tensor("x", row * np.nan)], None, [tensor("y", row * np.nan)], "1.1"))
+    assert await vitals.compare_some() == [] and service.window.since("m", "1.1", 0.0).non_finite == 0
+    slot.mirror.kept.append(Seen([tensor("x", row)], None, [tensor("y", row * np.nan)], "1.1"))
+    assert [compared.agreed for _, compared in await vitals.compare_some()] == [0.0]
+    assert service.window.since("m", "1.1", 0.0).non_finite == 1
+
+
 @pytest.mark.parametrize(("metric", "agreed"), [("agreement", 0.75), ("cosine", 1.0), ("sqnr_db", 0.0)])
 def test_a_request_of_several_rows_agrees_by_its_rows_where_the_floor_is_one_of_rows(metric: str, agreed: float) -> None:
     golden = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.4, 0]], np.float32)
@@ -212,6 +228,22 @@ async def test_what_killed_a_runner_is_refused_by_the_next_engine_of_the_same_we
         deaths = len(loaded.engine.deaths)
         await loader.stop(loaded, 1.0)
     assert deaths == 0
+
+
+@pytest.mark.parametrize("check_s", [0.02, 0.0])
+async def test_a_model_too_slow_for_all_reference_rows_is_held_to_those_that_fit(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, check_s: float
+) -> None:
+    monkeypatch.setattr("app.serving.loader.CHECK_S", check_s)
+    rows = np.random.default_rng(0).normal(size=(KEPT_ROWS, 4)).astype(np.float32)
+    meta = ReferenceMeta("g", "here", "owner", True, tuple(str(row) for row in range(KEPT_ROWS)), {}, 0.0)
+    reference = Reference(Samples({"x": rows}), {"y": 3 * rows}, meta, {}, tmp_path)
+    proof: Any = SimpleNamespace(detail={})
+    admitted = replace(admitted_of("1", slow(tmp_path / "1.onnx", inner=1600), RuntimeSettings()), reference=reference, proof=proof)
+    for _ in range(3):
+        loaded = await loader.load(admitted, RuntimeSettings(), 1, ModelConfig())
+        assert loaded.engine.alive
+        await loader.stop(loaded, 1.0)
 
 
 async def test_loads_that_hang_give_their_places_back(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from app.catalog.model_config import ModelConfig
+from app.control.diagnosis import Cause, Diagnosis
 from app.control.normal import Normal
+from app.control.patient import Condition, Incident, Patient
 from app.control.standing import begin_at_zero, prune, standing
 from app.domain import ModelView, Observation, RuntimeSettings
 from app.telemetry.metrics import Metrics
@@ -55,3 +57,13 @@ def test_counters_begin_at_zero_and_keep_what_they_counted() -> None:
     assert metrics.counters["hone_diagnoses"][("m", "load")] == 1 and metrics.counters["hone_diagnoses"][("m", "version")] == 0
     assert metrics.counters["hone_rollbacks"][("m", "watch")] == 0 and metrics.counters["hone_verdicts"][("canary", "failed")] == 0
     assert metrics.counters["hone_suspicions"][("m", "errors")] == 0 and metrics.counters["hone_ladder_steps"][("m", "down")] == 0
+
+
+def test_a_model_is_being_repaired_while_something_is_done_for_it() -> None:
+    patient = Patient(incident=Incident(100.0, []))
+    assert patient.condition(lambda _: True) is Condition.SUSPICIOUS and Patient().condition(lambda _: True) is Condition.STEADY
+    patient.incident = Incident(100.0, [], Diagnosis(Cause.VERSION, 0.8, "large"), acted_at=110.0, unproven=True)
+    assert patient.condition(lambda _: False) is Condition.REPAIRING, "whether it helped is not known"
+    patient.incident.unproven = False
+    assert patient.condition(lambda _: True) is Condition.REPAIRING, "a job is open"
+    assert patient.condition(lambda _: False) is Condition.COOLING, "it was looked into again, and nothing is left to do"

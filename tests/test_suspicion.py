@@ -22,12 +22,23 @@ def look(
 ) -> list[Kind]:
     config = config or ModelConfig()
     seen = Seen(blocks, lately or Block(0.0, 300.0), memory, 0)
-    return [one.kind for one in suspicions(seen, normal(), config, config.objective.promise, burning)]
+    return [one.kind for one in suspicions(seen, normal(), config, burning)]
 
 
 def test_nothing_is_suspected_while_all_is_as_ever_or_neighbours_move_cost_a_little() -> None:
     assert look([block(), block()]) == []
     assert look([block(0.00108), block(0.00108)]) == []
+
+
+def test_every_quantile_that_is_promised_is_watched_also_beside_the_one_that_is_counted() -> None:
+    tailed = block()
+    for _ in range(8):
+        tailed.total.add(0.1)
+    for objective, found in (
+        ({"p50_ms": 5, "p95_ms": 10, "p99_ms": 200}, []), ({"p50_ms": 5, "p95_ms": 10, "p99_ms": 50}, [Kind.LATENCY]),
+        ({"p50_ms": 2, "p95_ms": 10, "p99_ms": 200}, [Kind.LATENCY]),
+    ):  # fmt: skip
+        assert look([tailed, tailed], ModelConfig.model_validate({"objective": objective})) == found
 
 
 def test_cost_is_suspected_only_when_two_undisturbed_blocks_agree() -> None:
@@ -51,7 +62,7 @@ def test_cost_that_leaps_is_suspected_in_the_first_block_that_shows_it() -> None
 )
 def test_only_three_ends_of_its_own_in_five_minutes_are_a_version_s_fault(deaths: int, kills: int, cause: Cause | None) -> None:
     seen = Seen([block()], Block(0.0, 300.0), 30 << 20, deaths, kills)
-    found = suspicions(seen, normal(), ModelConfig(), None, None)
+    found = suspicions(seen, normal(), ModelConfig(), None)
     assert [one.kind for one in found] == ([] if cause is None else [Kind.DEATHS])
     if cause is not None:
         assert diagnose(replace(findings([Kind.DEATHS]), suspicions=found, began_with_version=True)).cause is cause
@@ -175,7 +186,7 @@ def test_a_model_that_fails_on_most_requests_is_suspected_and_blamed_only_where_
     assert look([failing], lately=lately) == [Kind.ERRORS]
     assert look([failing], lately=Block(0.0, 300.0, requests=900, failed_calls=40)) == [], "it answered others until a moment ago"
     assert look([block(requests=2, failed_calls=9)], lately=lately) == [], "too few"
-    (found,) = suspicions(Seen([failing], lately, 0, 0), normal(), ModelConfig(), None, None)
+    (found,) = suspicions(Seen([failing], lately, 0, 0), normal(), ModelConfig(), None)
     for new, of in ((True, Cause.VERSION), (False, Cause.UNKNOWN)):
         assert diagnose(replace(findings([]), suspicions=[found], began_with_version=new)).cause is of
 

@@ -51,12 +51,13 @@ class Trial:
 
     journal: Journal
     during: Event | None = None
+    verdict: Verdict = Verdict.PASSED
 
     async def run(self, model: str, version: str, config: ModelConfig, job: str, stop: Any) -> End:
         self.journal.append(Event("traffic.split", model, version, job, data={"version": version, "share": 0.25, "stage": "canary"}))
         if self.during is not None:
             self.journal.append(self.during)
-        return End(Verdict.PASSED, "good")
+        return End(self.verdict, "good")
 
     async def clear(self, model: str, version: str, job: str) -> None:
         self.journal.append(Event("traffic.split", model, "", job, data={"version": "", "share": 0.0, "stage": "canary"}))
@@ -119,6 +120,13 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
 
 def test_what_passed_its_trial_is_promoted(bed: Bed) -> None:
     assert bed.take()[0] == "promoted" and bed.journal.state().models["m"].desired == "1.1"
+
+
+@pytest.mark.parametrize("verdict", [Verdict.PASSED, Verdict.INCONCLUSIVE])
+def test_what_a_person_promotes_in_its_canary_waits_for_nobody(bed: Bed, verdict: Verdict) -> None:
+    bed.trial.during, bed.trial.verdict = desired("1.1"), verdict
+    outcome, version, report = bed.take()
+    assert (outcome, version) == ("promoted", "1.1") and "somebody promoted it" in report["reason"] and "waits" not in report
 
 
 def test_what_another_server_says_of_the_promoted_version_is_no_answer(bed: Bed) -> None:

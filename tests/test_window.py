@@ -82,6 +82,20 @@ def test_answers_are_held_to_the_objective_when_they_come() -> None:
     assert found.good_and_bad("m", 60.0) == (2, 1)
 
 
+def test_another_objective_counts_for_what_was_answered_before_it_and_burns_anew() -> None:
+    found, clock = window()
+    found.objective("m", 0.02)
+    for total_s in (0.01, 0.03, 0.05, 0.5):
+        found.observe(seen(total_s=total_s))
+    clock.now += 2 * found.block_s
+    for limit_s, within in ((0.04, 2), (0.001, 0), (None, 4), (0.1, 3)):
+        found.objective("m", limit_s)
+        assert found.since("m", "1", 0.0).within == within and found.good_and_bad("m", 60.0) == (0, 0)
+    found.observe(seen(total_s=0.2))
+    found.objective("m", 0.1)
+    assert found.good_and_bad("m", 60.0) == (0, 1), "model.yaml was read again, and says the same"
+
+
 def test_costs_are_kept_by_bucket_of_rows_and_size() -> None:
     found, _ = window()
     assert bucket_of(1, 4096) != bucket_of(2, 4096) != bucket_of(2, 100)

@@ -56,6 +56,7 @@ class Exchange:
         "headers",
         "id",
         "model",
+        "poisoned",
         "result",
         "rows",
         "scope",
@@ -74,6 +75,8 @@ class Exchange:
         self.model: str = parameters["model"]
         self.version: str | None = parameters.get("version")
         self.result: InferenceResult | None = None
+        self.poisoned = False
+        """Its inputs hold NaN or infinity. Looked at only where the answer does."""
         self.rows = 1
 
     @property
@@ -170,7 +173,7 @@ class Sink(Protocol):
 
     def observe(self, observation: Observation) -> None: ...
     def refused(self, observation: Observation, error: errors.HoneError) -> None: ...
-    def saw_non_finite(self, model: str, version: str) -> None: ...
+    def saw_non_finite(self, model: str, version: str, asked_with: bool) -> None: ...
     def label(self, model: str, version: str | None, error: errors.HoneError | None = None) -> tuple[str, str]: ...
 
 
@@ -186,7 +189,7 @@ class Door:
         try:
             reply = await self._handler(exchange)
             if reply.non_finite:
-                sink.saw_non_finite(exchange.model, exchange.result.version if exchange.result else "")
+                sink.saw_non_finite(exchange.model, exchange.result.version if exchange.result else "", exchange.poisoned)
             seen = await exchange.answer(reply)
         except errors.HoneError as error:
             let_go_of_frames(error)

@@ -10,6 +10,7 @@ from time import monotonic, perf_counter
 from app.api.exchange import Exchange, until_done_or_gone
 from app.api.offload import Offload
 from app.api.wire import Reply, check_reply_form, choose_encoding, parse_content_encoding, parse_header_length, validate
+from app.catalog.tensors import all_finite
 from app.serving.service import InferenceService
 
 
@@ -38,6 +39,8 @@ class Infer:
             exchange.decoded = perf_counter()
             exchange.result = await until_done_or_gone(exchange, service.run(loaded, request, exchange.version is not None))
         reply = await offload.encode(exchange.result, parsed)
+        if reply.non_finite:
+            exchange.poisoned = not await offload.run_in_thread(all_finite, request.inputs)
         accepted = headers.get(b"accept-encoding")
         coding = choose_encoding(accepted) if accepted else None
         return reply if coding is None else await offload.compress(reply, coding)

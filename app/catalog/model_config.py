@@ -139,11 +139,14 @@ class Objective(Strict):
 
     @property
     def promise(self) -> Promise | None:
-        """The latency objective that is counted: p95 where it is named, else p99, else p50. None where none is."""
-        for share, milliseconds in ((0.95, self.p95_ms), (0.99, self.p99_ms), (0.5, self.p50_ms)):
-            if milliseconds is not None:
-                return Promise(share, milliseconds / 1e3)
-        return None
+        """The one that is counted; None where none is named."""
+        return next(iter(self.promises), None)
+
+    @property
+    def promises(self) -> list[Promise]:
+        """Of latency, the one that is counted first: p95, else p99, else p50. The others are read off the sketches."""
+        named = ((0.95, self.p95_ms), (0.99, self.p99_ms), (0.5, self.p50_ms))
+        return [Promise(share, ms / 1e3) for share, ms in named if ms is not None]
 
     @model_validator(mode="after")
     def _in_order(self) -> Objective:

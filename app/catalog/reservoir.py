@@ -24,6 +24,7 @@ from typing import Final
 from app.catalog import durable
 from app.catalog.model_config import Capture
 from app.catalog.sample_file import SUFFIX, Captured, head_of, one_row, predicted_class, read, write
+from app.catalog.tensors import all_finite
 from app.domain import Signature, Tensor
 from optimizers.samples import Samples
 
@@ -198,6 +199,8 @@ class Reservoir:
     # ---- off the loop, with the lock held
     def _store(self, inputs: list[Tensor], outputs: list[Tensor], caller: str) -> int:
         assert self._signature is not None
+        if not (all_finite(inputs) or all_finite(outputs)):
+            return 0  # poisoned: nothing to calibrate or judge with. Where the answer is whole, NaN may be how this model is told "missing"
         group = predicted_class(outputs) if self._classifies else ""
         sample = Captured(time.time(), group, caller, self._signature.batchable, tuple(inputs))
         self._open_folder()

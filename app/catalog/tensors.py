@@ -42,6 +42,11 @@ def to_array(tensor: Tensor) -> Array:
     return array if array.flags.aligned else array.copy()
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no float among them is NaN or infinite."""
+    return all(bool(np.isfinite(to_array(tensor)).all()) for tensor in tensors if tensor.datatype in FLOATS)
+
+
 def bytes_tensor(name: str, shape: tuple[int, ...], items: Iterable[bytes]) -> Tensor:
     return Tensor(name, BYTES, shape, b"".join(struct.pack("<I", len(item)) + item for item in items))
 

@@ -6,7 +6,8 @@ came with it, or by golden's answers; a process only by a fresh one beside it (d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
@@ -25,14 +26,16 @@ from app.control.findings import (
     is_host,
     is_load,
     is_settings,
+    is_short_of_queue,
     leaves_cores_idle,
     mean_batch,
     numbers,
 )
 from app.control.normal import cost_ratio
-from app.control.suspicion import DEATHS, Kind
+from app.control.suspicion import DEATHS, Kind, Suspicion
 from app.domain import JSON, short
 
+SLOW: Final = frozenset({Kind.LATENCY, Kind.COST, Kind.REFUSALS})
 DRIFTED: Final = 0.25
 """PSI of the predicted classes from which the traffic is another one."""
 
@@ -77,7 +80,7 @@ def needs_replay(found: Findings) -> bool:
         return False
     if kinds & {Kind.COST, Kind.EVENT}:
         return True
-    if kinds & {Kind.FIDELITY, Kind.CONFIDENCE, Kind.MEMORY, Kind.LABELS}:
+    if not kinds & SLOW or Kind.FIDELITY in kinds or _by_growth(found) is not None:
         return False
     ratio = cost_ratio(found.block, found.normal)
     if found.event == "swap" or (ratio is not None and ratio > FLAT):
@@ -88,7 +91,7 @@ def needs_replay(found: Findings) -> bool:
 def needs_probe(found: Findings) -> bool:
     """Whether a fresh runner beside the live one could tell: where calls themselves got slower, whoever else is busy."""
     kinds = {one.kind for one in found.suspicions}
-    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY, Kind.CONFIDENCE, Kind.LABELS, Kind.MEMORY}:
+    if kinds & {Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY} or _by_growth(found) is not None:
         return False
     return (
         bool(kinds & {Kind.COST, Kind.LATENCY})
@@ -100,24 +103,26 @@ def needs_probe(found: Findings) -> bool:
 
 def diagnose(found: Findings) -> Diagnosis:
     """The first rule that fits, the surest evidence first."""
-    for rule in (
-        _by_faults,
-        _by_fidelity,
-        _by_confidence,
-        _by_labels,
-        _by_memory,
-        _by_many,
-        _by_fresh_runner,
-        _by_replay,
-        _by_host,
-        _by_load,
-        _by_settings,
-        _as_ever,
-    ):
-        diagnosis = rule(found)
-        if diagnosis is not None:
-            return _with_neighbours(diagnosis, found)
-    return _with_neighbours(Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", numbers(found)), found)
+    return _with_neighbours(_first((_by_faults, _by_fidelity, _by_growth), found) or _slow_or_standing(found), found)
+
+
+def _slow_or_standing(found: Findings) -> Diagnosis:
+    """What may stand for days (its memory, its labels) hides nothing that slows it today; of the two the one counts for which something can be done."""
+    standing = _first((_by_confidence, _by_labels, _by_need), found)
+    if standing is not None and not any(one.kind in SLOW for one in found.suspicions):
+        return standing
+    rules = (_by_short_queue, _by_many, _by_fresh_runner, _by_replay, _by_host, _by_load, _by_settings, _as_ever)
+    slow = _first(rules, found) or Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", numbers(found))
+    if standing is None:
+        return slow
+    nothing_to_mend = slow.cause in (Cause.HOST, Cause.LOAD, Cause.UNKNOWN)
+    if nothing_to_mend and standing.cause is not Cause.UNKNOWN:
+        return replace(standing, beside=(*standing.beside, f"slow by {slow.cause}: {slow.text}"))
+    return replace(slow, beside=(*slow.beside, standing.text))
+
+
+def _first(rules: Sequence[Callable[[Findings], Diagnosis | None]], found: Findings) -> Diagnosis | None:
+    return next((diagnosis for rule in rules if (diagnosis := rule(found)) is not None), None)
 
 
 # ---- rules
@@ -181,15 +186,34 @@ def _by_labels(found: Findings) -> Diagnosis | None:
     return Diagnosis(Cause.UNKNOWN, 0.4, f"{labels.text}; neither the inputs nor the agreement with golden changed", numbers(found))
 
 
-def _by_memory(found: Findings) -> Diagnosis | None:
+def _by_growth(found: Findings) -> Diagnosis | None:
     memory = next((one for one in found.suspicions if one.kind is Kind.MEMORY), None)
-    if memory is None:
+    if memory is None or _needs(memory, found):
         return None
-    limit, usual = memory.numbers.get("limit_mb"), found.normal.memory_bytes
-    if limit is not None and (not found.normal.known or usual > limit * (1 << 20)):
-        text = f"{memory.text}, and held as much from the start: this version needs it"
-        return Diagnosis(Cause.VERSION, 0.8, text, numbers(found), ("process: a fresh one holds as much",))
     return Diagnosis(Cause.PROCESS, 0.8, f"{memory.text}: this process grew, a fresh one starts small", numbers(found))
+
+
+def _by_need(found: Findings) -> Diagnosis | None:
+    memory = next((one for one in found.suspicions if one.kind is Kind.MEMORY), None)
+    if memory is None or not _needs(memory, found):
+        return None
+    text = f"{memory.text}, and held as much from the start: this version needs it"
+    return Diagnosis(Cause.VERSION, 0.8, text, numbers(found), ("process: a fresh one holds as much",))
+
+
+def _needs(memory: Suspicion, found: Findings) -> bool:
+    """Whether it was beyond its objective from the start."""
+    limit = memory.numbers.get("limit_mb")
+    return limit is not None and (not found.normal.known or found.normal.memory_bytes > limit * (1 << 20))
+
+
+def _by_short_queue(found: Findings) -> Diagnosis | None:
+    if not is_short_of_queue(found):
+        return None
+    block = found.block
+    waits = f"what is taken waits only {block.queue_ratio:.0%} of its time"
+    text = f"{block.refused} of {block.offered} requests are refused since other settings are used, and {waits}: its queue is too short"
+    return Diagnosis(Cause.SETTINGS, 0.8, text, numbers(found), ("load, host: neither makes a queue shorter",))
 
 
 def _by_many(found: Findings) -> Diagnosis | None:
@@ -268,7 +292,7 @@ def _as_ever(found: Findings) -> Diagnosis | None:
     edge = found.block.edge_ratio
     if edge > AT_THE_EDGE and "threshold_s" in missed.numbers:
         text = f"{missed.text}, of which {edge:.0%} goes into reading and writing the request: the model itself is as quick as ever"
-        advice = "send tensors by the binary protocol, or smaller requests"
+        advice = "tensors by the binary protocol, or smaller requests, would be answered sooner"
         return Diagnosis(Cause.UNKNOWN, 0.6, text, numbers(found), ("version: another one would be read and written alike",), (advice,))
     text = f"{missed.text}, with cost as proven, a quiet host and {found.block.queue_ratio:.0%} of it in the queue: this version is slower than its objective"
     return Diagnosis(Cause.VERSION, 0.7, text, numbers(found), ("host, load, process, input: all as ever",))
@@ -286,9 +310,7 @@ def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
         beside.append(f"other programs use {host.others_ratio:.0%} of all cores")
     if not beside:
         return diagnosis
-    return Diagnosis(
-        diagnosis.cause, diagnosis.confidence, diagnosis.text, diagnosis.evidence, diagnosis.rules_out, (*diagnosis.beside, *beside)
-    )
+    return replace(diagnosis, beside=(*diagnosis.beside, *beside))
 
 
 def _ratio(interval: tuple[float, float, float]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from app.control.normal import Normal, cost_ratio
+from app.control.normal import REFUSED_LIMIT, Normal, cost_ratio
 from app.control.suspicion import Kind, Suspicion
 from app.domain import JSON
 from app.telemetry.hostfacts import HostFacts
@@ -20,6 +20,8 @@ PRESSED: Final = 0.10
 STOLEN: Final = 0.10
 THROTTLED: Final = 0.05
 QUEUED: Final = 0.5
+SHORT_QUEUE: Final = 0.75
+"""Share of their time that answered requests wait while others are refused, below which a longer queue would have held those."""
 FLAT: Final = 1.10
 CROWDED: Final = 1.5
 DECAYED_CPU: Final = 1.15
@@ -88,9 +90,17 @@ def leaves_cores_idle(found: Findings) -> bool:
 
 
 def is_settings(found: Findings) -> bool:
-    """It began with other settings, most of the time goes into waiting, and cores stand idle: no experiment tells more than to undo them does."""
+    """It began with other settings, and either most of the time goes into waiting while cores stand idle, or the queue is full though hardly
+    anything waits: no experiment tells more than to undo them does."""
     others = {one.kind for one in found.suspicions} - {Kind.LATENCY, Kind.REFUSALS, Kind.EVENT}
-    return found.event == "settings" and not others and found.block.queue_ratio > QUEUED and leaves_cores_idle(found)
+    idle = found.block.queue_ratio > QUEUED and leaves_cores_idle(found)
+    return found.event == "settings" and not others and (idle or is_short_of_queue(found))
+
+
+def is_short_of_queue(found: Findings) -> bool:
+    """Requests were refused since other settings are used, and those taken hardly waited: of a queue as long as it was they would wait most of their time."""
+    block = found.block
+    return found.event == "settings" and block.refused > REFUSED_LIMIT * block.offered and block.queue_ratio < SHORT_QUEUE
 
 
 def is_crowded(found: Findings) -> bool:

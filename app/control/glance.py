@@ -32,10 +32,10 @@ def glance(
         promise = config.objective.promise
         burning = burn(promise.share, lambda seconds: window.good_and_bad(view.name, seconds)) if promise is not None else None
         seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills)
-        patient.found = suspicions(seen, patient.normal, config, promise, burning) if blocks or view.recent_deaths else []
+        patient.found = suspicions(seen, patient.normal, config, burning) if blocks or view.recent_deaths else []
     found = list(patient.found)
     opened = window.since(view.name, view.active, max(view.active_since, now - window.block_s))
-    urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), patient.normal, config, None, None)
+    urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), patient.normal, config, None)
     urgent = [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE, Kind.COST)]
     urgent += _leap(window, opened, blocks, patient, config, host, host_at)
     kinds = {one.kind for one in found}

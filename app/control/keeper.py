@@ -20,7 +20,7 @@ from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
 from app.control.choices import promises_no_time
 from app.control.commands import Commands
-from app.control.endings import is_server_side, outcome_without_winner, summary_of, told, unneeded
+from app.control.endings import is_server_side, summary_of, told, unneeded, without_winner
 from app.control.expected import in_order
 from app.control.live_tune import Plane
 from app.control.reach import Away
@@ -227,10 +227,9 @@ class JobKeeper:
             settings = await self._tuned_candidate(job, piece, winner, stop, report)
             return await self._taking.take(job, piece, winner, settings, report, stop)
         if any(recipe and recipe[-1]["method"] == "tune" and len(recipe) == 1 for recipe in job.tries):
-            return await self._tune_active(job, piece, stop, report)
-        outcome = outcome_without_winner(seen, job)
-        left_open = [one.version for one in seen if one.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)]
-        return outcome, left_open[0] if outcome == "inconclusive" and left_open else "", report
+            tuned, version, report = await self._tune_active(job, piece, stop, report)
+            return *without_winner(seen, job, (tuned, version)), report
+        return *without_winner(seen, job), report
 
     def _versions_to_prove(self, job: Job) -> list[str]:
         return [str(step["version"]) for recipe in job.tries for step in recipe if step["method"] == "verify"]

@@ -23,7 +23,7 @@ from app.control.experiments import Experiments
 from app.control.glance import glance, notice_shapes
 from app.control.normal import LEAST_CALLS, learned, with_news
 from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
-from app.control.planner import Action, plan, wait_after
+from app.control.planner import Action, in_brackets, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
@@ -196,7 +196,7 @@ class Loop:
 
     def _condition(self, view: ModelView, patient: Patient, want: ModelState | None) -> Condition:
         """What the loop is about with a model; as a gauge, too."""
-        condition = patient.condition
+        condition = patient.condition(lambda incident: self._acting(view, incident))
         if want is not None and want.split is not None:
             condition = Condition.WATCHING if want.split.stage == "watch" else Condition.TRIAL
         for one in Condition:
@@ -234,7 +234,7 @@ class Loop:
             return
         patient.calm = 0
         if patient.incident is not None:
-            patient.incident.suspected_at = monotonic()
+            patient.incident.see(found, monotonic())
         if view.rung and all(one.kind in (Kind.LATENCY, Kind.REFUSALS, Kind.COST) for one in found):
             return  # stepped down for load: no blame until it is back
         incident = patient.incident
@@ -287,7 +287,7 @@ class Loop:
         incident = patient.incident
         news = incident is None or _news(found, incident)
         if incident is None:
-            incident = patient.incident = Incident(monotonic(), found, suspected_at=monotonic())
+            incident = patient.incident = Incident(monotonic(), found, seen_at={one.kind: monotonic() for one in found})
         elif incident.unproven and incident.diagnosis is not None:
             incident.unproven = False
             cause = incident.diagnosis.cause
@@ -337,10 +337,9 @@ class Loop:
                 "rules_out": list(diagnosis.rules_out), "beside": list(diagnosis.beside), "evidence": diagnosis.evidence,
             }  # fmt: skip
             await self._say("diagnosis.made", view, told)
-            advice = f" (you could: {'; '.join(decided.advice)})" if decided.advice else ""
             hoped = f"; {outlook.text}" if outlook is not None else ""
             told = {
-                "action": decided.action.value, "summary": f"plan: {decided.text}{hoped}{advice}", "version": decided.version,
+                "action": decided.action.value, "summary": f"plan: {decided.text}{hoped}{in_brackets(decided, diagnosis)}", "version": decided.version,
                 "waits": decided.waits, "expected": outlook.to_json() if outlook is not None else None,
             }  # fmt: skip
             await self._say("plan.made", view, told)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
@@ -19,6 +19,8 @@ AGAIN_MOST_S: Final = 3600.0
 """A cause without a remedy (load, host, unknown) is looked into again after this long, then after twice, … at most after the other."""
 EVENT_S: Final = 300.0
 """So long an event may explain what is seen."""
+OWN: Final = frozenset({Cause.VERSION, Cause.INPUT, Cause.SETTINGS, Cause.PROCESS})
+"""Causes that lie in one model: they say nothing of the host."""
 SHAPES: Final = "change of the inputs' shapes"
 BACKGROUND: Final = 0.1
 """Share of the cores' time that experiments may take."""
@@ -68,7 +70,15 @@ class Incident:
     awaited: tuple[str, bool] = ("", False)
     """The version that a remedy leads to, and whether one that is being built may come as well: any other is somebody else's."""
     looking: bool = False
-    suspected_at: float = 0.0
+    seen_at: dict[Kind, float] = field(default_factory=dict)
+    """When each kind was out of the ordinary last: an incident may stand for much longer than what began it."""
+
+    def see(self, found: Sequence[Suspicion], now: float) -> None:
+        self.seen_at |= {one.kind: now for one in found}
+
+    @property
+    def suspected_at(self) -> float:
+        return max(self.seen_at.values(), default=self.began)
 
 
 @dataclass
@@ -130,9 +140,11 @@ class Patient:
         return len(self.switched_at)
 
     def suspected_of(self, kinds: Set[Kind], since: float) -> bool:
-        """Whether any of `kinds` was out of the ordinary here at or after `since`; an incident may stand for much longer than what began it."""
+        """Whether any of `kinds` was out of the ordinary here at or after `since`, and is not known to be this one model's own doing."""
         one = self.incident
-        return one is not None and one.suspected_at >= since and any(suspicion.kind in kinds for suspicion in one.suspicions)
+        if one is None or (one.diagnosis is not None and one.diagnosis.cause in OWN):
+            return False
+        return any(one.seen_at.get(kind, since - 1) >= since for kind in kinds)
 
     def leap_stands(self, leapt: bool, now: float, read_at: float) -> bool:
         """Whether a leap was there before the host was read last (at `read_at`): an older reading may know nothing of what explains it."""
@@ -153,10 +165,10 @@ class Patient:
         self.seen_until, self.judged_until, self.found, self.requests = 0.0, -1.0, [], 0
         self.looks, self.leapt_at, self.again_at, self.non_finite = Looks(), 0.0, 0.0, (0, 0)
 
-    @property
-    def condition(self) -> Condition:
+    def condition(self, acting: Callable[[Incident], bool]) -> Condition:
+        """`acting`: whether a remedy is under way. One that was looked into again, and left with nothing to do, repairs nothing any more."""
         if self.incident is None:
             return Condition.STEADY
-        if self.incident.acted_at:
+        if self.incident.acted_at and (self.incident.unproven or acting(self.incident)):
             return Condition.REPAIRING
         return Condition.COOLING if self.incident.diagnosis is not None else Condition.SUSPICIOUS

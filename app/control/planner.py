@@ -238,6 +238,13 @@ def _told(wanted: Plan, why: str) -> Plan:
     return Plan(Action.NOTHING, f"would {wanted.action}: {wanted.text}; {why}", wanted.version, (), why, wanted.advice)
 
 
+def in_brackets(decided: Plan, diagnosis: Diagnosis) -> str:
+    """What a person could do, and apart from it what only was seen beside the cause."""
+    could, seen = ([one for one in decided.advice if (one in diagnosis.beside) is beside] for beside in (False, True))
+    parts = [f"{title}: {'; '.join(texts)}" for title, texts in (("you could", could), ("beside it", seen)) if texts]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
 def _advice(diagnosis: Diagnosis) -> tuple[str, ...]:
     match diagnosis.cause:
         case Cause.HOST:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from time import time
 from typing import Final
 
@@ -70,9 +70,15 @@ def _proven(want: ModelState, active: str, host_class: str) -> list[str]:
 
 
 def _recipes_in_vain(jobs: Collection[Job], golden_sha256: str) -> frozenset[tuple[str, ...]]:
-    return frozenset(
-        tuple(str(step["method"]) for step in recipe)
-        for job in jobs
-        if job.golden_sha256 == golden_sha256 and job.state is JobState.FINISHED and job.outcome in VAIN
-        for recipe in job.tries
-    )
+    ended = [job for job in jobs if job.golden_sha256 == golden_sha256 and job.state is JobState.FINISHED]
+    vain = {tuple(str(step["method"]) for step in recipe) for job in ended if job.outcome in VAIN for recipe in job.tries}
+    return frozenset(vain | {recipe for job in ended if job.outcome == "inconclusive" for recipe in _settled(job, time())})
+
+
+def _settled(job: Job, now: float) -> Iterator[tuple[str, ...]]:
+    """Of a job that ended undecided what was decided all the same: what was refused, and for a day what had too few samples, however quiet the host."""
+    recipes = {one.get("version"): tuple(one.get("try") or ()) for one in job.report.get("built") or ()}
+    for verdict in job.report.get("verdicts") or ():
+        vain = verdict.get("verdict") == Verdict.FAILED.value or (verdict.get("too_few") and job.finished_at > now - DAY_S)
+        if vain and verdict.get("version") in recipes:
+            yield recipes[verdict["version"]]

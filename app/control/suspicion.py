@@ -76,7 +76,7 @@ class Seen:
     recent_kills: int = 0
 
 
-def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise | None, burning: Burn | None) -> list[Suspicion]:
+def suspicions(seen: Seen, normal: Normal, config: ModelConfig, burning: Burn | None) -> list[Suspicion]:
     """Everything that asks for a look now, the gravest first."""
     quiet = [block for block in seen.blocks[-2:] if not block.disturbed]
     found = [
@@ -84,7 +84,7 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, promise: Promise
         *_refusals(seen.blocks[-1:]),
         *_unavailable(seen, config.objective.availability),
         *_too_few(seen.blocks[-2:], config.objective.throughput_rps),
-        *_slow(seen, normal, promise, burning),
+        *_slow(seen, normal, config.objective.promises, burning),
         *_cost(quiet, normal),
         *_dear(quiet, config.objective.cpu_s_per_request),
         *_memory(seen, normal, config),
@@ -151,22 +151,28 @@ def _too_few(blocks: Sequence[Block], least: float | None) -> list[Suspicion | N
     return [Suspicion(Kind.REFUSALS, text, {"answered_per_s": round(answered, 3), "objective": least})]
 
 
-def _slow(seen: Seen, normal: Normal, promise: Promise | None, burning: Burn | None) -> list[Suspicion | None]:
-    """Burn rates stand on windows of their own, so that they also tell of a model with few requests; all else needs answers enough in both blocks."""
+def _slow(seen: Seen, normal: Normal, promises: Sequence[Promise], burning: Burn | None) -> list[Suspicion | None]:
+    """Burn rates, of the first promise, stand on windows of their own, so that they also tell of a model with few requests; all else needs answers
+    enough in both blocks."""
     blocks = [block for block in seen.blocks[-2:] if block.requests]
     enough = len(blocks) == 2 and all(block.requests >= LEAST_CALLS for block in blocks)
     if not blocks or not (enough or (burning is not None and seen.lately.requests >= LEAST_CALLS)):
         return []
     p95 = blocks[-1].total.quantile(0.95) or 0.0
-    if promise is not None:
-        misses = [1 - block.within / block.requests for block in blocks]
-        burns = burning is not None and burning.fires and min(misses) > 1 - promise.share  # what is over needs no look
+    for promise in promises:
+        first = promise is promises[0]
+        misses = [1 - block.within / block.requests if first else block.total.share_above(promise.threshold_s) for block in blocks]
+        burns = first and burning is not None and burning.fires and min(misses) > 1 - promise.share  # what is over needs no look
         if burns or (enough and all(missed > promise.most_missed for missed in misses)):
             at = blocks[-1].total.quantile(promise.share) or 0.0
             text = f"p{promise.share * 100:g} {_ms(at)} > {_ms(promise.threshold_s)}"
             return [Suspicion(Kind.LATENCY, text, {"missed": round(misses[-1], 4), "quantile_s": at, "threshold_s": promise.threshold_s})]
-        return []
-    if enough and normal.known and all((block.total.quantile(0.95) or 0.0) > SLOW_LIMIT * normal.p95_s for block in blocks):
+    if (
+        not promises
+        and enough
+        and normal.known
+        and all((block.total.quantile(0.95) or 0.0) > SLOW_LIMIT * normal.p95_s for block in blocks)
+    ):
         text = f"p95 {_ms(p95)}, {p95 / normal.p95_s:.1f} × its normal {_ms(normal.p95_s)}"
         return [Suspicion(Kind.LATENCY, text, {"p95_s": p95, "normal_s": normal.p95_s})]
     return []

@@ -69,6 +69,8 @@ class Taking:
                 self._metrics.count("hone_verdicts", "canary", end.verdict.value)
             if end.verdict is Verdict.FAILED:
                 return "refused", "", report | {"reason": f"canary: {end.text}"}
+            if (await self.want(job)).desired == winner.version:
+                return "promoted", winner.version, report | {"reason": "somebody promoted it during its canary"}
             if waits := await self.held_back(job, piece):
                 return "kept", winner.version, report | {"waits": waits}
             if end.verdict is not Verdict.PASSED:

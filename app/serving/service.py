@@ -125,9 +125,13 @@ class InferenceService:
         if isinstance(error, ModelFailed) and observation.model:
             self.window.model_failed(observation.model, observation.version)
 
-    def saw_non_finite(self, model: str, version: str) -> None:
+    def saw_non_finite(self, model: str, version: str, asked_with: bool) -> None:
+        """An answer holds NaN or infinity; `asked_with`: so did the request, which says nothing of the version."""
         self._metrics.count("hone_nonfinite_outputs", model, version)
-        self.window.answered_non_finite(model, version)
+        if asked_with:
+            self._metrics.count("hone_nonfinite_inputs", model, version)
+        else:
+            self.window.answered_non_finite(model, version)
 
     def label(self, model: str, version: str | None, error: HoneError | None = None) -> tuple[str, str]:
         """Model and version to count a refusal under: whose `error` it is, else who would have answered.

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.reservoir import by_form
-from app.catalog.tensors import to_tensor
+from app.catalog.tensors import all_finite, to_tensor
 from app.domain import OWN, InferenceRequest, ModelView, RuntimeSettings, Tensor
 from app.errors import HoneError, NotReady
 from app.serving.engine import Engine
@@ -196,7 +196,10 @@ class Vitals:
         assert slot.mirror is not None
         seen = slot.mirror.kept.popleft()
         if not slot.mirror.note(seen):
-            self._service.saw_non_finite(slot.name, seen.version)
+            asked_with = not all_finite(seen.inputs)
+            self._service.saw_non_finite(slot.name, seen.version, asked_with)
+            if asked_with:
+                return  # nothing to hold against golden's
         golden = slot.versions.get(slot.golden)
         if golden is None or not golden.engine.alive:
             return

@@ -27,6 +27,7 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     ),
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
     "hone_nonfinite_outputs": ("Answers with NaN or infinity in them.", VERSION),
+    "hone_nonfinite_inputs": ("Of those the ones whose request held some itself: what came of it is the caller's.", VERSION),
     "hone_labelled_answers": ("Answers whose true label came later, by whether they were right.", [*VERSION, "answer"]),
     "hone_store_errors": ("Calls of the journal that failed.", ["operation"]),
     "hone_background_seconds": (

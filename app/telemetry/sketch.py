@@ -51,8 +51,10 @@ class LogSketch:
 
     def share_above(self, value: float) -> float:
         """Share of all values (0 to 1) that lie above `value`, to within those of its own bucket, which count as not above. 0 without values."""
+        if not self.count or value == math.inf:
+            return 0.0
         edge = math.ceil(math.log(value) * _SCALE) if value >= LEAST else _zero(value)
-        return sum(count for index, count in self._counts.items() if index > edge) / self.count if self.count else 0.0
+        return sum(count for index, count in self._counts.items() if index > edge) / self.count
 
     def sample(self, n: int) -> list[float]:
         """At most `n` values in order, spread evenly over the ranks, each within 1 % of a true one of its rank; all of them where n suffices.

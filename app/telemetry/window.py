@@ -324,11 +324,15 @@ class Window:
         self._mark()
 
     def objective(self, model: str, threshold_s: float | None) -> None:
-        """Count from now on which answers of `model` come within `threshold_s`."""
-        if threshold_s is None:
-            self._thresholds.pop(model, None)
-        else:
-            self._thresholds[model] = threshold_s
+        """Count which answers of `model` come within `threshold_s`, those of the closed blocks too; its burn rates begin anew with another."""
+        known, limit_s = self._thresholds.get(model, math.inf), math.inf if threshold_s is None else threshold_s
+        if limit_s == known:
+            return
+        self._thresholds[model] = limit_s
+        self.minutes.pop(model, None)
+        for track in (track for (name, _), track in self.tracks.items() if name == model):
+            for block in track.closed(KEPT_BLOCKS, self._clock()):
+                block.within = round(block.requests * (1 - block.total.share_above(limit_s)))
 
     def forget(self, keep: set[tuple[str, str]]) -> None:
         """Drop the tracks of versions that are gone, once their last block is old."""
