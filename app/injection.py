@@ -324,15 +324,14 @@ def run_break(
         return _follow(cause, scene, limit_s, say, stopped)
 
 
-def _follow(
-    cause: str, scene: Scene, limit_s: float, say: Callable[[str], None], stopped: Callable[[], bool]
-) -> JSON:  # fmt: skip
+def _follow(cause: str, scene: Scene, limit_s: float, say: Callable[[str], None], stopped: Callable[[], bool]) -> JSON:
     client, traffic, after, began = scene.client, scene.traffic, scene.after, scene.began
     blamed: list[str] = []
     plans: list[str] = []
     recovered: float | None = None
     acted: float | None = None
     decided_at = 0.0
+    building: set[str] = set()
     while time.monotonic() - began < limit_s and not stopped():
         for event in client.timeline(model=scene.name, after=after, limit=200)["events"]:
             after = event["seq"]
@@ -343,18 +342,20 @@ def _follow(
             elif event["kind"] == "plan.made":
                 plans.append(str(data.get("action")))
                 decided_at = time.monotonic()
+            elif event["kind"] in ("job.requested", "job.finished"):
+                building ^= {event["job"]}
+                decided_at = time.monotonic()
             elif event["kind"] in REMEDIES and plans and acted is None and event.get("actor", "") == "hone":
                 acted = time.monotonic() - began
             elif event["kind"] == "recovery.verified" and blamed:
                 recovered = time.monotonic() - began
         nothing = bool(plans) and plans[-1] in ("nothing", "step down") and time.monotonic() - decided_at > CALM_S
-        if recovered is not None or nothing:
+        if recovered is not None or (nothing and not building):  # a second look may find nothing to do while a job goes on
             break
         time.sleep(0.5)
     return {
         "injected": cause, "blamed": blamed, "plans": plans, "acted_s": acted and round(acted, 1),
-        "recovered_s": recovered and round(recovered, 1), "sent": traffic.sent,
-        "failed": traffic.failed,
+        "recovered_s": recovered and round(recovered, 1), "sent": traffic.sent, "failed": traffic.failed,
     }  # fmt: skip
 
 
