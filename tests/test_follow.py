@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from starlette.requests import Request
 
-from app import actions
+from app import actions, injection
 from app.api import admin
 from app.api.admin import Admin
 from app.api.auth import Guard
@@ -117,3 +119,31 @@ def test_the_address_that_a_server_tells_can_be_opened(host: str, shown: str, ca
         _announce(Settings(), [listener, admin])
         told = [f"http://{shown}:{one.getsockname()[1]}" for one in (listener, admin)]
     assert f"on {told[0]} (docs" in caplog.text and f"admin side on {told[1]}\n" in caplog.text
+
+
+class Building:
+    """A server whose loop asked for a build, and at a second look found nothing to do; the build ends `after_s` later."""
+
+    def __init__(self, after_s: float) -> None:
+        self._ends_at = monotonic() + after_s
+        self._told = 0
+
+    def timeline(self, model: str, after: int, limit: int) -> dict[str, Any]:
+        kinds: list[tuple[str, dict[str, Any]]] = [
+            ("diagnosis.made", {"cause": "version"}), ("plan.made", {"action": "optimize"}), ("job.requested", {}),
+            ("plan.made", {"action": "nothing"}),
+        ]  # fmt: skip
+        if monotonic() > self._ends_at:
+            kinds += [("job.finished", {}), ("recovery.verified", {})]
+        fresh = kinds[self._told :]
+        self._told = len(kinds)
+        return {"events": [{"seq": 1, "at": 0.0, "kind": kind, "model": model, "job": "j", "data": data} for kind, data in fresh]}
+
+
+def test_a_broken_demo_is_followed_as_long_as_a_build_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(injection, "CALM_S", 0.1)
+    scene: Any = SimpleNamespace(
+        client=Building(1.2), traffic=SimpleNamespace(sent=1, failed=0), after=0, began=monotonic(), name="digits"
+    )  # fmt: skip
+    found = injection._follow("version", scene, 10.0, lambda line: None, lambda: False)
+    assert found["plans"] == ["optimize", "nothing"] and found["recovered_s"] is not None
