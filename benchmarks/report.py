@@ -67,14 +67,16 @@ def _head(part: str, results: dict[str, Any]) -> str:
 
 def _serving(found: dict[str, Any]) -> str:
     closed, opened = [], []
+    head = [
+        "model", "body", "connections", "limit", "control in threads", "control inline", "Hone", "of the limit", "× in threads", "× inline",
+        "in threads ms", "inline ms", "Hone ms",
+    ]  # fmt: skip
     for name, model in found["models"].items():
         for row in model["closed"]:
-            hone, control = row["hone"], row["control"]
+            servers = row["threads"], row["inline"], row["hone"]
             closed.append(
-                [name, row["body"], row["connections"], _rate(row["limit"]), f"{_rate(control['per_s'])} ({row['control_form']})", _rate(hone["per_s"]),
-                 _ratio(row["of_limit"]), _ratio(row["of_control"]),
-                 f"{control['p50_ms']['median']:.2f} / {control['p99_ms']['median']:.2f}",
-                 f"{hone['p50_ms']['median']:.2f} / {hone['p99_ms']['median']:.2f}"]
+                [name, row["body"], row["connections"], _rate(row["limit"]), *(_rate(server["per_s"]) for server in servers),
+                 _ratio(row["of_limit"]), _ratio(row["of_threads"]), _ratio(row["of_inline"]), *map(_latency, servers)]
             )  # fmt: skip
         opened += [
             [name, row["server"], f"{row['per_s']:.0f}", row["failed"], row["p50_ms"], row["p99_ms"], row["p999_ms"]]
@@ -85,11 +87,9 @@ def _serving(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Closed loop, answers a second, {effort['rounds']} rounds of {effort['seconds']:g} s (and {effort['latencies']} latencies) or more each, in turns. Ratios are of one round: median "
-            "(lowest to highest). The control is the better of two forms: the model in the thread pool, or inline on the event loop. At 1 connection the limit is the best single call, else all cores. Milliseconds p50 / p99 of a closed loop: "
-            "its p99 hides stalls.",
-            table(
-                ["model", "body", "connections", "limit", "control", "Hone", "of the limit", "× control", "control ms", "Hone ms"], closed
-            ),
+            "(lowest to highest). The control has two forms: the model in the thread pool (what a plain `def` route does), or inline on the event loop, which then answers nothing else. "
+            "At 1 connection the limit is the best single call, else all cores. Milliseconds p50 / p99 of a closed loop: its p99 hides stalls.",
+            table(head, closed),
             "The limit's best layouts: " + ". ".join(limits) + ".",
             "Open loop at half of Hone's capacity, both at the same rate, latency from the intended start:",
             table(["model", "server", "requests/s", "failed", "p50 ms", "p99 ms", "p99.9 ms"], opened),
@@ -164,6 +164,10 @@ def _rate(series: dict[str, float]) -> str:
 
 def _ratio(series: dict[str, float]) -> str:
     return f"{series['median']:.2f} ({series['low']:.2f}–{series['high']:.2f})"
+
+
+def _latency(server: dict[str, dict[str, float]]) -> str:
+    return f"{server['p50_ms']['median']:.2f} / {server['p99_ms']['median']:.2f}"
 
 
 def _pair(values: Sequence[float]) -> str:

@@ -140,7 +140,7 @@ async def until_done_or_gone(exchange: Exchange, work: Coroutine[Any, Any, Any])
     connection = exchange.scope.get("hone.connection")
     if connection is None:
         return await work
-    task = asyncio.current_task()
+    task = asyncio.current_task(connection.loop)  # without the loop it asks the kernel for its process first
     assert task is not None
     connection.on_lost = task.cancel
     try:

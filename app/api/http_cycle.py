@@ -39,7 +39,7 @@ class OneWriteCycle(RequestResponseCycle):
             lines += (name, b": ", value, b"\r\n")
             if name == b"content-length":
                 length = int(value)
-            elif name in _UVICORNS or name != name.lower():
+            elif name not in _USUAL and (name in _UVICORNS or name != name.lower()):
                 return False
         if length < 0:
             return False
@@ -82,5 +82,18 @@ class OneWriteCycle(RequestResponseCycle):
         self.on_response()
 
 
+_USUAL: Final = frozenset(
+    {
+        b"date",
+        b"server",
+        b"content-type",
+        b"inference-header-content-length",
+        b"x-request-id",
+        b"server-timing",
+        b"hone-version",
+        b"hone-generation",
+    }
+)
+"""Of nearly every answer: nothing to look after."""
 _UVICORNS: Final = frozenset({b"transfer-encoding", b"connection"})
 """Headers whose meaning uvicorn looks after."""

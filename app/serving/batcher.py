@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left, insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
@@ -80,8 +80,8 @@ class Queue:
         self.rows = 0
         self.late = 0
         self.late_rows = 0
-        self.callers: Counter[str] = Counter()
-        self.caller_rows: Counter[str] = Counter()
+        self.callers: dict[str, int] = {}
+        self.caller_rows: dict[str, int] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -94,8 +94,9 @@ class Queue:
         self.length += 1
         self.rows += work.rows
         self._late(work, 1)
-        self.callers[work.request.caller] += 1
-        self.caller_rows[work.request.caller] += work.rows
+        caller = work.request.caller
+        self.callers[caller] = self.callers.get(caller, 0) + 1
+        self.caller_rows[caller] = self.caller_rows.get(caller, 0) + work.rows
         self._level(work.level).push(work, front)
 
     def _level(self, number: int) -> _Level:

@@ -28,6 +28,8 @@ def check(work: Work, queue: Queue, rates: Rates, settings: RuntimeSettings, now
     if rates.batches < ENOUGH or now - rates.last_at > STALE_S:
         return
     before = queue.rows_before(work.priority)
+    if rates.slowest_s * (before + 1) < left_s:
+        return  # even if each row before it were a call of the slowest kind
     needed_s = rates.least_drain_s(before, settings.batch_limit, settings.instances) + rates.least_wall_s(work.rows)
     if needed_s > left_s:
         raise CannotMeetDeadline(

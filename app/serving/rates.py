@@ -29,6 +29,8 @@ class Rates:
         """Buckets up to the largest seen."""
         self._worst_cpu_s = [0.0] * _BUCKETS
         self._worst_wall_s = [0.0] * _BUCKETS
+        self.slowest_s = 0.0
+        """The largest of the averages: no call is expected to take longer, whatever its rows were seen to be."""
 
     def learn(self, rows: int, wall_s: float, cpu_s: float, now: float) -> None:
         bucket = _bucket(rows)
@@ -40,6 +42,7 @@ class Rates:
         self._worst_wall_s[bucket] = max(self._worst_wall_s[bucket], wall_s)
         self._seen[bucket] = seen + 1
         self._most = max(self._most, bucket + 1)
+        self.slowest_s = max(self._wall_s)
         self.batches += 1
         self.last_at = now
 
@@ -52,7 +55,10 @@ class Rates:
 
         Small calls are mostly overhead: a thousand rows need not take a thousand times as long as one, and who is refused for that never shows it.
         """
-        return next((self._wall_s[bucket] for bucket in range(_bucket(rows), -1, -1) if self._seen[bucket]), 0.0)
+        for bucket in range(_bucket(rows), -1, -1):
+            if self._seen[bucket]:
+                return self._wall_s[bucket]
+        return 0.0
 
     def reaches(self, rows: int) -> bool:
         """Whether a call as large as this, or larger, was seen."""

@@ -55,14 +55,19 @@ def check_reply_form(parsed: ParsedRequest, signature: Signature) -> None:
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...]) -> None:
-    rule = f"the model takes {list(spec.shape)} (-1: any size)" if -1 in spec.shape else f"the model takes {list(spec.shape)}"
     if len(shape) != len(spec.shape):
         raise InvalidRequest(
-            f"input {show(spec.name)}: shape {show(list(shape))} has {len(shape)} dimensions, not {len(spec.shape)}; {rule}"
+            f"input {show(spec.name)}: shape {show(list(shape))} has {len(shape)} dimensions, not {len(spec.shape)}; {_rule(spec)}"
         )
     for axis, (size, wanted) in enumerate(zip(shape, spec.shape, strict=True)):
-        if wanted not in (-1, size):
-            raise InvalidRequest(f"input {show(spec.name)}: shape {show(list(shape))} has {size} on axis {axis}, not {wanted}; {rule}")
+        if size != wanted != -1:
+            raise InvalidRequest(
+                f"input {show(spec.name)}: shape {show(list(shape))} has {size} on axis {axis}, not {wanted}; {_rule(spec)}"
+            )
+
+
+def _rule(spec: TensorSpec) -> str:
+    return f"the model takes {list(spec.shape)}" + (" (-1: any size)" if -1 in spec.shape else "")
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> str:
