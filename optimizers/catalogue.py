@@ -26,6 +26,9 @@ EXTRAS: Final = {"optimize": "torch"}
 """Pip extra to the module whose presence tells that it is installed."""
 
 
+_resolved: dict[type[Config], dict[str, Any]] = {}
+
+
 class InvalidStep(ValueError):
     """A step of a recipe names no method, or a field that is unknown or of the wrong type; the text has the nearest right one."""
 
@@ -144,8 +147,12 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _field_types(config: type[Config]) -> dict[str, Any]:
-    hints = typing.get_type_hints(config)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config)}
+    """Name to type; resolved once, for that takes longer than all else here."""
+    found = _resolved.get(config)
+    if found is None:
+        hints = typing.get_type_hints(config)
+        found = _resolved[config] = {field.name: hints[field.name] for field in dataclasses.fields(config)}
+    return found
 
 
 def _typed(method: str, key: str, value: Any, hint: Any) -> Any:

@@ -100,9 +100,9 @@ def parse_target(text: str) -> HostClass:
     return HostClass(match["arch"], isa, match["version"], match["provider"])
 
 
-def spare_ratio(look_s: float = 0.2) -> float:
-    """Share of this process's cores that nobody uses, by a short look; 0 where that cannot be told (a CPU quota, no /proc)."""
-    budget = cpu_budget()
+def spare_ratio(look_s: float = 0.2, affinity: Collection[int] | None = None) -> float:
+    """Share of these cores (None: this process's) that nobody uses, by a short look; 0 where that cannot be told (a CPU quota, no /proc)."""
+    budget = cpu_budget(affinity=affinity)
     if budget.quota is not None:
         return 0.0  # the cores may idle while the quota is used up
     try:

@@ -15,13 +15,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
 from optimizers.base import Progress
+from optimizers.host import spare_ratio
 
 KINDS: Final[dict[str, str]] = {
     "inspect": "optimizers.inspect:run",
@@ -42,6 +43,9 @@ STDERR_KEPT: Final = 8192
 LINE_LIMIT: Final = 1 << 26
 REAP_S: Final = 2.0
 """So long a killed process may take until it is gone."""
+LEAST_SPARE: Final = 0.1
+"""Share of the cores that must be free for a task to run only where nobody else wants them."""
+_SCHEDULERS: Final = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -106,6 +110,8 @@ async def run_task(
     began = time.monotonic()
     answer: dict[str, Any] | None = None
     try:
+        if limits.scheduler == "spare":
+            limits = replace(limits, scheduler=await asyncio.to_thread(spare_or_other, limits.cpus))
         process = await _start(limits)
         try:
             async with asyncio.timeout(limits.seconds + TIME_GRACE_S):
@@ -170,8 +176,19 @@ async def _start(limits: TaskLimits) -> asyncio.subprocess.Process:
         sys.executable, "-P", "-c", bootstrap, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True, limit=LINE_LIMIT
     )  # fmt: skip
     with contextlib.suppress(OSError):
-        lower(process.pid, limits.nice)  # from its first import on
+        lower(process.pid, limits.nice)  # from its first import on: an interpreter's start is felt by who is served beside it
+        os.sched_setscheduler(process.pid, policy_of(limits), os.sched_param(0))
     return process
+
+
+def spare_or_other(cpus: Sequence[int] = ()) -> str:
+    """The scheduler 'idle' where cores have time to spare, by a look of 0.2 s, else 'other'."""
+    return "idle" if spare_ratio(affinity=cpus or None) >= LEAST_SPARE else "other"
+
+
+def policy_of(limits: TaskLimits) -> int:
+    """The kernel's number of a scheduler."""
+    return _SCHEDULERS[spare_or_other(limits.cpus) if limits.scheduler == "spare" else limits.scheduler]
 
 
 def lower(pid: int, nice: int) -> None:

@@ -22,14 +22,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from optimizers.base import Budget, Cancelled, NotApplicable, Progress, Rejected
-from optimizers.host import spare_ratio
-from optimizers.task import KINDS, Failure, TaskLimits, lower
+from optimizers.task import KINDS, Failure, TaskLimits, lower, policy_of
 
 PROGRESS_EVERY_S: Final = 0.1
-LEAST_SPARE: Final = 0.1
-"""Share of the cores that must be free for a task to run only where nobody else wants them."""
 _PR_SET_PDEATHSIG: Final = 1
-_SCHEDULERS: Final = {"other": os.SCHED_OTHER, "batch": os.SCHED_BATCH, "idle": os.SCHED_IDLE}
 
 
 def main() -> int:
@@ -77,7 +73,7 @@ def apply_limits(limits: TaskLimits) -> None:
     """Bound this very process: priority, cores, memory, and that it is the first to go when the machine's memory ends."""
     if limits.cpus:
         os.sched_setaffinity(0, limits.cpus)
-    os.sched_setscheduler(0, _policy(limits.scheduler), os.sched_param(0))
+    os.sched_setscheduler(0, policy_of(limits), os.sched_param(0))
     lower(os.getpid(), limits.nice)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits.memory_bytes:
@@ -87,12 +83,6 @@ def apply_limits(limits: TaskLimits) -> None:
             file.write(str(limits.oom_score_adj))
     except OSError:
         pass  # a container may forbid it; everything else still holds
-
-
-def _policy(scheduler: str) -> int:
-    if scheduler == "spare":
-        scheduler = "idle" if spare_ratio() >= LEAST_SPARE else "other"
-    return _SCHEDULERS[scheduler]
 
 
 def _function(kind: str) -> Callable[[dict[str, Any], Budget], Any]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import uvloop
 
-from optimizers import task, task_child
+from optimizers import task
 from optimizers.base import Progress
 from optimizers.host import cpu_budget, spare_ratio
-from optimizers.task import Failure, TaskFailed, TaskLimits, _say, run_task, run_task_sync
+from optimizers.task import Failure, TaskFailed, TaskLimits, _say, run_task, run_task_sync, spare_or_other
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,12 +84,25 @@ def test_the_child_is_bounded_and_apart(monkeypatch: pytest.MonkeyPatch) -> None
     assert result["first_on_path"] not in {"", str(ROOT)}, "nothing may shadow the standard library"
 
 
-@pytest.mark.parametrize(("spare", "scheduler"), [(0.5, os.SCHED_IDLE), (0.0, os.SCHED_OTHER)])
+@pytest.mark.parametrize(("spare", "scheduler"), [(0.5, "idle"), (0.0, "other")])
 def test_a_task_takes_only_what_nobody_wants_unless_nothing_would_be_left(
-    monkeypatch: pytest.MonkeyPatch, spare: float, scheduler: int
+    monkeypatch: pytest.MonkeyPatch, spare: float, scheduler: str
 ) -> None:
-    monkeypatch.setattr("optimizers.task_child.spare_ratio", lambda: spare)
-    assert task_child._policy("spare") == scheduler
+    monkeypatch.setattr("optimizers.task.spare_ratio", lambda affinity: spare)
+    assert spare_or_other() == scheduler
+
+
+def test_a_child_gives_way_from_its_first_import_on() -> None:
+    """Before it is told its bounds: an interpreter's start takes a core for a tenth of a second and more."""
+
+    async def born() -> tuple[int, int]:
+        process = await task._start(TaskLimits(scheduler="idle"))
+        try:
+            return os.sched_getscheduler(process.pid), os.getpriority(os.PRIO_PROCESS, process.pid)
+        finally:
+            await task._end(process)
+
+    assert asyncio.run(born()) == (os.SCHED_IDLE, 19)
 
 
 def test_spare_cores_are_told_from_busy_ones() -> None:

@@ -46,6 +46,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.allocator import give_back
 from optimizers.base import Progress
+from optimizers.catalogue import catalogue
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
@@ -84,6 +85,7 @@ class JobKeeper:
 
     async def run(self) -> None:
         try:
+            await asyncio.to_thread(catalogue)  # its first reading takes 60 ms, which no request should wait for
             while True:
                 await self._bounded(self._look())
                 await asyncio.sleep(LOOK_S)
