@@ -54,6 +54,19 @@ def heavy_and(ledger: CoreLedger, now: float = 100.0) -> Account:
     return heavy
 
 
+def test_cores_whose_calls_give_way_are_free_for_others() -> None:
+    ledger = CoreLedger(2)
+    flooded, light = ledger.join("flooded", nobody), ledger.join("light", nobody)
+    assert take(ledger, flooded) and take(ledger, flooded)
+    assert take(ledger, light), "it used less than its share"
+    assert not take(ledger, light), "its share is one core of two"
+    flooded.yields = True
+    assert take(ledger, light)
+    assert not take(ledger, light), "there are two cores"
+    ledger.give(flooded, 1, 0.01, 0.01, 100.0)
+    assert not take(ledger, flooded), "who gives way takes no core that somebody computes on"
+
+
 def test_a_light_model_need_not_wait_for_a_heavy_ones_batch() -> None:
     ledger = CoreLedger(2)
     heavy = heavy_and(ledger)

@@ -10,9 +10,11 @@ from time import monotonic
 import numpy as np
 import pytest
 
+from app.errors import QueueFull
 from app.serving.engine import Engine
 from app.serving.ledger import CoreLedger
 from app.serving.manners import AFTER_S, FIRM_S, MOST_BETWEEN_S, STARVED_S, Manners
+from app.serving.room import OVERRUN_S
 from tests import models
 from tests.engines import Start, anyio_backend, forkserver, request, start, until
 
@@ -29,6 +31,14 @@ def test_who_is_heavy_for_a_while_gives_way_as_long_as_somebody_lighter_is_there
     assert manners.look(0.7, True, True, 12.0), "neither heavy nor light"
     assert not manners.look(0.5, True, False, 12.5)
     assert not manners.look(1.5, False, True, 13.0) and not manners.look(1.5, False, True, 15.0)
+
+
+def test_who_is_asked_for_more_than_it_can_answer_is_heavy_whatever_it_gets() -> None:
+    manners = Manners()
+    assert not manners.look(0.5, True, True, 10.0, overrun=True)
+    assert manners.look(0.5, True, True, 10.0 + AFTER_S, overrun=True)
+    assert manners.look(0.5, True, True, 10.1 + AFTER_S, overrun=False), "as long as something waits"
+    assert not manners.look(0.5, True, False, 10.2 + AFTER_S, overrun=False)
 
 
 def test_who_is_starved_stands_firm_for_a_while_and_then_for_longer() -> None:
@@ -69,6 +79,9 @@ def test_shares_are_of_versions_and_company_is_another_model() -> None:
     light = ledger.join("b:1", lambda: None)
     light.take(1, 0.01)
     assert heavy.has_lighter_company()
+    light.overrun = True
+    assert not heavy.has_lighter_company(), "who refuses callers is not content with little"
+    light.overrun = False
     heavy.pay(1.0, monotonic())
     light.pay(1.0, monotonic())
     assert heavy.of_share() == pytest.approx(1.5, rel=0.05), "1 core of two thirds"
@@ -78,6 +91,17 @@ def test_shares_are_of_versions_and_company_is_another_model() -> None:
 def policies(engine: Engine) -> list[int]:
     assert engine._dispatcher._runner is not None
     return [os.sched_getscheduler(instance.tid) for instance in engine._dispatcher._runner.instances if instance.tid]
+
+
+@pytest.mark.anyio
+async def test_who_refuses_for_want_of_room_is_overrun_for_a_moment(start: Start, tmp_path: Path) -> None:
+    engine = await start(models.slow(tmp_path / "hot.onnx"), model="hot", batch_limit=1, queue_limit=2)
+    room = engine._dispatcher.room
+    await engine.infer(request(x=ROW))
+    assert not room.overrun(monotonic())
+    answers = await asyncio.gather(*[engine.infer(request(x=ROW)) for _ in range(12)], return_exceptions=True)
+    assert any(isinstance(answer, QueueFull) for answer in answers)
+    assert room.overrun(monotonic()) and not room.overrun(monotonic() + OVERRUN_S)
 
 
 @pytest.mark.anyio

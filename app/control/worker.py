@@ -45,7 +45,7 @@ from optimizers.allocator import few_arenas, give_back
 from optimizers.base import Need, Progress
 from optimizers.catalogue import catalogue, config_types
 from optimizers.host import memory_budget
-from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
+from optimizers.task import Failure, TaskFailed, TaskLimits, lower, run_task
 
 log = logging.getLogger("hone.worker")
 LEASE_S: Final = 10.0
@@ -54,6 +54,8 @@ BOARD_S: Final = 15.0
 SETTLE_S: Final = 0.5
 MOST_ATTEMPTS: Final = 5
 """A job that ends its workers (all memory taken, a machine that goes down) is given up after so many."""
+NICE: Final = 10
+"""Packing samples for a job takes a tenth of a second: no request on the same cores waits for that."""
 
 
 class Worker:
@@ -358,6 +360,7 @@ def run_worker(settings: Settings) -> int:
     """Work until a signal; the job in hand is given back. Returns the exit status."""
     log_to_stderr(settings.log_level)
     few_arenas()
+    lower(os.getpid(), NICE)
     state = StateFolder(settings.state).prepare()
     repository = Repository(settings.repository, settings.allowed_roots, settings.factories, state.unpacked)
     journal = open_journal(settings.journal)

@@ -149,7 +149,9 @@ class Dispatcher:
     def mind_company(self, firm: bool) -> None:
         """Give way to lighter models, or take the core as others do (`firm`: in any case). Calls of several threads cannot: the session owns those."""
         company = not firm and self.settings.intra_op_threads == 1 and self._account.has_lighter_company()
-        yields = self.manners.look(self._account.of_share(), company, self.queue.length > 0, monotonic())
+        now, account = monotonic(), self._account
+        account.overrun = self.room.overrun(now)
+        account.yields = yields = self.manners.look(account.of_share(), company, self.queue.length > 0, now, account.overrun)
         runner = self._runner
         if runner is None or not runner.alive:
             return

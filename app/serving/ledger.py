@@ -31,7 +31,9 @@ _RECOUNT_S: Final = 0.05
 class Account:
     """One engine's account, `name` being MODEL:VERSION. `wake` is called when its turn has come; it should call take() again at once."""
 
-    __slots__ = ("_ledger", "_used", "_used_at", "late", "model", "running", "seen_at", "vtime", "waits_since", "wake", "wanted", "weight")
+    __slots__ = (
+        "_ledger", "_used", "_used_at", "late", "model", "overrun", "running", "seen_at", "vtime", "waits_since", "wake", "wanted", "weight", "yields",
+    )  # fmt: skip
 
     def __init__(self, ledger: CoreLedger, name: str, wake: Callable[[], None], weight: float) -> None:
         self.model = name.partition(":")[0]
@@ -39,6 +41,10 @@ class Account:
         self.weight = weight
         self.running = 0
         self.wanted = 0
+        self.overrun = False
+        """It is asked for more than it can answer: not content, whatever it uses."""
+        self.yields = False
+        """Its calls run only where nobody else wants the core, so the cores that they are on are free for others."""
         self.late = False
         """All that waits for it is too late for what was promised: those in time go first."""
         self.waits_since = 0.0
@@ -164,7 +170,7 @@ class CoreLedger:
 
     def has_lighter_company(self, account: Account, now: float) -> bool:
         recent = [other for other in self._recent_accounts(now) if other.model != account.model]
-        return any(other.cores_used(now) < LIGHT * self.share(other, now) for other in recent)
+        return any(not other.overrun and other.cores_used(now) < LIGHT * self.share(other, now) for other in recent)
 
     def _may(self, account: Account, tokens: int, now: float) -> bool:
         recent = self._recent
@@ -172,7 +178,7 @@ class CoreLedger:
             return True
         if account.wanted and now - account.waits_since > PATIENCE_S and self.running + tokens <= 2 * self.cores:
             return self._first_waiting() is account
-        if self.running + tokens <= self.cores:
+        if self.running - self._yielding(account) + tokens <= self.cores:
             return not any(other.wanted and other.turn < account.turn for other in recent if other is not account)
         share = self.share(account, now)
         return (
@@ -180,6 +186,10 @@ class CoreLedger:
             and self.running + tokens <= 2 * self.cores
             and account.cores_used(now) < LIGHT * share
         )
+
+    def _yielding(self, account: Account) -> int:
+        """Tokens of others whose calls give way."""
+        return sum([other.running for other in self._recent if other.yields and other is not account])
 
     def _wake_next(self, now: float) -> None:
         """Wake those that wait, least CPU time first, until one must go on waiting: free tokens are kept for it, so it cannot starve."""

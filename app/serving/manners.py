@@ -42,8 +42,10 @@ class Manners:
         self._heavy_since = math.inf
         self._starved_since = math.inf
 
-    def look(self, of_share: float, company: bool, waits: bool, now: float) -> bool:
-        """Whether to give way from now on. `of_share`: what it lately used of its share of the cores; `company`: somebody lighter is active."""
+    def look(self, of_share: float, company: bool, waits: bool, now: float, overrun: bool = False) -> bool:
+        """Whether to give way from now on. `of_share`: what it lately used of its share of the cores; `company`: somebody lighter is active;
+        `overrun`: it is asked for more than it can answer, and would take whatever cores others left it (what a flood of small requests costs the
+        server and its callers keeps it below its share)."""
         if self.yields:
             self.yielded_s += min(now - self._looked_at, MOST_BETWEEN_S)
         self._looked_at = now
@@ -51,7 +53,7 @@ class Manners:
             self._stop()
             return False
         if not self.yields:
-            self._heavy_since = min(self._heavy_since, now) if of_share >= LIGHT else math.inf
+            self._heavy_since = min(self._heavy_since, now) if of_share >= LIGHT or overrun else math.inf
             self.yields = now - self._heavy_since >= AFTER_S
             return self.yields
         if of_share >= STARVED or not waits:

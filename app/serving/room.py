@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from time import monotonic
 from typing import Final
@@ -16,6 +17,8 @@ FLOOD: Final = 8
 """So many requests may wait for any caller, whatever share of the queue they are, unless their rows are many."""
 FLOOD_PATIENCE: Final = 0.25
 """Of the time that is promised, what one caller's flood may wait: what runs already, and the other's own call, take their part of it too."""
+OVERRUN_S: Final = 1.0
+"""So long after somebody was refused for want of room more is asked than can be answered."""
 OTHERS_S: Final = 2.0
 """Who came and came again so lately is kept room for, though nothing of theirs waits at this moment."""
 
@@ -26,6 +29,7 @@ class Room:
     def __init__(self, name: str, queue: Queue, timely: Timely, rates: Rates, settings: RuntimeSettings) -> None:
         self.caller_share = 1.0
         self.settings = settings
+        self._refused_at = -math.inf
         self._caller = ""
         self._changes: deque[float] = deque(maxlen=3)
         self._name, self._queue, self._timely, self._rates = name, queue, timely, rates
@@ -57,6 +61,7 @@ class Room:
         full = held >= FLOOD and 2 * held > length and 2 * length >= self.settings.queue_limit
         long = most > self.caller_share and self.drain_s(queue.rows) > long_s and (held >= FLOOD or self.drain_s(rows) > long_s)
         if full or long:
+            self._refused_at = monotonic()
             raise CallerLimited(
                 f"this caller has {held} of the {length} requests that wait for {self._name}; retry later: others share its queue",
                 retry_after_s=min(60.0, max(0.05, self.drain_s(rows))),
@@ -78,7 +83,12 @@ class Room:
         self._queue.drop(late)
         late.fail(error)
 
+    def overrun(self, now: float) -> bool:
+        """Whether more is asked than it can answer."""
+        return now - self._refused_at < OVERRUN_S
+
     def _full(self) -> QueueFull:
+        self._refused_at = monotonic()
         length, limit = self._queue.length, self.settings.queue_limit
         return QueueFull(
             f"the queue of {self._name} is full: {length} of {limit} requests wait; retry later or raise queue_limit",
