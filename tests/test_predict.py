@@ -8,7 +8,7 @@ import inspect
 import io
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -340,10 +340,14 @@ def test_a_client_that_left_before_its_request_was_queued_leaves_no_work_behind(
     async def gone(*_: Any) -> Any:
         raise AssertionError("nobody is there")
 
-    scope: Any = {"headers": [], "path_params": {"model": "m"}, "hone.connection": SimpleNamespace(lost=True, on_lost=None)}
+    async def leaving(coroutine: Coroutine[Any, Any, None]) -> None:
+        connection = SimpleNamespace(loop=asyncio.get_running_loop(), lost=True, on_lost=None)
+        scope: Any = {"headers": [], "path_params": {"model": "m"}, "hone.connection": connection}
+        await until_done_or_gone(Exchange(scope, gone, gone, False), coroutine)
+
     coroutine = work()
     with pytest.raises(Cancelled):
-        asyncio.run(until_done_or_gone(Exchange(scope, gone, gone, False), coroutine))
+        asyncio.run(leaving(coroutine))
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 
 
