@@ -1,4 +1,5 @@
-"""Whether a version's threads run only where nobody else wants the core: a model that takes more than its share does, beside one that takes less.
+"""Whether a version's threads run only where nobody else wants the core: a model that takes more than its share does, or one that is asked for
+more than it can answer, beside one that is content with less.
 
 Tokens bound how much of the cores a model has; who is on one decides the kernel, and a thread that computes without end keeps one that just
 woke up waiting for a slice of some milliseconds. Under SCHED_IDLE it gives way at once, and the scheduler takes its core for a free one. What

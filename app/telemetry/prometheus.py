@@ -22,7 +22,7 @@ COUNTERS: Final[dict[str, tuple[str, list[str]]]] = {
     "hone_jobs": ("Finished jobs.", ["optimizer", "outcome"]),
     "hone_model_cpu_seconds": ("CPU time of the version's runner processes.", VERSION),
     "hone_model_yielding_seconds": (
-        "Time in which the version gave way to lighter models, as it takes more than its share of the cores.",
+        "Time in which the version gave way to lighter models, as it takes more than its share of the cores or is asked for more than it can answer.",
         VERSION,
     ),
     "hone_runner_deaths": ("Runner processes that died or were ended because they hung.", ["model", "version", "reason"]),
