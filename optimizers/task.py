@@ -164,7 +164,7 @@ def _message(kind: str, request: Mapping[str, Any], limits: TaskLimits, scratch:
 async def _start(limits: TaskLimits) -> asyncio.subprocess.Process:
     """Thread counts must stand in the environment before the first numerics library is imported, so they are set here. The service's own
     settings, tokens and the journal's password among them, are no business of a child that runs other people's models and code."""
-    threads = str(max(1, limits.threads))
+    policy, threads = policy_of(limits), str(max(1, limits.threads))
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HONE_")}
     environment = {**inherited, **dict.fromkeys(names, threads), "MALLOC_ARENA_MAX": "2", "PYTHONUNBUFFERED": "1"}
@@ -177,7 +177,7 @@ async def _start(limits: TaskLimits) -> asyncio.subprocess.Process:
     )  # fmt: skip
     with contextlib.suppress(OSError):
         lower(process.pid, limits.nice)  # from its first import on: an interpreter's start is felt by who is served beside it
-        os.sched_setscheduler(process.pid, policy_of(limits), os.sched_param(0))
+        os.sched_setscheduler(process.pid, policy, os.sched_param(0))
     return process
 
 

@@ -85,7 +85,7 @@ class JobKeeper:
 
     async def run(self) -> None:
         try:
-            await asyncio.to_thread(catalogue)  # its first reading takes 60 ms, which no request should wait for
+            await self._bounded(self._read_methods())
             while True:
                 await self._bounded(self._look())
                 await asyncio.sleep(LOOK_S)
@@ -95,6 +95,10 @@ class JobKeeper:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._give_up_lease()
+
+    async def _read_methods(self) -> None:
+        """The first reading takes 60 ms, which no request should wait for."""
+        await asyncio.to_thread(catalogue)
 
     async def _give_up_lease(self) -> None:
         """Another server decides at once, not when the lease has run out. A store that is away holds up no end."""
