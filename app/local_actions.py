@@ -34,7 +34,7 @@ def worker(arguments: argparse.Namespace) -> int:
 def _hear_the_end() -> None:
     """SIGTERM ends what has not begun yet. Process 1 of a container would not notice it otherwise, and to import everything takes a while.
 
-    Not by an exception: raised within an import it is dropped (by a weak reference's callback), or taken for a failure of that import.
+    Not by an exception: raised within an import it was taken for a failure of that import, or came to nothing (as from a callback of the collector).
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
