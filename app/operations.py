@@ -73,6 +73,9 @@ class ServerOperations:
         loaded = self._service.loaded(name, None)
         settings = settings_from_json({**asdict(loaded.settings), **changes})
         self._check_settings(loaded, settings, changes)
+        slot = self._service.slot(name)
+        if settings == loaded.settings and loaded.version == slot.desired:
+            return self._views.slot_facts(slot)  # as it is: nothing that a rollback would have to undo
         event = await self._fleet.carry_out(self._commands.change_settings, name, settings, actor, reason, loaded.settings)
         return await self._reached(name, event)
 

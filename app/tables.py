@@ -69,7 +69,7 @@ def models(rows: Iterable[JSON]) -> str:
             ("DESIRED", lambda r: r.get("desired")),
             ("GOLDEN", lambda r: r.get("golden")),
             ("STATE", _state_of),
-            ("OBJECTIVE", lambda r: (r.get("loop") or {}).get("objective")),
+            ("OBJECTIVE", lambda r: _promised(r.get("loop") or {})),
             ("NOW", lambda r: _p95(r.get("loop") or {})),
             ("TREND", lambda r: _trend((r.get("loop") or {}).get("trend"))),
             ("LAST EVENT", lambda r: _latest(r.get("latest") or {})),
@@ -85,6 +85,11 @@ def _state_of(row: JSON) -> str:
     """Ready or not; and what the loop is about with it, unless all is well."""
     condition = (row.get("loop") or {}).get("condition", "steady")
     return str(row.get("state")) if condition == "steady" else f"{row.get('state')}, {condition}"
+
+
+def _promised(loop: JSON) -> str:
+    """All that it is held to; what it misses of late is marked."""
+    return ", ".join(f"{one['promised']}{' MISSED' if one['kept'] is False else ''}" for one in loop.get("objectives") or ())
 
 
 def _p95(loop: JSON) -> str:
@@ -130,10 +135,11 @@ def explanation(found: JSON) -> str:
 
 def now(loop: JSON) -> Iterable[str]:
     """How a model does, a line each."""
-    if loop.get("objective"):
-        met = loop.get("attained")
-        held = "no answers to hold to it" if met is None else f"met by {met:.1%} of the answers of five minutes"
-        yield f"objective {loop['objective']}: {held}"
+    for number, one in enumerate(loop.get("objectives") or ()):
+        met = loop.get("attained") if number == 0 else None  # the share of answers is counted for the first of latency
+        share = f", met by {met:.1%} of the answers of five minutes" if met is not None else ""
+        held = "nothing to tell by yet" if one["now"] is None else f"{one['now']}{'' if one['kept'] else ', MISSED'}{share}"
+        yield f"objective {one['promised']}: {held}"
     if loop.get("p95_s"):
         yield f"p95 {short(loop['p95_s'] * 1e3)} ms at {short(loop.get('requests_per_s', 0))} requests/s"
     fidelity = loop.get("fidelity")

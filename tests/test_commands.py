@@ -9,7 +9,7 @@ import pytest
 
 from app.control.commands import Commands
 from app.domain import Event, ModelState, RuntimeSettings, Verdict
-from app.errors import Conflict
+from app.errors import Conflict, NotAllowed
 from app.store.base import Journal
 from app.store.open import open_journal
 from tests.journal_story import deployed, desired, published, settings
@@ -73,6 +73,21 @@ def test_settings_that_nobody_noted_the_former_of_go_back_to_those_of_the_proof(
     journal.append(settings("1.1", SLOW))
     commands.rollback("m", "ann", "worse")
     assert (now(journal).desired, now(journal).settings_of("1.1")) == ("1.1", None)
+
+
+def test_while_all_is_frozen_nothing_changes_but_back(journal: Journal, commands: Commands) -> None:
+    stood = RuntimeSettings(2, 1, 16)
+    commands.change_settings("m", RuntimeSettings(1, 1, 4), "ann", "a try", stood)
+    commands.freeze(True, "ann")
+    for change in (
+        lambda: commands.change_settings("m", RuntimeSettings(1, 1, 8), "ann", "another", stood),
+        lambda: commands.promote("m", "1", "ann", "another"),
+        lambda: commands.optimize("m", [[{"method": "graph"}]], "another", "auto", "ann"),
+    ):
+        with pytest.raises(NotAllowed, match="hone unfreeze"):
+            change()
+    commands.rollback("m", "ann", "worse")
+    assert (now(journal).desired, now(journal).settings_of("1.1")) == ("1.1", stood)
 
 
 def test_a_version_is_left_whatever_changed_last(journal: Journal, commands: Commands) -> None:

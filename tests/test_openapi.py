@@ -76,6 +76,8 @@ def test_every_operation_says_who_may_what_and_how_it_fails(document: dict[str, 
             assert "401" in statuses and {"admin": []} in operation["security"], path
             assert ({"viewer": []} in operation["security"]) is (method == "get"), path
             assert ("403" in statuses) is (method != "get"), path
+        if "401" in statuses:
+            assert any(operation["security"]), f"{path}: /docs would send no token"
         if "{" in path:
             assert "404" in statuses, path
         if "requestBody" in operation:

@@ -56,6 +56,18 @@ def test_a_model_says_how_it_does_and_where_a_rollback_goes() -> None:
     assert "under load 1.2 answers" in overview.model(MODEL | {"stepped_down_to": "1.2"})
 
 
+def test_every_objective_stands_beside_what_the_model_does() -> None:
+    held: list[dict[str, Any]] = [
+        {"promised": "p95 ≤ 20 ms", "now": "15 ms", "kept": True},
+        {"promised": "memory ≤ 64 MiB", "now": "80 MiB", "kept": False},
+        {"promised": "agreement ≥ 99%", "now": None, "kept": None},
+    ]
+    lines = overview.model(MODEL | {"loop": {"objectives": held, "attained": 0.987}}).splitlines()
+    assert "p95 ≤ 20 ms, memory ≤ 64 MiB MISSED, agreement ≥ 99%" in lines[1]
+    assert "objective p95 ≤ 20 ms: 15 ms, met by 98.7% of the answers of five minutes" in lines
+    assert "objective memory ≤ 64 MiB: 80 MiB, MISSED" in lines and "objective agreement ≥ 99%: nothing to tell by yet" in lines
+
+
 def test_a_job_says_what_came_of_it() -> None:
     job = {
         "id": "d-1", "model": "d", "tries": [["int8-static"]], "state": "finished", "outcome": "promoted", "requested_at": 100.0, "finished_at": 220.0,

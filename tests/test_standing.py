@@ -14,8 +14,8 @@ from app.telemetry.window import Window
 PROMISE = ModelConfig.model_validate({"task": "classification", "objective": {"p95_ms": 50}})
 
 
-def view(version: str = "1.1") -> ModelView:
-    return ModelView("m", version, 1, RuntimeSettings(), True, 0, 0, (version,), 0.0)
+def view(version: str = "1.1", memory_bytes: int = 0) -> ModelView:
+    return ModelView("m", version, 1, RuntimeSettings(), True, memory_bytes, 0, (version,), 0.0)
 
 
 def served(window: Window, version: str) -> None:
@@ -33,6 +33,31 @@ def test_what_is_not_known_any_more_is_not_shown() -> None:
     assert all(metrics.gauges[name] for name in shown), {name: metrics.gauges[name] for name in shown}
     standing(Window(), metrics, view(), ModelConfig(), Normal(), None)
     assert not any(metrics.gauges[name] for name in shown), {name: metrics.gauges[name] for name in shown}
+
+
+HELD: dict[str, float] = {
+    "p95_ms": 50, "p99_ms": 60, "throughput_rps": 200, "error_rate": 0.001, "memory_mb": 64, "cpu_s_per_request": 0.002, "fidelity": 0.99,
+    "availability": 0.999,
+}  # fmt: skip
+
+
+def test_all_that_a_model_is_held_to_is_told_with_what_it_is_now() -> None:
+    config, window = ModelConfig.model_validate({"task": "classification", "objective": HELD}), Window()
+    assert all(one["now"] is one["kept"] is None for one in standing(window, Metrics(), view(), config, Normal(), None)["objectives"])
+    window.objective("m", 0.05)
+    served(window, "1.1")
+    window.observe(Observation("m", "1.1", 500, 0.01, 0.0, 0.0, 0.01, 0.0, 1, 1, 0.01, 0.0))
+    window.called("m", "1.1", 100, 64, 0.5, 0.4, 0.0)
+    told = standing(window, Metrics(), view(memory_bytes=80 << 20), config, Normal(), None)["objectives"]
+    kept = {one["promised"]: (one["now"], one["kept"]) for one in told}
+    come = kept.pop("200 requests/s")
+    assert come[1] is not None and "requests/s that come" in str(come[0])
+    assert list(kept) == [
+        "p95 ≤ 50 ms", "p99 ≤ 60 ms", "errors ≤ 0.1%", "memory ≤ 64 MiB", "CPU ≤ 2 ms a request", "agreement ≥ 99%", "answered ≥ 99.9%",
+    ]  # fmt: skip
+    assert [one[1] for one in kept.values()] == [True, True, False, False, False, True, False]
+    assert kept["errors ≤ 0.1%"][0] == "0.9901%" and kept["memory ≤ 64 MiB"][0] == "80 MiB" and kept["agreement ≥ 99%"][0] == "100%"
+    assert standing(window, Metrics(), view(), ModelConfig(), Normal(), None)["objectives"] == []
 
 
 def test_what_does_not_answer_any_more_is_not_shown() -> None:

@@ -99,6 +99,8 @@ def test_settings_are_a_generation_that_can_be_undone(running: Running) -> None:
     before = running.admin("GET", "/admin/models/m")
     live = running.admin("PATCH", "/admin/models/m/settings", 200, json={"queue_limit": 7})
     assert live["settings"]["queue_limit"] == 7 and live["generation"] == before["generation"] + 1
+    same = running.admin("PATCH", "/admin/models/m/settings", 200, json={"queue_limit": 7})
+    assert same["generation"] == live["generation"], "what stands already is no change, and a rollback must undo the one before"
     with Load(running) as load:
         anew = running.admin("PATCH", "/admin/models/m/settings", 200, json={"intra_op_threads": 1, "spin_duration_us": 200})
     assert set(load.statuses) == {200} and not load.wrong

@@ -107,7 +107,7 @@ def _describe(operation: Operation, path: str, example: Example) -> dict[str, An
         content = {kind: {"schema": schema} | ({} if sample is None else {"example": sample}) for kind, schema, sample in operation.body}
         described["requestBody"] = {"required": operation.body_needed, "content": content}
     if operation.who:
-        described["security"] = [{role: []} for role in operation.who]
+        described["security"] = [{role: []} if role else {} for role in operation.who]
     return described
 
 

@@ -45,7 +45,7 @@ class Example:
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One line of the table. `answers`: (status, description, schema name); `body`: (content type, schema, example); `either`: also
-    documented under /versions/{version}."""
+    documented under /versions/{version}; `who`: which tokens will do, "" where none will as well."""
 
     method: str
     path: str
@@ -131,10 +131,11 @@ def operations(example: Example) -> list[Operation]:
         ),
         Operation(
             "GET", "/v2/models/{model}{either}/stats", "models", "Statistics of a model", ((200, "Since the server's start.", "ModelStatistics"),),
-            "401 404", either=True, details="Open, unless HONE_METRICS says otherwise.",
+            "401 404", either=True, who=("", *READ), details="Open, unless HONE_METRICS says otherwise.",
         ),
         Operation(
             "GET", "/v2/models/stats", "models", "Statistics of all models", ((200, "Since the server's start.", "ModelStatistics"),), "401 404",
+            who=("", *READ), details="Open, unless HONE_METRICS says otherwise.",
         ),
         Operation(
             "POST", "/v2/repository/index", "repository", "All models and versions with their state", ((200, "The index.", "Index"),), "400 413",
@@ -155,7 +156,7 @@ def operations(example: Example) -> list[Operation]:
         ),
         Operation(
             "GET", "/metrics", "operation", "Metrics in Prometheus' text form", ((200, "Metrics.", ""),), "401 404",
-            answer_type="text/plain", details="Open, unless HONE_METRICS says otherwise.",
+            who=("", *READ), answer_type="text/plain", details="Open, unless HONE_METRICS says otherwise.",
         ),
     ]  # fmt: skip
 
@@ -219,7 +220,7 @@ def _admin(example: Example) -> list[Operation]:
                 ("follow", {"type": "boolean"}, "Server-sent events until you leave."),
             ),
         ),
-        change("POST", "/admin/freeze", "Stop all change by the loop", errors=""),
+        change("POST", "/admin/freeze", "Stop all change but rollback", errors=""),
         change("POST", "/admin/unfreeze", "Allow it again", errors=""),
     ]  # fmt: skip
 

@@ -143,8 +143,10 @@ class Commands:
     def change_settings(
         self, name: str, settings: RuntimeSettings | None, actor: str, reason: str, stood: RuntimeSettings | None = None, back: bool = False
     ) -> Event:  # fmt: skip
-        """New run-time settings for the desired version: a new generation, not a new version. None: those of its proof. `stood` are those it ran with, to go back to; with `back` the new ones are of before."""
+        """New run-time settings for the desired version: a new generation, not a new version. None: those of its proof. `stood` are those it ran with, to go back to; with `back` the new ones are of before, which a freeze allows."""
         model = self.model(name)
+        if self._journal.state().frozen and not back:
+            raise NotAllowed("all change is frozen; lift it with: hone unfreeze (rollback is always allowed)")
         data: dict[str, Any] = {"version": model.desired, "settings": asdict(settings) if settings is not None else None, "reason": reason}
         if stood is not None:
             data["from"] = asdict(stood)

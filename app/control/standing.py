@@ -8,7 +8,7 @@ from typing import Final
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause
 from app.control.normal import BASE_LABELS, LEAST_CALLS, Normal, cost_ratio, shape_shift
-from app.control.objectives import burn
+from app.control.objectives import burn, held_to
 from app.control.quality import LEAST_OF_CLASS, LEAST_PAIRS
 from app.control.suspicion import Kind
 from app.domain import JSON, ModelView, Verdict
@@ -33,7 +33,7 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
         "p95_s": lately.total.quantile(0.95), "requests_per_s": round(window.rate(name, LATELY_S), 3), "drift": drift, "trend": _trend(window, view, lately),
         "fidelity": {"agreed": lately.agreed, "compared": lately.compared} if lately.compared else None,
         "availability": round(lately.requests / lately.offered, 5) if lately.offered else None,
-        "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objective": promise.text if promise is not None else "",
+        "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objectives": held_to(config.objective, lately, view.memory_bytes),
     }  # fmt: skip
     if lately.labelled:
         usual = round(normal.right / normal.labelled, 4) if normal.labelled >= BASE_LABELS else None
