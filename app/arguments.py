@@ -45,7 +45,7 @@ def settings_of(changes: Sequence[str]) -> dict[str, int]:
 
 
 def steps_of(text: str) -> list[Any]:
-    """`a,b(option=1,other=x)` as steps: names, or objects with `method` and options. Raises ClientError."""
+    """`a,b(option=1,other=x,list=[y,z])` as steps: names, or objects with `method` and options. Raises ClientError."""
     steps: list[Any] = []
     rest = text.strip()
     while rest:
@@ -56,29 +56,40 @@ def steps_of(text: str) -> list[Any]:
             steps.append(name.strip())
             rest = after.strip()
             continue
-        inside, closing, rest = _up_to(after, ")")
-        if not closing:
-            raise ClientError(f"{text!r}: the bracket after {name.strip()} is not closed")
-        steps.append({"method": name.strip()} | dict(_option(text, part) for part in inside.split(",") if part.strip()))
-        rest = rest.strip().removeprefix(",").strip()
+        step: dict[str, Any] = {"method": name.strip()}
+        while bracket != ")":
+            part, bracket, after = _up_to(after, ",)")
+            if not bracket:
+                raise ClientError(f"{text!r}: the bracket after {name.strip()} is not closed")
+            step |= dict([_option(text, part)] if part.strip() else [])
+        steps.append(step)
+        rest = after.strip().removeprefix(",").strip()
     if not steps:
         raise ClientError("a recipe needs at least one method, such as int8-static")
     return steps
 
 
 def _up_to(text: str, stops: str) -> tuple[str, str, str]:
-    at = next((i for i, letter in enumerate(text) if letter in stops), len(text))
-    return text[:at], text[at : at + 1], text[at + 1 :]
+    """What comes before the first of `stops` that stands in no list and in no quotes, that letter, and the rest."""
+    depth, quoted = 0, False
+    for at, letter in enumerate(text):
+        quoted ^= letter == '"'
+        if not quoted and not depth and letter in stops:
+            return text[:at], letter, text[at + 1 :]
+        depth += 0 if quoted else (letter in "[{") - (letter in "]}")
+    return text, "", ""
 
 
 def _option(text: str, part: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
     if not equals:
         raise ClientError(f"{text!r}: {part.strip()!r} is no option; expected name=value")
+    value = value.strip()
     try:
         return name.strip(), json.loads(value)
     except ValueError:
-        return name.strip(), value.strip()
+        words = value.startswith("[") and value.endswith("]")
+        return name.strip(), [word.strip() for word in value[1:-1].split(",")] if words else value
 
 
 def request_body(file: str) -> tuple[bytes, str]:

@@ -109,13 +109,8 @@ def _add_processes(commands: Parsers) -> None:
             worker.add_argument(f"--{name}", metavar=placeholder, help=text)
     worker.add_argument("--port", metavar="PORT", type=int, dest="worker_port", help="port of the worker's own /metrics (HONE_WORKER_PORT)")
     demo = _here(
-        commands,
-        "demo",
-        "a server, a worker and a model that reads digits",
-        "hone demo",
-        "HONE_PORT=9000 hone demo",
-        "hone demo --break version",
-    )
+        commands, "demo", "a server, a worker and a model that reads digits", "hone demo", "HONE_PORT=9000 hone demo", "hone demo --break version"
+    )  # fmt: skip
     for name, placeholder, text in SERVER_FLAGS:
         if name in ("state", "host", "port"):
             demo.add_argument(f"--{name}", metavar=placeholder, type=int if name == "port" else str, help=text)
@@ -130,6 +125,11 @@ def _add_processes(commands: Parsers) -> None:
 
 
 def _add_files(commands: Parsers) -> None:
+    methods = _here(
+        commands, "methods", "what can be done to a model, or one method with its options", "hone methods", "hone methods int8-static"
+    )
+    methods.add_argument("method", nargs="?", metavar="METHOD", help="one in full; default: all that this installation knows")
+    methods.add_argument("--json", action="store_true", help="JSON for programs instead of text for people")
     backup = _here(
         commands, "backup", "write journal, cards, built versions and models to one file", "hone backup hone.tar", "hone backup hone.tar --state /var/lib/hone --repository /srv/models"
     )  # fmt: skip
@@ -283,7 +283,9 @@ def _add_jobs(commands: Parsers) -> None:
         "hone optimize digits --with int8-static --for avx2",
     )
     optimize.add_argument("model", metavar="MODEL")
-    optimize.add_argument("--with", dest="recipe", metavar="A,B", help="methods in order; options in brackets: name(option=value,…)")
+    optimize.add_argument(
+        "--with", dest="recipe", metavar="A,B", help="methods in order (hone methods lists them); options in brackets: name(option=value,…)"
+    )
     optimize.add_argument(
         "--try", dest="tries", action="append", metavar="A,B", help="an alternative to --with; may be given several times"
     )

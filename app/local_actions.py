@@ -1,4 +1,4 @@
-"""What the sub-commands do that need no running server: be one, or a worker, or the demo; backups; packed files. Returns exit statuses.
+"""What the sub-commands do that need no running server: be one, or a worker, or the demo; methods; backups; packed files. Returns exit statuses.
 
 Each imports what it needs when it runs: a server and a worker have little in common.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,28 @@ def pack(arguments: argparse.Namespace) -> int:
     print(
         f"{packed.path}: {packed.bytes / 1e6:.2f} MB of {packed.bytes_before / 1e6:.2f}, {packed.bytes_before / packed.bytes:.1f} x smaller"
     )
+    return 0
+
+
+def methods(arguments: argparse.Namespace) -> int:
+    from app import tables
+    from app.errors import InvalidRequest
+    from optimizers.catalogue import InvalidStep, catalogue, parse_step
+
+    try:
+        wanted = parse_step(arguments.method).method if arguments.method is not None else None
+    except InvalidStep as error:
+        raise InvalidRequest(str(error)) from None
+    rows = [
+        {key: value for key, value in asdict(entry).items() if key not in ("fields", "search", "outlook")}
+        | {"options": [{"option": name, "type": kind, "default": default} for name, (kind, default) in entry.fields.items()]}
+        for entry in catalogue()
+        if wanted in (None, entry.method)
+    ]
+    if arguments.json:
+        print(json.dumps(rows if wanted is None else rows[0]))
+    else:
+        print(tables.methods(rows) if wanted is None else tables.method(rows[0]))
     return 0
 
 

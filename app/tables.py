@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -200,6 +201,40 @@ def jobs(rows: Iterable[JSON]) -> str:
             ("BY", lambda r: r.get("actor")),
         ],
     )
+
+
+def methods(rows: Iterable[JSON]) -> str:
+    """What `hone optimize --with` takes, and whether this installation has it."""
+    found = table(
+        rows,
+        [
+            ("METHOD", lambda r: r.get("method")),
+            ("GIVES", lambda r: ", ".join(r.get("gives") or ())),
+            ("HERE", lambda r: "yes" if r.get("available") else r.get("reason")),
+            ("WHAT IT DOES", lambda r: r.get("summary")),
+        ],
+    )
+    return f"{found}\n\nhone methods METHOD shows its options"
+
+
+def method(row: JSON) -> str:
+    """One method with its options, written as `--with` takes them."""
+    options = table(
+        row.get("options") or (),
+        [
+            ("OPTION", lambda r: r.get("option")),
+            ("DEFAULT", lambda r: r["default"] if isinstance(r["default"], str) and r["default"] else json.dumps(r["default"])),
+            ("TYPE", lambda r: r.get("type")),
+        ],
+    )
+    facts = {
+        "gives": row.get("gives"),
+        "needs": row.get("needs"),
+        "mostly followed by": row.get("then"),
+        "not available": row.get("reason"),
+    }
+    parts = [f"{row.get('method')}: {row.get('summary')}", fields_of(facts), row.get("details"), options if row.get("options") else ""]
+    return "\n\n".join(part for part in parts if part)
 
 
 def recipe(steps: Iterable[Any] | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, Outlook, method
-from optimizers.int8 import Int8StaticConfig, form_for
+from optimizers.int8 import Calibrator, Int8StaticConfig, Switch, form_for
 from optimizers.samples import Samples
 
 
@@ -32,10 +32,10 @@ class Int8AwareConfig(Config):
     floor: float = 0.99
     most: int = 4
     held_out: float = 0.4
-    calibration: str = "minmax"
+    calibration: Calibrator = "minmax"
     samples: int = 1024
     per_channel: bool = True
-    reduce_range: str = "auto"
+    reduce_range: Switch = "auto"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -12,10 +12,11 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +50,8 @@ class Entry:
     search: dict[str, tuple[Any, ...]]
     outlook: Outlook = field(default_factory=Outlook)
     then: tuple[str, ...] = ()
+    details: str = ""
+    """What its options mean, in words: its own first, then those that it shares with others."""
 
 
 def catalogue() -> list[Entry]:
@@ -138,8 +141,16 @@ def _entry(config: type[Config]) -> Entry:
     return Entry(
         config.method, config.summary, tuple(sorted(config.needs)), tuple(sorted(config.gives)), config.lossless, config.extra, not reason, reason,
         {name: (_told(hint), defaults[name]) for name, hint in hints.items()}, {name: tuple(values) for name, values in config.search.items()},
-        config.outlook, config.then,
+        config.outlook, config.then, "\n\n".join(_own_words(config)),
     )  # fmt: skip
+
+
+def _own_words(config: type[Config]) -> Iterator[str]:
+    """Docstrings of a config and of those it derives from; a dataclass without one gets its signature for it, which says nothing."""
+    for part in config.__mro__[: config.__mro__.index(Config)]:
+        text = vars(part).get("__doc__") or ""
+        if text and not text.startswith(f"{part.__name__}("):
+            yield inspect.cleandoc(text)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

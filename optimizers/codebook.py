@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, method
@@ -15,8 +15,10 @@ from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 from optimizers.uniform import BITS
 
-LEVELS: Final = ("kmeans", "entropy", "perceptual")
-ALLOTMENTS: Final = ("equal", "greedy", "exact")
+Levels: TypeAlias = Literal["kmeans", "entropy", "perceptual"]
+Allotment: TypeAlias = Literal["equal", "greedy", "exact"]
+LEVELS: Final = get_args(Levels)
+ALLOTMENTS: Final = get_args(Allotment)
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class CodebookConfig(Config):
         "levels": LEVELS, "bits": (3, 4, 5, 6, 8), "sparsity": (0.0, 0.3, 0.5), "allot": ALLOTMENTS,
     }  # fmt: skip
 
-    levels: str = "kmeans"
+    levels: Levels = "kmeans"
     bits: int = 4
     layer_bits: tuple[tuple[str, int], ...] = ()
     sparsity: float = 0.0
     rate: float = 1.0
-    allot: str = "greedy"
+    allot: Allotment = "greedy"
     samples: int = 128
     exclude: tuple[str, ...] = ()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Gain, Outlook, method
@@ -37,10 +37,10 @@ class DistillConfig(TrainingConfig):
 
     student: str = ""
     features: float = 0.0
-    feature_form: str = "mse"
+    feature_form: Literal["mse", "cosine"] = "mse"
     attention: float = 0.0
     attention_matrices: float = 0.0
-    matrix_form: str = "kl"
+    matrix_form: Literal["kl", "mse"] = "kl"
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Outlook, method
 from optimizers.samples import Samples
 
-LEVELS: Final = ("auto", "basic", "extended", "all")
+Level: TypeAlias = Literal["auto", "basic", "extended", "all"]
+LEVELS: Final = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GraphConfig(Config):
     lossless: ClassVar[bool] = True
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"level": LEVELS, "fusions": (True, False)}
 
-    level: str = "auto"
+    level: Level = "auto"
     fusions: bool = True
     least_gain: float = 0.02
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, Outlook, method
@@ -35,7 +35,7 @@ class Int4LinearConfig(Config):
 
     block: int = 32
     symmetric: bool = False
-    compute: str = "float"
+    compute: Literal["float", "int8"] = "float"
     least: int = 4096
     exclude: tuple[str, ...] = ()
 

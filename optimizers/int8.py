@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.host import host_class, parse_target
 from optimizers.samples import Samples
 
-CALIBRATIONS: Final = ("minmax", "moving_average", "percentile", "entropy", "mse")
-SWITCH: Final = ("auto", "on", "off")
+Calibrator: TypeAlias = Literal["minmax", "moving_average", "percentile", "entropy", "mse"]
+Switch: TypeAlias = Literal["auto", "on", "off"]
+CALIBRATIONS: Final = get_args(Calibrator)
+SWITCH: Final = get_args(Switch)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -43,12 +45,12 @@ class Int8StaticConfig(Config):
         "equalize": (False, True), "bias_correction": (False, True), "smooth": (0.0, 0.5, 0.75),
     }  # fmt: skip
 
-    calibration: str = "minmax"
+    calibration: Calibrator = "minmax"
     percentile: float = 99.99
     averaging: float = 0.05
     samples: int = 512
     per_channel: bool = True
-    reduce_range: str = "auto"
+    reduce_range: Switch = "auto"
     symmetric: bool = False
     exclude: tuple[str, ...] = ()
     keep_float: int = 0
@@ -80,7 +82,7 @@ class Int8DynamicConfig(Config):
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"per_channel": (True, False), "reduce_range": ("on", "off")}
 
     per_channel: bool = True
-    reduce_range: str = "auto"
+    reduce_range: Switch = "auto"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,7 +102,7 @@ class Form:
     """16 bits instead of 8."""
 
 
-def form_for(target: str, reduce_range: str) -> Form:
+def form_for(target: str, reduce_range: Switch) -> Form:
     """`target` is a host class key or short name (`avx2`), empty for this host."""
     host = host_class()
     wanted = parse_target(target) if target else host

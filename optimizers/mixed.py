@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, Outlook, method
-from optimizers.int8 import CALIBRATIONS
+from optimizers.int8 import CALIBRATIONS, Calibrator
 from optimizers.samples import Samples
 
-FORMS: Final = ("w8a16", "conv8-linear16", "sensitivity")
-PRECISIONS: Final = ("int4", "int8", "float16", "float32")
-COUNTS: Final = ("bytes", "operations", "time")
-ALLOTMENTS: Final = ("greedy", "exact")
+Form: TypeAlias = Literal["w8a16", "conv8-linear16", "sensitivity"]
+Precision: TypeAlias = Literal["int4", "int8", "float16", "float32"]
+Count: TypeAlias = Literal["bytes", "operations", "time"]
+Allotment: TypeAlias = Literal["greedy", "exact"]
+FORMS: Final = get_args(Form)
+PRECISIONS: Final = get_args(Precision)
+COUNTS: Final = get_args(Count)
+ALLOTMENTS: Final = get_args(Allotment)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class MixedPrecisionConfig(Config):
         "form": FORMS, "share": (0.15, 0.2, 0.25, 0.3, 0.4), "count": COUNTS, "allot": ALLOTMENTS,
     }  # fmt: skip
 
-    form: str = "sensitivity"
-    precisions: tuple[str, ...] = PRECISIONS
+    form: Form = "sensitivity"
+    precisions: tuple[Precision, ...] = PRECISIONS
     share: float = 0.3
-    count: str = "bytes"
-    allot: str = "greedy"
-    calibration: str = "minmax"
+    count: Count = "bytes"
+    allot: Allotment = "greedy"
+    calibration: Calibrator = "minmax"
     samples: int = 512
     exclude: tuple[str, ...] = ()
 

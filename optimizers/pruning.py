@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_args
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, Outlook, method
 from optimizers.samples import Samples
 
-IMPORTANCES: Final = ("l1", "l2", "taylor", "bn-scale")
+Importance: TypeAlias = Literal["l1", "l2", "taylor", "bn-scale"]
+IMPORTANCES: Final = get_args(Importance)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TrainingConfig(Config):
     minutes: float = 10.0
     rate: float = 1e-3
     batch: int = 64
-    optimizer: str = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 1e-4
     patience: int = 10
     temperature: float = 2.0
@@ -68,8 +69,8 @@ class StructuredPruningConfig(TrainingConfig):
     }  # fmt: skip
 
     ratio: float = 0.3
-    importance: str = "l2"
-    scope: str = "layer"
+    importance: Importance = "l2"
+    scope: Literal["global", "layer"] = "layer"
     steps: int = 1
     round_to: int = 8
     most: float = 0.8

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Gain, Outlook, method
-from optimizers.int8 import Int8StaticConfig, form_for
+from optimizers.int8 import Int8StaticConfig, Switch, form_for
 from optimizers.pruning import TrainingConfig
 from optimizers.samples import Samples
 
@@ -36,7 +36,7 @@ class QatConfig(TrainingConfig):
     learn_steps: bool = True
     rows: int = 256
     per_channel: bool = True
-    reduce_range: str = "auto"
+    reduce_range: Switch = "auto"
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

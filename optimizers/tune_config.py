@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from optimizers.artifact import Artifact
 from optimizers.base import Budget, Config, Gain, Need, NotApplicable, Outlook, method
@@ -21,14 +21,14 @@ class TuneConfig(Config):
     """`objective`: latency (a single caller at low load), throughput (saturation), or '' for the model's own. `cores`: 0 for all that may be used."""
 
     method: ClassVar[str] = "tune"
-    summary: ClassVar[str] = "threads, instances, spinning and batch limit measured on the host that serves; answers stay the same"
+    summary: ClassVar[str] = "Threads, instances, spinning and batch limit measured on the host that serves; answers stay the same"
     outlook: ClassVar[Outlook] = Outlook(1.2, 40.0)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ONNX, Need.HERE})
     gives: ClassVar[frozenset[Gain]] = frozenset({Gain.FASTER})
     lossless: ClassVar[bool] = True
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"objective": OBJECTIVES}
 
-    objective: str = ""
+    objective: Literal["", "latency", "throughput"] = ""
     max_seconds: float = 30.0
     cores: int = 0
 

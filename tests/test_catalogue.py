@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from app.arguments import steps_of
+from app.cli import main
 from optimizers import base, catalogue
 from optimizers.base import Config, registered
 from optimizers.catalogue import InvalidStep, parse_recipe, parse_step
@@ -65,6 +67,23 @@ def test_reading_the_catalogue_loads_no_runtime() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_methods_are_told_with_their_options_as_a_recipe_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in catalogue.config_types()) and "hone methods METHOD" in listed
+    for name, config in catalogue.config_types().items():
+        assert main(["methods", name]) == 0
+        lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+        head = next((number for number, line in enumerate(lines) if line == ["OPTION", "DEFAULT", "TYPE"]), len(lines))
+        told = ",".join(f"{option}={default}" for option, default, _ in lines[head + 1 :] if default != '""' and "[" not in default)
+        assert parse_step(steps_of(f"{name}({told})")[0]) == config(), told
+    assert main(["methods", "int8-static", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert one["method"] == "int8-static" and {"option": "samples", "type": "an integer", "default": 512} in one["options"]
+    assert "'entropy'" in next(option["type"] for option in one["options"] if option["option"] == "calibration")
+    assert main(["methods", "int8-statik"]) == 1 and "did you mean 'int8-static'" in capsys.readouterr().err
+
+
 def test_a_step_survives_json() -> None:
     config = Int8StaticConfig(calibration="mse", exclude=("fc",), keep_float=2)
     assert parse_step(json.loads(json.dumps(config.to_json()))) == config
@@ -77,7 +96,7 @@ def test_a_step_survives_json() -> None:
         ("int8-statik", "no method 'int8-statik'; did you mean 'int8-static'"),
         ("", "no method ''"),
         ({"method": "int8-static", "calibrate": "mse"}, "no field 'calibrate'; did you mean 'calibration'"),
-        ({"method": "int8-static", "calibration": "mean"}, "calibration must be one of minmax"),
+        ({"method": "int8-static", "calibration": "mean"}, "calibration must be one of 'minmax', 'moving_average'"),
         ({"method": "int8-static", "samples": "many"}, "samples must be an integer, not 'many'"),
         ({"method": "int8-static", "samples": True}, "samples must be an integer, not True"),
         ({"method": "int8-static", "samples": 1.5}, "samples must be an integer, not 1.5"),

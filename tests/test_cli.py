@@ -81,13 +81,16 @@ def test_the_main_module_imports_nothing_heavy() -> None:
             "int8-static(percentile=99.99, per_channel=true),tune",
             [{"method": "int8-static", "percentile": 99.99, "per_channel": True}, "tune"],
         ),
+        ('int8-static(exclude=["a,b)","c"],samples=64),tune', [{"method": "int8-static", "exclude": ["a,b)", "c"], "samples": 64}, "tune"]),
+        ("int8-static(exclude=[/fc/Gemm, /head/Gemm])", [{"method": "int8-static", "exclude": ["/fc/Gemm", "/head/Gemm"]}]),
+        ('codebook(layer_bits=[["fc",4],["conv",6]])', [{"method": "codebook", "layer_bits": [["fc", 4], ["conv", 6]]}]),
     ],
 )
 def test_recipes_are_names_with_options(text: str, steps: list[Any]) -> None:
     assert steps_of(text) == steps
 
 
-@pytest.mark.parametrize("text", ["", ",", "graph,,tune", "int8-static(", "int8-static(entropy)", "(x=1)"])
+@pytest.mark.parametrize("text", ["", ",", "graph,,tune", "int8-static(", "int8-static(entropy)", "(x=1)", "int8-static(exclude=[a)"])
 def test_a_recipe_that_is_none_says_what_was_expected(text: str) -> None:
     with pytest.raises(ClientError, match=r"expected|needs at least|not closed"):
         steps_of(text)

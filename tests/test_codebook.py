@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from optimizers import NotApplicable, Samples
 from optimizers.census import census
-from optimizers.codebook import CodebookConfig
+from optimizers.codebook import CodebookConfig, Levels
 from optimizers.int8 import Int8DynamicConfig
 from optimizers.onnx_graph import set_constant
 from optimizers.packed import pack, unpack
@@ -34,7 +34,7 @@ def weights_of(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("levels", ["kmeans", "entropy", "perceptual"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_keeps_its_contract(family: str, levels: str, tmp_path: Path) -> None:
+def test_every_family_keeps_its_contract(family: str, levels: Levels, tmp_path: Path) -> None:
     config = CodebookConfig(levels=levels, bits=6, allot="equal")
     artifact = built(FAMILIES[family], config, tmp_path)
     facts = keeps_the_contract(artifact, config)

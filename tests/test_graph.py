@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto
 
 from optimizers import Artifact, Budget, NotApplicable, Samples, graph_levels, optimize
-from optimizers.graph import GraphConfig
+from optimizers.graph import GraphConfig, Level
 from optimizers.graph_levels import Variant, no_gain, told
 from optimizers.inspect import Request, inspect
 from optimizers.int8 import Int8StaticConfig
@@ -40,7 +40,7 @@ def kinds(path: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("level", ["basic", "extended", "all"])
-def test_a_named_level_is_built_with_the_same_answers(level: str, tmp_path: Path) -> None:
+def test_a_named_level_is_built_with_the_same_answers(level: Level, tmp_path: Path) -> None:
     artifact = optimized(resnet(), GraphConfig(level=level), tmp_path)
     x = normal(1, 3, 3, 8, 8)
     expected, seen = (ort.InferenceSession(str(p)).run(None, {"image": x})[0] for p in (tmp_path / "model.onnx", artifact.path))
@@ -158,4 +158,4 @@ def test_the_small_mlp_is_reported_level_by_level() -> None:
     assert "too busy" in no_gain([*timed, Variant("fused", Path("f"), 0.0, {}, Interval(0.5, 0.0, float("inf")))])
     assert GraphConfig(level="all") == GraphConfig("all", True, 0.02) and mlp().graph.node
     with pytest.raises(ValueError, match="level must be one of"):
-        GraphConfig(level="most")
+        GraphConfig(level="most")  # type: ignore[arg-type]

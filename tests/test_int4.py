@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -39,7 +39,7 @@ def test_codes_are_within_half_a_step(symmetric: bool, inputs: int) -> None:
 
 @pytest.mark.parametrize("compute", ["float", "int8"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_runtime_multiplies_by_the_same_numbers(symmetric: bool, compute: str, tmp_path: Path) -> None:
+def test_the_runtime_multiplies_by_the_same_numbers(symmetric: bool, compute: Literal["float", "int8"], tmp_path: Path) -> None:
     """A product, a Gemm with bias and one with a transposed weight, of 80 inputs: the last block is not full."""
     w, v = normal(1, 80, 64), normal(2, 64, 80)
     nodes = [
@@ -55,7 +55,7 @@ def test_the_runtime_multiplies_by_the_same_numbers(symmetric: bool, compute: st
 
 @pytest.mark.parametrize("family", ["mlp", "encoder"])
 @pytest.mark.parametrize("compute", ["float", "int8"])
-def test_families_with_linear_layers_keep_their_contract(family: str, compute: str, tmp_path: Path) -> None:
+def test_families_with_linear_layers_keep_their_contract(family: str, compute: Literal["float", "int8"], tmp_path: Path) -> None:
     config = Int4LinearConfig(block=16, least=256, compute=compute)
     artifact = built(FAMILIES[family], config, tmp_path)
     facts = keeps_the_contract(artifact, config, standard=False)

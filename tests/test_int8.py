@@ -17,7 +17,7 @@ from optimizers.base import Config
 from optimizers.calibration import BINS, Calibration, Statistics, calibrate, choose_range
 from optimizers.difference import root_mean_square
 from optimizers.host import host_class
-from optimizers.int8 import Int8DynamicConfig, Int8StaticConfig, form_for
+from optimizers.int8 import Calibrator, Int8DynamicConfig, Int8StaticConfig, Switch, form_for
 from optimizers.onnx_file import checker_complaint
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task_sync
 from optimizers.uniform import affine_grid
@@ -79,7 +79,7 @@ def test_weights_are_8_bits_and_the_file_is_four_times_smaller(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "moving_average", "percentile", "entropy", "mse"])
-def test_every_calibration_builds_a_good_model(calibration: str, tmp_path: Path) -> None:
+def test_every_calibration_builds_a_good_model(calibration: Calibrator, tmp_path: Path) -> None:
     source = resnet()
     assert error_of(source, built(source, Int8StaticConfig(calibration=calibration), tmp_path)) < 0.15
 
@@ -170,7 +170,7 @@ def test_a_model_counts_with_the_data_that_lies_beside_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reduce_range", ["off", "on"])
-def test_a_table_that_is_the_heads_weight_too_has_one_scale_and_one_copy(reduce_range: str, tmp_path: Path) -> None:
+def test_a_table_that_is_the_heads_weight_too_has_one_scale_and_one_copy(reduce_range: Switch, tmp_path: Path) -> None:
     """As PyTorch exports an embedding tied to its head: the channels of the head may not scale the rows of the table."""
     nodes = [
         node("Gather", ["table", "ids"], ["e"], "gather"), node("ReduceMean", ["e"], ["m"], "mean", axes=[1], keepdims=0),

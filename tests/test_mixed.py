@@ -14,7 +14,7 @@ from optimizers import Artifact, Budget, NotApplicable, Samples, optimize
 from optimizers.host import host_class
 from optimizers.layer_times import seconds_of
 from optimizers.layers import weighted_layers
-from optimizers.mixed import MixedPrecisionConfig
+from optimizers.mixed import Allotment, MixedPrecisionConfig
 from optimizers.onnx_graph import set_constant
 from tests.families import FAMILIES, built, error_of, keeps_the_contract, samples_of
 from tests.onnx_models import I64, mlp, node, normal, resnet, value, weights, write
@@ -65,7 +65,7 @@ def test_int8_convolutions_and_float16_linear_layers(family: str, tmp_path: Path
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("allot", ["greedy", "exact"])
-def test_precision_by_sensitivity_keeps_the_budget(family: str, allot: str, tmp_path: Path) -> None:
+def test_precision_by_sensitivity_keeps_the_budget(family: str, allot: Allotment, tmp_path: Path) -> None:
     config = MixedPrecisionConfig(share=0.25 if family == "mlp" else 0.3, allot=allot, samples=32)
     artifact = built(FAMILIES[family], config, tmp_path)
     facts = keeps_the_contract(artifact, config)

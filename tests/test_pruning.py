@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -242,7 +242,7 @@ def test_frozen_weights_are_trained_where_training_was_asked_for(tmp_path: Path,
 
 @pytest.mark.parametrize(("optimizer", "rate", "epochs"), [("adamw", 2e-3, 2), ("adamw", 2e-3, 30), ("sgd", 0.02, 2), ("sgd", 0.02, 30)])
 def test_l1_reaches_its_ratio_in_few_steps_and_in_many_by_either_optimizer(
-    tmp_path: Path, optimizer: str, rate: float, epochs: int
+    tmp_path: Path, optimizer: Literal["adamw", "sgd"], rate: float, epochs: int
 ) -> None:
     from optimizers import optimize
     from optimizers.sparsity import L1SparsityConfig
