@@ -39,7 +39,7 @@ from app.control.verification import (
     question,
 )  # fmt: skip
 from app.domain import JSON, Event, Job, JobState, RuntimeSettings, State, Verdict
-from app.errors import Conflict, HoneError
+from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.telemetry.metrics import Metrics
@@ -288,11 +288,14 @@ class JobKeeper:
         waits = "promotion was asked to be manual" if job.promote != "auto" else await self._taking.held_back(job, piece)
         if not waits and (await self._taking.want(job)).desired != want.desired:
             waits = f"it was measured for version {want.desired}, which was replaced meanwhile"
-        if waits:
-            return "kept", want.desired, report | {"settings": asdict(tuned), "waits": waits}
         reason = f"job {job.id}: {report['tune'].get('summary', 'tuned')}"
-        await asyncio.to_thread(self._commands.change_settings, job.model, tuned, "hone", reason, before)
-        return "promoted", want.desired, report
+        try:
+            if not waits:
+                await asyncio.to_thread(self._commands.change_settings, job.model, tuned, "hone", reason, before)
+                return "promoted", want.desired, report
+        except NotAllowed as error:  # frozen since it was looked at
+            waits = str(error)
+        return "kept", want.desired, report | {"settings": asdict(tuned), "waits": waits}
 
     async def _tune(
         self, job: Job, piece: Workpiece, version: str, before: RuntimeSettings, step: Mapping[str, Any], stop: asyncio.Event
