@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,18 +14,13 @@ import pytest
 from app.catalog.cards import Cards
 from app.catalog.model_config import ModelConfig
 from app.catalog.state_folder import StateFolder
-from app.control.commands import Commands
 from app.control.diagnosis import Cause, Diagnosis
-from app.control.loop import Loop
 from app.control.patient import Looks, Patient
 from app.control.suspicion import Kind, Suspicion
-from app.domain import Event, ModelState, ModelView, Observation, RuntimeSettings
-from app.settings import Settings
-from app.store.base import Journal, StoreUnavailable
+from app.domain import Event, ModelState, ModelView, Observation
 from app.store.open import open_journal
-from app.telemetry.metrics import Metrics
-from app.telemetry.window import Window
-from tests.journal_story import OTHER_SHA, deployed, desired, published
+from tests.journal_story import OTHER_SHA, deployed, desired, job_event, published
+from tests.loop_ward import Ward
 
 pytestmark = pytest.mark.anyio
 
@@ -34,84 +28,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class Plane:
-    """What the loop sees: one model, as the test sets it."""
-
-    def __init__(self) -> None:
-        self.view = ModelView("m", "1", 1, RuntimeSettings(), True, 0, 0, ("1",), 0.0)
-        self.kept = ModelConfig()
-
-    def models(self) -> list[ModelView]:
-        return [self.view]
-
-    def model(self, name: str) -> ModelView | None:
-        return self.view
-
-    def config(self, name: str) -> ModelConfig:
-        return self.kept
-
-    def drift(self, name: str) -> float | None:
-        return None
-
-    def own_cpu(self) -> Callable[[], float]:
-        return lambda: 0.0
-
-    compared: Sequence[object] = ()
-
-    async def compare_some(self) -> Sequence[object]:
-        return self.compared
-
-
-class Store(Commands):
-    """Commands that the store refuses while it is `gone`."""
-
-    gone = False
-
-    def leave(self, name: str, actor: str, reason: str, fault: bool = False) -> Event:
-        if self.gone:
-            raise StoreUnavailable("gone")
-        return super().leave(name, actor, reason, fault)
-
-
-class Ward:
-    """A loop with one model."""
-
-    def __init__(self, journal: Journal, cards: Cards) -> None:
-        self.now, self.journal, self.plane, self.leads = 10_000.0, journal, Plane(), True
-        self.window = Window(clock=lambda: self.now)
-        self.commands = Store(journal, "here")
-        bench: Any = type("Bench", (), {"cards": cards})()
-        self.loop = Loop(
-            self.plane, self.window, journal, self.commands, bench, Metrics(), Settings(), "here", 2, lambda: self.leads  # type: ignore[arg-type]
-        )  # fmt: skip
-
-    @property
-    def state(self) -> ModelState:
-        return self.journal.state().models["m"]
-
-    @property
-    def patient(self) -> Any:
-        return self.loop._patients["m"]
-
-    def serves(self, version: str) -> None:
-        self.plane.view = replace(self.plane.view, active=version, generation=self.plane.view.generation + 1, active_since=self.now)
-
-    def answers(self, version: str, count: int = 40, nan: int = 0) -> None:
-        for number in range(count):
-            self.window.observe(Observation("m", version, 200, 0.01, 0.0, 0.001, 0.005, 0.0, 1, 1, 0.001, 0.0))
-            if number < nan:
-                self.window.answered_non_finite("m", version)
-
-    async def tick(self) -> None:
-        await self.loop.tick()
-        if self.loop._busy is not None:
-            with suppress(StoreUnavailable):
-                await self.loop._busy
-
-    def told(self, kind: str) -> list[Event]:
-        return [event for event in self.journal.read(0, 500) if event.kind == kind]
 
 
 @pytest.fixture
@@ -266,12 +182,12 @@ LARGE: Final = 1 << 16
 class Looked:
     """Stands in for the experiments, which need a model: what they would find, and how often they were asked."""
 
-    def __init__(self, ward: Ward, monkeypatch: pytest.MonkeyPatch, *findings: str) -> None:
+    def __init__(self, ward: Ward, monkeypatch: pytest.MonkeyPatch, *findings: str, cause: Cause = Cause.HOST) -> None:
         self.asked: list[str] = []
 
         async def blame(view: ModelView, patient: Patient, want: ModelState, found: Sequence[Suspicion], *rest: Any) -> Diagnosis:
             self.asked.append(", ".join(one.text for one in found))
-            return Diagnosis(Cause.HOST, 0.8, "busy", {"replay": {"findings": list(findings)}})
+            return Diagnosis(cause, 0.8, "busy", {"replay": {"findings": list(findings)}})
 
         monkeypatch.setattr(ward.loop._experiments, "blame", blame)
 
@@ -321,6 +237,33 @@ async def test_each_suspicion_that_is_told_is_answered_though_the_cause_is_the_s
     wait(61)
     await ward.tick()
     assert len(looked.asked) == 3 and len(ward.told("diagnosis.made")) == 2, "nothing new, nothing told"
+
+
+async def test_slowness_that_was_blamed_before_it_was_felt_is_told_and_not_looked_into_beside_its_repair(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second replay took seven seconds of the proof's, and counted the repair under way as one that came to nothing."""
+    looked = Looked(ward, monkeypatch, "version_slower", cause=Cause.VERSION)
+    ward.plane.kept = ModelConfig.model_validate({"objective": {"p95_ms": 5}})
+    ward.window.objective("m", 0.005)
+    await ward.tick()
+    ward.journal.append(deployed("m", "2", OTHER_SHA))
+    ward.serves("2")
+    ward.answers("2")
+    for _ in range(3):
+        await ward.tick()
+    [job] = ward.journal.state().jobs.values()
+    for _ in range(4):
+        ward.answers("2")
+        ward.now += 5.0
+        await ward.tick()
+    assert len(looked.asked) == 1 and [event.data["kinds"] for event in ward.told("suspicion.raised")] == [["latency"]]
+    assert not ward.patient.failures
+    ward.journal.append(job_event("finished", job.id, outcome="refused", report={}))
+    ward.patient.incident.acted_at -= 100.0
+    ward.answers("2")
+    await ward.tick()
+    assert len(looked.asked) == 2
 
 
 async def test_other_shapes_are_an_event_while_it_is_slow_already_but_not_at_each_to_and_fro(

@@ -67,6 +67,12 @@ class Diagnosis:
         replayed = self.evidence.get("replay")
         return isinstance(replayed, dict) and "inconclusive" in replayed["findings"]
 
+    @property
+    def explains_slowness(self) -> bool:
+        """A paired replay showed what makes it slow."""
+        replayed = self.evidence.get("replay")
+        return isinstance(replayed, dict) and bool({"version_slower", "input_costlier"} & set(replayed["findings"]))
+
 
 BEFORE_ANSWERS: Final = 40
 BEFORE_AGREED: Final = 0.98

@@ -27,7 +27,7 @@ from app.control.planner import Action, in_brackets, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
-from app.control.suspicion import Kind, Suspicion
+from app.control.suspicion import Kind, Suspicion, faulty
 from app.domain import JSON, Event, JobState, ModelState, ModelView, State, short
 from app.errors import HoneError
 from app.settings import Settings
@@ -239,7 +239,10 @@ class Loop:
             return  # stepped down for load: no blame until it is back
         incident = patient.incident
         news = incident is not None and _news(found, incident)
-        if incident is not None and not news and incident.acted_at and self._acting(view, incident):
+        if incident is not None and incident.acted_at and self._acting(view, incident) and (not news or incident.explains(found)):
+            if news:  # it is felt by now: to look again would only hold up what is under way
+                await self._raise(view, found)
+                incident.suspicions = found
             return
         if not news and not patient.looks.due(frozenset(one.kind for one in found), monotonic()):
             return
@@ -294,12 +297,7 @@ class Loop:
             patient.failures[cause] = patient.failures.get(cause, 0) + 1
         incident.suspicions, patient.due, patient.experiments_s = found, False, 0.0
         only_event = all(one.kind is Kind.EVENT for one in found)
-        for one in found:
-            self._metrics.count("hone_suspicions", view.name, one.kind.value)
-        if news and not only_event:
-            text = "; ".join(one.text for one in found)
-            data = {"kinds": [one.kind.value for one in found], "summary": text, "numbers": [one.numbers for one in found]}
-            await self._say("suspicion.raised", view, data)
+        await self._raise(view, found, told=news and not only_event)
         incident.looking = True
         try:
             diagnosis = await self._experiments.blame(view, patient, want, found, self._patients, len(views), lambda: self._host)
@@ -367,6 +365,14 @@ class Loop:
         incident.acted_on = diagnosis.cause
         incident.unproven = True
 
+    async def _raise(self, view: ModelView, found: Sequence[Suspicion], told: bool = True) -> None:
+        for one in found:
+            self._metrics.count("hone_suspicions", view.name, one.kind.value)
+        if told:
+            text = "; ".join(one.text for one in found)
+            data = {"kinds": [one.kind.value for one in found], "summary": text, "numbers": [one.numbers for one in found]}
+            await self._say("suspicion.raised", view, data)
+
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))
 
@@ -378,11 +384,6 @@ def _told(incident: Incident | None) -> JSON:
         "suspicions": [one.text for one in incident.suspicions] if incident is not None else [],
         "cause": diagnosis.cause.value if diagnosis is not None else "", "why": diagnosis.text if diagnosis is not None else "",
     }  # fmt: skip
-
-
-def faulty(found: Sequence[Suspicion]) -> bool:
-    """Wrong or missing answers, not slow ones: leaving such a version needs neither budget nor agreement, and it is not gone back to."""
-    return any(one.kind in (Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY) for one in found)
 
 
 def _news(found: Sequence[Suspicion], incident: Incident) -> bool:

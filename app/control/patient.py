@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from app.control.diagnosis import Cause, Diagnosis
+from app.control.diagnosis import SLOW, Cause, Diagnosis
 from app.control.normal import LEAST_CALLS, Normal
 from app.control.planner import Remedy
 from app.control.suspicion import Kind, Suspicion
@@ -75,6 +75,10 @@ class Incident:
 
     def see(self, found: Sequence[Suspicion], now: float) -> None:
         self.seen_at |= {one.kind: now for one in found}
+
+    def explains(self, found: Sequence[Suspicion]) -> bool:
+        """Whether all of it is the slowness that was blamed, by experiment, before anybody had felt it."""
+        return self.diagnosis is not None and self.diagnosis.explains_slowness and all(one.kind in {*SLOW, Kind.EVENT} for one in found)
 
     @property
     def suspected_at(self) -> float:

@@ -65,6 +65,11 @@ class Suspicion:
     numbers: JSON = field(default_factory=dict)
 
 
+def faulty(found: Sequence[Suspicion]) -> bool:
+    """Wrong or missing answers, not slow ones: leaving such a version needs neither budget nor agreement, and it is not gone back to."""
+    return any(one.kind in (Kind.ERRORS, Kind.DEATHS, Kind.NON_FINITE, Kind.FIDELITY) for one in found)
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """The newest closed blocks of the active version, the oldest first, and a longer stretch for what is rare."""
