@@ -242,7 +242,7 @@ async def test_each_suspicion_that_is_told_is_answered_though_the_cause_is_the_s
 async def test_slowness_that_was_blamed_before_it_was_felt_is_told_and_not_looked_into_beside_its_repair(
     ward: Ward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second replay took seven seconds of the proof's, and counted the repair under way as one that came to nothing."""
+    """A second replay ran beside the proof, and counted the repair under way as one that came to nothing."""
     looked = Looked(ward, monkeypatch, "version_slower", cause=Cause.VERSION)
     ward.plane.kept = ModelConfig.model_validate({"objective": {"p95_ms": 5}})
     ward.window.objective("m", 0.005)
