@@ -80,6 +80,7 @@ def _judge(request: VerifyRequest, report: VerifyReport, budget: Budget, until: 
             "no samples to judge by (or all of them calibrated): name some in model.yaml, or let live traffic be captured"
         )
         return
+    sets = _with_answers(sets)
     report.evidence = _evidence(request, sets)
     with ExitStack() as stack:
         candidate = _open_candidate(request, report, stack)
@@ -114,6 +115,27 @@ def _nothing_changed(request: VerifyRequest) -> bool:
         *request.sources,
     }  # a PyTorch file is another form, whatever it computes
     return any(same_model(Path(request.candidate), Path(path)) for path in sorted(onnx))
+
+
+def _with_answers(sets: Mapping[str, tuple[Samples, Rows | None]]) -> dict[str, tuple[Samples, Rows | None]]:
+    """What golden is known to answer to one set it answers to the same inputs in another: the file that is the reference often has the labels, too."""
+    known = [(samples, answers) for samples, answers in sets.values() if answers is not None]
+    if not known:
+        return dict(sets)
+    rows = {row: (answers, i) for samples, answers in known for i, row in enumerate(_rows_of(samples))}
+
+    def found(samples: Samples) -> Rows | None:
+        places = [place for row in _rows_of(samples) if (place := rows.get(row)) is not None]
+        if len(places) < len(samples):
+            return None
+        return {name: np.stack([answers[name][i] for answers, i in places]) for name in known[0][1]}
+
+    return {name: (samples, answers if answers is not None else found(samples)) for name, (samples, answers) in sets.items()}
+
+
+def _rows_of(samples: Samples) -> list[tuple[str, str]]:
+    """Each row by its form and its content."""
+    return [(f"{samples.stacked} {sorted(samples.row_shapes().items())}", digest) for digest in samples.hashes()]
 
 
 def _evidence(request: VerifyRequest, sets: Mapping[str, tuple[Samples, Rows | None]]) -> str:

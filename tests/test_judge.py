@@ -280,6 +280,20 @@ def test_stored_answers_of_golden_are_used(golden: Path, tmp_path: Path) -> None
     assert report["fidelity"]["reference"]["value"] < 0.5, "judged by the stored answers, which are turned round here"
 
 
+def test_stored_answers_hold_for_the_same_inputs_in_another_set_and_for_no_others(golden: Path, tmp_path: Path) -> None:
+    path, others = samples(tmp_path / "reference.npz"), samples(tmp_path / "others.npz", seed=9)
+    inputs = Samples.load(Path(path)).inputs
+    answers = open_session(golden, Settings(graph_level="none")).run(None, inputs)[0]
+    Samples({"y": -answers}).save(tmp_path / "answers.npz")
+    mixed = {name: np.concatenate([values[::-1], Samples.load(Path(others)).inputs[name][:1]]) for name, values in inputs.items()}
+    Samples({name: values[:-1] for name, values in mixed.items()}).save(tmp_path / "same.npz")
+    Samples(mixed).save(tmp_path / "mixed.npz")
+    close = mlp(tmp_path / "close.onnx", weights=noisy(mlp_weights(SIZES), 1e-4))
+    for name, turned in (("same", True), ("mixed", False)):
+        sets = {"reference": {"path": path, "answers": str(tmp_path / "answers.npz")}, "live": {"path": str(tmp_path / f"{name}.npz")}}
+        assert (verify(golden, close, sets)["fidelity"]["live"]["value"] < 0.5) is turned, name
+
+
 def test_the_parent_under_another_name_is_nothing_changed(golden: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     renamed = mlp(tmp_path / "renamed.onnx", prefix="other_")
     report = verify(golden, renamed, reference, purpose="swap")
