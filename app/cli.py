@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     _add_models(commands)
     _add_versions(commands)
     _add_jobs(commands)
-    _add_files(commands)
+    _add_local(commands)
     return top
 
 
@@ -124,7 +124,7 @@ def _add_processes(commands: Parsers) -> None:
     )
 
 
-def _add_files(commands: Parsers) -> None:
+def _add_local(commands: Parsers) -> None:
     methods = _here(
         commands, "methods", "what can be done to a model, or one method with its options", "hone methods", "hone methods int8-static"
     )

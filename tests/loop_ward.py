@@ -16,6 +16,7 @@ from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
+from tests.journal_story import deployed
 
 
 class Plane:
@@ -79,6 +80,10 @@ class Ward:
 
     def serves(self, version: str) -> None:
         self.plane.view = replace(self.plane.view, active=version, generation=self.plane.view.generation + 1, active_since=self.now)
+
+    def deploys(self, golden: str, sha256: str) -> None:
+        self.journal.append(deployed("m", golden, sha256))
+        self.serves(golden)
 
     def answers(self, version: str, count: int = 40, nan: int = 0) -> None:
         for number in range(count):

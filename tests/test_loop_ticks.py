@@ -40,8 +40,7 @@ def ward(tmp_path: Path) -> Iterator[Ward]:
 
 async def fall(ward: Ward, golden: str, sha256: str) -> None:
     """A golden is deployed that answers NaN."""
-    ward.journal.append(deployed("m", golden, sha256))
-    ward.serves(golden)
+    ward.deploys(golden, sha256)
     ward.answers(golden, nan=5)
     await ward.tick()
 
@@ -203,8 +202,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 async def test_an_event_is_looked_into_again_where_the_host_was_too_busy_to_tell(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     wait, looked = later(monkeypatch), Looked(ward, monkeypatch, "inconclusive")
     await ward.tick()
-    ward.journal.append(deployed("m", "2", OTHER_SHA))
-    ward.serves("2")
+    ward.deploys("2", OTHER_SHA)
     ward.answers("2")
     for _ in range(3):
         await ward.tick()
@@ -247,8 +245,7 @@ async def test_slowness_that_was_blamed_before_it_was_felt_is_told_and_not_looke
     ward.plane.kept = ModelConfig.model_validate({"objective": {"p95_ms": 5}})
     ward.window.objective("m", 0.005)
     await ward.tick()
-    ward.journal.append(deployed("m", "2", OTHER_SHA))
-    ward.serves("2")
+    ward.deploys("2", OTHER_SHA)
     ward.answers("2")
     for _ in range(3):
         await ward.tick()
@@ -303,8 +300,7 @@ async def test_what_the_version_before_answered_is_no_fault_of_the_next(ward: Wa
         ward.now += ward.window.block_s
         ward.answers("1", 40, nan=10)
         await ward.tick()
-    ward.journal.append(deployed("m", "2", OTHER_SHA))
-    ward.serves("2")
+    ward.deploys("2", OTHER_SHA)
     ward.answers("2", 15, nan=nan)
     await ward.tick()
     assert ward.state.desired == stays
