@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -47,15 +47,20 @@ def prepare(folder: Path, say: Callable[[str], None]) -> Suite:
     model = models.demo(folder)
     samples = Samples.load(models.DEMO / "samples" / "judging.npz")
     inputs = Samples(samples.inputs)
-    (name,) = inputs.inputs
-    feeds = [{name: inputs.inputs[name][i : i + 1]} for i in range(8)]
+    feeds = one_row_feeds(inputs.inputs)
     paths = {"reference": folder / "reference.npz", "recent": folder / "recent.npz"}
     half = len(inputs) // 2
     inputs.rows(slice(0, half)).save(paths["reference"])
     inputs.rows(slice(half, None)).save(paths["recent"])
-    slower, measured = _slower(model.path, feeds, folder, say)
+    slower, measured = slower_files(model.path, feeds, folder, say)
     cases = [*_demo_cases(slower, paths, folder), *_other_models(model, inputs, feeds, paths, folder, say)]
     return Suite(slower, measured, feeds, tuple(cases))
+
+
+def one_row_feeds(inputs: Mapping[str, Any]) -> list[Feeds]:
+    """The first rows of the only input, one a call."""
+    ((name, rows),) = inputs.items()
+    return [{name: rows[i : i + 1]} for i in range(8)]
 
 
 def with_convolutions(source: Path, target: Path, count: int) -> Path:
@@ -88,11 +93,13 @@ def with_convolutions(source: Path, target: Path, count: int) -> Path:
     return target
 
 
-def _slower(path: Path, feeds: list[Feeds], folder: Path, say: Callable[[str], None]) -> tuple[dict[int, Path], dict[int, float]]:
-    """A file for each level: the price of one convolution is measured, then each file is, and once more with as many as were missing."""
+def slower_files(
+    path: Path, feeds: list[Feeds], folder: Path, say: Callable[[str], None], levels: Sequence[int] = LEVELS
+) -> tuple[dict[int, Path], dict[int, float]]:
+    """Files and their CPU time over the model's for each level in percent (0: the model itself). The price of one convolution is measured, then each file is, and once more with as many as were missing."""
     files, measured = {0: path}, {0: 1.0}
     each = (_ratio(path, with_convolutions(path, folder / "tried.onnx", TRIED), feeds) - 1) / TRIED
-    for level in LEVELS:
+    for level in levels:
         count = max(1, round(level / 100 / each))
         found: dict[int, float] = {}
         for _ in range(CORRECTIONS + 1):
