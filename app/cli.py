@@ -120,7 +120,7 @@ def _add_processes(commands: Parsers) -> None:
         default="",
         metavar="CAUSE",
         help="inject a real fault into the running demo (or one started for it) and follow the loop: "
-        "load, host, process, settings, version, wrong, input, larger, leak, crash",
+        "load, host, quota, process, settings, version, wrong, input, larger, leak, crash",
     )
 
 

@@ -1,6 +1,6 @@
 """`python -m benchmarks.diagnosis [CAUSE ...] [--runs N] [--docs]`: real faults put into a running demo, whom it blames, what it does, how long it takes.
 
-Each run starts `hone serve` and `hone worker` anew, sends real digits, injects one cause (app.injection) and reads the public timeline until
+Each run starts `hone serve` and `hone worker` anew, sends real digits, injects one cause (app.scenes) and reads the public timeline until
 the loop says that all is well or that nothing is to be done.
 """
 
@@ -18,18 +18,19 @@ from typing import Any, Final
 
 from app.client import Address, Client
 from app.demo import Children, Stop, child_environment, copy_repository, wait_for_model
-from app.injection import CAUSES, run_break
+from app.injection import run_break
+from app.scenes import CAUSES
 from app.settings import Settings
 from benchmarks import machine, report
 
 DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop.md"
 RIGHT: Final[Mapping[str, str]] = {
-    "load": "load", "host": "host", "process": "process", "settings": "settings", "version": "version", "wrong": "version", "input": "input",
+    "load": "load", "host": "host", "quota": "host", "process": "process", "settings": "settings", "version": "version", "wrong": "version", "input": "input",
     "larger": "input", "leak": "process", "crash": "host",
 }  # fmt: skip
 """Injected fault to the cause that ought to be named; `wrong` is a version that answers NaN, `crash` a runner killed from outside."""
 BUILDS: Final = frozenset({"optimize", "recalibrate"})
-NOT_SHOWN: Final = "cgroup quotas (none may be set here), stolen time"
+NOT_SHOWN: Final = "stolen time"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     if arguments.docs:
         DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), "diagnosis", lambda: text))
-    return 0 if not any(set(run["plans"]) & BUILDS and run["injected"] in ("load", "host", "crash") for run in found) else 1
+    return 0 if not any(set(run["plans"]) & BUILDS and run["injected"] in ("load", "host", "quota", "crash") for run in found) else 1
 
 
 def broken(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:

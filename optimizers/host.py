@@ -138,7 +138,7 @@ def cpu_budget(root: str | Path = "/", affinity: Collection[int] | None = None) 
     A fraction of a core is no thread: 1.5 gives 1, and 0.5 gives 1 too, as less than one thread cannot be had.
     """
     cpus = tuple(sorted(os.sched_getaffinity(0) if affinity is None else affinity))
-    quotas = [q for folder in _cgroup_folders(Path(root), "cpu") if (q := _cpu_quota(folder)) is not None]
+    quotas = [q for folder in cgroup_folders(Path(root), "cpu") if (q := cpu_quota(folder)) is not None]
     quota = min(quotas, default=None)
     if quota is None or quota >= len(cpus):
         return CpuBudget(len(cpus), cpus, quota, f"{len(cpus)} cores by affinity")
@@ -158,7 +158,7 @@ def memory_budget(root: str | Path = "/") -> MemoryBudget:
     machine = _meminfo(Path(root) / "proc/meminfo")
     limit = machine.get("MemTotal", _NO_LIMIT)
     available = machine.get("MemAvailable", limit)
-    for folder in _cgroup_folders(Path(root), "memory"):
+    for folder in cgroup_folders(Path(root), "memory"):
         allowed = _first_int(folder, "memory.max", "memory.limit_in_bytes")
         if allowed is None or allowed >= _NO_LIMIT:
             continue
@@ -180,7 +180,7 @@ def _cpu_flags(cpuinfo: Path) -> frozenset[str]:
     return frozenset()
 
 
-def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     """Folders whose limits bind this process for one controller: its own cgroup, and each one above that can be seen from here."""
     own = _own_cgroups(_read(root / "proc/self/cgroup"))
     for line in _read(root / "proc/self/mountinfo").splitlines():
@@ -211,7 +211,7 @@ def _own_cgroups(text: str) -> dict[str, str]:
     return found
 
 
-def _cpu_quota(folder: Path) -> float | None:
+def cpu_quota(folder: Path) -> float | None:
     """Cores that this cgroup may use, or None for no limit."""
     both = _read(folder / "cpu.max").split()
     if not both:

@@ -7,7 +7,7 @@ from typing import Any
 
 from app.control.live_tune import Lived, concluded, layouts_of
 from app.domain import RuntimeSettings
-from app.injection import busy
+from app.scenes import busy
 from tests.running_server import server
 
 USED = RuntimeSettings(intra_op_threads=2, batch_limit=8)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from app.faulty_models import free_size, not_a_number
-from app.injection import CAUSES
+from app.scenes import CAUSES
 from app.traffic import Traffic
 from tests.loop_scene import GOLDEN, deploy, running, told, traffic
 from tests.running_server import DEMO, Running
@@ -92,7 +92,7 @@ def test_the_demo_tells_which_causes_it_can_break(tmp_path: Path) -> None:
         [sys.executable, "-m", "app.cli", "demo", "--break", "nonsense"], capture_output=True, text=True, timeout=60,
         env={**os.environ, "HONE_STATE": str(tmp_path)},
     )  # fmt: skip
-    assert done.returncode == 1 and "load, host, process" in done.stderr
+    assert done.returncode == 1 and "load, host, quota, process" in done.stderr
     told = subprocess.run([sys.executable, "-m", "app.cli", "demo", "--help"], capture_output=True, text=True, timeout=60)
     assert ", ".join(CAUSES) in " ".join(told.stdout.split())
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from app.serving.service import InferenceService
 from app.telemetry.hostfacts import HostSensor
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window, bucket_of
+from tests.made_hosts import v1, v2, write
 
 
 @dataclass
@@ -147,51 +149,36 @@ def test_the_hosts_facts_come_from_the_kernel_and_may_be_absent(tmp_path: Path) 
     assert facts.busy_ratio is not None and 0 <= facts.busy_ratio <= 1
     assert facts.cores and facts.loop_lag_s == 0.2
 
-    nothing = HostSensor(tmp_path, tmp_path)
+    nothing = HostSensor(tmp_path)
     nothing.read()
     bare = nothing.read()
     assert bare.busy_ratio is None and bare.throttled_ratio is None and bare.cpu_pressure is None
 
 
-def test_throttling_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [v1, v2])
+def test_throttling_and_quota_are_read_from_either_kind_of_cgroup_and_from_those_above(kind: Any, tmp_path: Path) -> None:
+    pod = "sys/fs/cgroup/cpu,cpuacct/pod" if kind is v1 else "sys/fs/cgroup/pod"
+    stat = "nr_periods 3\nthrottled_time {}000\n" if kind is v1 else "usage_usec 5\nthrottled_usec {}\n"
+    root = kind(tmp_path, "/pod/app", {f"{pod}/app/cpu.stat": stat.format(7), f"{pod}/cpu.stat": stat.format(0)})
+    sensor = HostSensor(root)
+    first = sensor.read()
+    assert (first.quota, first.throttled_ratio) == (None, None)
+    for group, us in (("pod", 3_000_000), ("pod/app", 9_000_000)):
+        write(root, {f"{pod}{group.removeprefix('pod')}/cpu.stat": stat.format(us)})
+        assert (sensor.read().throttled_ratio or 0) > 0.9, group
+    assert sensor.read().throttled_ratio == 0
 
-    root = tmp_path
-    (root / "self").mkdir()
-    for controllers, folder, text, later in (
-        ("", "", "usage_usec 5\nthrottled_usec 0\n", "throttled_usec 2000000\n"),
-        ("cpu,cpuacct", "cpu,cpuacct", "nr_periods 3\nthrottled_time 0\n", "throttled_time 2000000000\n"),
-    ):
-        (root / "self" / "cgroup").write_text(f"0:{controllers}:/box\n")
-        place = root / folder / "box"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "cpu.stat").write_text(text)
-        sensor = HostSensor(root, root)
-        sensor.read()
-        (place / "cpu.stat").write_text(later)
-        assert (sensor.read().throttled_ratio or 0) > 0.9
-
-
-def test_a_quota_is_read_from_either_kind_of_cgroup(tmp_path: Path) -> None:
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self" / "cgroup").write_text("0::/box\n")
-    (tmp_path / "box").mkdir()
-    sensor = HostSensor(tmp_path, tmp_path)
-    assert sensor.read().quota is None
-    for text, quota in (("150000 100000\n", 1.5), ("max 100000\n", None), ("50000 100000", 0.5)):
-        (tmp_path / "box" / "cpu.max").write_text(text)
-        assert sensor.read().quota == quota
-    (tmp_path / "box" / "cpu.max").unlink()
-    (tmp_path / "box" / "cpu.cfs_period_us").write_text("100000\n")
-    for text, quota in (("200000\n", 2.0), ("-1\n", None)):
-        (tmp_path / "box" / "cpu.cfs_quota_us").write_text(text)
+    for cores, quota in (("150000", 1.5), ("max" if kind is v2 else "-1", None), ("50000", 0.5)):
+        limit = {"cpu.max": f"{cores} 100000"} if kind is v2 else {"cpu.cfs_quota_us": cores, "cpu.cfs_period_us": "100000"}
+        write(root, {f"{pod}/{name}": text for name, text in limit.items()})
         assert sensor.read().quota == quota
 
 
 def test_the_servers_own_waiting_is_a_share_of_its_active_time(tmp_path: Path) -> None:
-    (tmp_path / "self").mkdir()
-    sensor, ratios = HostSensor(tmp_path, tmp_path), []
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    sensor, ratios = HostSensor(tmp_path), []
     for ran_ms, waited_ms in ((1000, 500), (1030, 510), (1031, 510), (1041, 540)):
-        (tmp_path / "self" / "schedstat").write_text(f"{ran_ms * 1_000_000} {waited_ms * 1_000_000} 7\n")
+        (tmp_path / "proc" / "self" / "schedstat").write_text(f"{ran_ms * 1_000_000} {waited_ms * 1_000_000} 7\n")
         ratios.append(sensor.read().server_waiting_ratio)
     assert ratios == [None, 0.25, None, 0.75], "nothing is said before the second reading, or where it hardly ran"
 

@@ -6,13 +6,15 @@ Reads /proc and cgroup files (v1 and v2); blocks for well under a millisecond. I
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from optimizers.host import cgroup_folders, cpu_quota
 
 _TICK: Final = os.sysconf("SC_CLK_TCK")
-_V1_CPU: Final = ("cpu,cpuacct", "cpu")
 LEAST_NS: Final = 20_000_000
 """Of running and waiting, before a ratio of the two says anything."""
 
@@ -37,22 +39,33 @@ class HostFacts:
     cores: tuple[int, ...] = ()
     """The cores that this process may use now."""
     quota: float | None = None
-    """Cores' worth of time that our cgroup may take; None without a limit."""
+    """Cores' worth of time that our cgroup, and those above it, may take; None without a limit."""
 
     def to_json(self) -> dict[str, Any]:
         return {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(self).items() if value is not None}
 
 
+class _Reading(NamedTuple):
+    at_s: float
+    ticks: list[int]
+    """Of all cores, by kind (proc(5): stat)."""
+    throttled_us: dict[Path, int]
+    """Microseconds in which a quota held each of our cgroups back, since it exists; all its cores together."""
+    major_faults: int | None
+    own_cpu_s: float
+
+
 class HostSensor:
     """Call `read` every few seconds with the CPU seconds that Hone's own processes have used."""
 
-    def __init__(self, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
-        self._proc, self._cgroup = proc, cgroup
-        self._before: tuple[float, list[int], int | None, int | None, float] | None = None
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root, self._proc = root, root / "proc"
+        self._before: _Reading | None = None
         self._ran: tuple[int, int] | None = None
 
     def read(self, own_cpu_s: float = 0.0, loop_lag_s: float = 0.0) -> HostFacts:
-        now = (monotonic(), self._cpu_ticks(), self._throttled_us(), self._major_faults(), own_cpu_s)
+        groups = list(cgroup_folders(self._root, "cpu"))
+        now = _Reading(monotonic(), self._cpu_ticks(), _throttled_us(groups), self._major_faults(), own_cpu_s)
         before, self._before = self._before, now
         ratios: dict[str, float | None] = {}
         if before is not None:
@@ -65,42 +78,13 @@ class HostSensor:
             server_waiting_ratio=self._server_waiting(),
             loop_lag_s=loop_lag_s,
             cores=tuple(sorted(os.sched_getaffinity(0))),
-            quota=self._quota(),
+            quota=min((quota for group in groups if (quota := cpu_quota(group)) is not None), default=None),
             **ratios,
         )
 
     def _cpu_ticks(self) -> list[int]:
         text = _text(self._proc / "stat")
         return [int(value) for value in text.split("\n", 1)[0].split()[1:9]] if text.startswith("cpu ") else []
-
-    def _throttled_us(self) -> int | None:
-        """Microseconds in which a quota held our cgroup back, since it exists."""
-        for line in self._cgroup_file("cpu.stat").splitlines():
-            name, _, value = line.partition(" ")
-            if name == "throttled_usec":
-                return int(value)
-            if name == "throttled_time":  # v1, nanoseconds
-                return int(value) // 1000
-        return None
-
-    def _quota(self) -> float | None:
-        both = self._cgroup_file("cpu.max").split()
-        if not both:
-            both = [self._cgroup_file(f"cpu.cfs_{what}_us").strip() for what in ("quota", "period")]
-        if len(both) != 2 or not all(part.isdigit() for part in both) or int(both[1]) == 0:
-            return None
-        return int(both[0]) / int(both[1])
-
-    def _cgroup_file(self, name: str) -> str:
-        """Of the cgroup that this process is in; the root of the mount is the container's own."""
-        for line in _text(self._proc / "self" / "cgroup").splitlines():
-            _, controllers, path = line.split(":", 2)
-            roots = [self._cgroup] if not controllers else [self._cgroup / v1 for v1 in _V1_CPU if "cpu" in controllers.split(",")]
-            for root in roots:
-                for place in (root / path.lstrip("/") / name, root / name):
-                    if text := _text(place):
-                        return text
-        return _text(self._cgroup / name)
 
     def _major_faults(self) -> int | None:
         for line in _text(self._proc / "vmstat").splitlines():
@@ -130,25 +114,36 @@ class HostSensor:
         return float(text.split()[0]) if text else None
 
 
-def _between(
-    before: tuple[float, list[int], int | None, int | None, float], now: tuple[float, list[int], int | None, int | None, float]
-) -> dict[str, float | None]:
-    elapsed = max(1e-3, now[0] - before[0])
+def _between(before: _Reading, now: _Reading) -> dict[str, float | None]:
+    elapsed = max(1e-3, now.at_s - before.at_s)
     ratios: dict[str, float | None] = {}
-    if before[1] and len(before[1]) == len(now[1]):
-        spent = [max(0, later - earlier) for earlier, later in zip(before[1], now[1], strict=True)]
+    if before.ticks and len(before.ticks) == len(now.ticks):
+        spent = [max(0, later - earlier) for earlier, later in zip(before.ticks, now.ticks, strict=True)]
         total = max(1, sum(spent))
         idle = spent[3] + spent[4]
         steal = spent[7] if len(spent) > 7 else 0
         ratios["busy_ratio"] = (total - idle) / total
         ratios["steal_ratio"] = steal / total
-        own = max(0.0, now[4] - before[4]) * _TICK / total
+        own = max(0.0, now.own_cpu_s - before.own_cpu_s) * _TICK / total
         ratios["others_ratio"] = max(0.0, (total - idle) / total - own)
-    if before[2] is not None and now[2] is not None:
-        ratios["throttled_ratio"] = min(1.0, max(0, now[2] - before[2]) / 1e6 / elapsed)
-    if before[3] is not None and now[3] is not None:
-        ratios["major_faults_per_s"] = max(0, now[3] - before[3]) / elapsed
+    if held := [later - before.throttled_us[group] for group, later in now.throttled_us.items() if group in before.throttled_us]:
+        ratios["throttled_ratio"] = min(1.0, max(0, *held) / 1e6 / elapsed)  # by whichever of them holds back most
+    if before.major_faults is not None and now.major_faults is not None:
+        ratios["major_faults_per_s"] = max(0, now.major_faults - before.major_faults) / elapsed
     return ratios
+
+
+def _throttled_us(groups: Sequence[Path]) -> dict[Path, int]:
+    """Of those that say it (the root of a hierarchy does not)."""
+    found: dict[Path, int] = {}
+    for group in groups:
+        for line in _text(group / "cpu.stat").splitlines():
+            name, _, value = line.partition(" ")
+            if name == "throttled_usec":
+                found[group] = int(value)
+            elif name == "throttled_time":  # v1, nanoseconds
+                found[group] = int(value) // 1000
+    return found
 
 
 def _text(path: Path) -> str:

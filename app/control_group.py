@@ -1,0 +1,132 @@
+"""A control group with a quota of the cores for processes that run already (cgroups(7), v1 and v2), for `hone demo --break quota`.
+
+As a container's CPU limit that somebody lowers. It takes root, and a hierarchy in which groups may be made: not inside most containers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from app.errors import HoneError
+
+PERIOD_US: Final = 100_000
+
+
+def check_quota_possible() -> None:
+    """Raises HoneError where no such group can be made here."""
+    with _made():
+        pass
+
+
+@contextmanager
+def quota_of(pids: list[int], cores: float) -> Iterator[None]:
+    """These processes, and those that they start, may take `cores` cores' worth of time; afterwards all go back to where the first one was.
+
+    Raises HoneError where that is not possible.
+    """
+    with _made() as group:
+        before = _place_of(pids[0], group.parent)
+        if (group / "cpu.max").exists():
+            (group / "cpu.max").write_text(f"{int(cores * PERIOD_US)} {PERIOD_US}")
+        else:
+            (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (group / "cpu.cfs_quota_us").write_text(str(int(cores * PERIOD_US)))
+        try:
+            for pid in pids:
+                _move(pid, group)
+            yield
+        finally:
+            while left := (group / "cgroup.procs").read_text().split():
+                for pid in left:
+                    _move(int(pid), before)
+
+
+def with_descendants(pid: int) -> list[int]:
+    """`pid` and all processes below it."""
+    parents: dict[int, list[int]] = {}
+    for each in os.listdir("/proc"):
+        if each.isdigit():
+            with contextlib.suppress(OSError):
+                parents.setdefault(_parent(int(each)), []).append(int(each))
+    found = [pid]
+    for one in found:
+        found += parents.get(one, [])
+    return found
+
+
+def ancestor_with(pid: int, argument: str) -> int:
+    """The topmost process above `pid` that was started with this argument, else `pid`."""
+    found, at = pid, pid
+    while at > 1:
+        with contextlib.suppress(OSError):
+            if argument in Path(f"/proc/{at}/cmdline").read_text().split("\0"):
+                found = at
+        at = _parent(at)
+    return found
+
+
+@contextmanager
+def _made() -> Iterator[Path]:
+    """A group of our own, gone afterwards."""
+    try:
+        top = _hierarchy()
+        group = top / f"hone-quota-{os.getpid()}"
+        group.mkdir()
+        if not any((group / name).exists() for name in ("cpu.max", "cpu.cfs_quota_us")):
+            group.rmdir()
+            raise HoneError(f"--break quota: {top} gives its groups no CPU limits")
+    except OSError as error:
+        raise HoneError(
+            f"--break quota holds the running server to a part of a core, in a control group of its own: that takes root and a writable "
+            f"/sys/fs/cgroup ({error})"
+        ) from None
+    try:
+        yield group
+    finally:
+        for _ in range(50):  # whoever just ended may still count
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
+
+
+def _hierarchy() -> Path:
+    """Where the CPU controller's groups are: of v1, or of v2 with the controller handed on. Raises OSError where it cannot be handed on."""
+    unified: Path | None = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, tail = line.partition(" - ")
+        kind, place = tail.split(), Path(mount.split()[4])
+        if kind[0] == "cgroup" and "cpu" in kind[2].split(","):
+            return place
+        if kind[0] == "cgroup2" and "cpu" in (place / "cgroup.controllers").read_text().split():
+            unified = place
+    if unified is None:
+        raise OSError("no hierarchy of control groups has a CPU controller")
+    if "cpu" not in (unified / "cgroup.subtree_control").read_text().split():
+        (unified / "cgroup.subtree_control").write_text("+cpu")
+    return unified
+
+
+def _place_of(pid: int, top: Path) -> Path:
+    """The group of `pid` in the hierarchy that is mounted at `top`."""
+    unified = (top / "cgroup.controllers").exists()
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers if unified else "cpu" in controllers.split(","):
+            return top / path.lstrip("/")
+    return top
+
+
+def _move(pid: int, group: Path) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        (group / "cgroup.procs").write_text(str(pid))
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
