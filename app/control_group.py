@@ -18,9 +18,9 @@ from app.errors import HoneError
 PERIOD_US: Final = 100_000
 
 
-def check_quota_possible() -> None:
-    """Raises HoneError where no such group can be made here."""
-    with _made():
+def check_quota_possible(top: Path | None = None) -> None:
+    """Raises HoneError where no such group can be made: beneath `top`, by default where the CPU controller's groups are."""
+    with _made(top):
         pass
 
 
@@ -42,7 +42,9 @@ def quota_of(pids: list[int], cores: float) -> Iterator[None]:
                 _move(pid, group)
             yield
         finally:
-            while left := (group / "cgroup.procs").read_text().split():
+            for _ in range(50):  # what one of them starts meanwhile is a member, too
+                if not (left := (group / "cgroup.procs").read_text().split()):
+                    break
                 for pid in left:
                     _move(int(pid), before)
 
@@ -72,10 +74,10 @@ def ancestor_with(pid: int, argument: str) -> int:
 
 
 @contextmanager
-def _made() -> Iterator[Path]:
+def _made(top: Path | None = None) -> Iterator[Path]:
     """A group of our own, gone afterwards."""
     try:
-        top = _hierarchy()
+        top = top or _hierarchy()
         group = top / f"hone-quota-{os.getpid()}"
         group.mkdir()
         if not any((group / name).exists() for name in ("cpu.max", "cpu.cfs_quota_us")):

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.diagnosis [CAUSE ...] [--runs N] [--docs]`: real faults put into a running demo, whom it blames, what it does, how long it takes.
+"""`python -m benchmarks.diagnosis [CAUSE ...] [--runs N] [--kept FILE] [--docs]`: real faults put into a running demo, whom it blames, what it does, how long it takes.
 
 Each run starts `hone serve` and `hone worker` anew, sends real digits, injects one cause (app.scenes) and reads the public timeline until
 the loop says that all is well or that nothing is to be done.
@@ -21,7 +21,8 @@ from app.demo import Children, Stop, child_environment, copy_repository, wait_fo
 from app.injection import run_break
 from app.scenes import CAUSES
 from app.settings import Settings
-from benchmarks import machine, report
+from benchmarks import report
+from benchmarks.kept import Kept, head
 
 DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop.md"
 RIGHT: Final[Mapping[str, str]] = {
@@ -40,20 +41,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("causes", nargs="*", metavar="CAUSE", help=f"{', '.join(CAUSES)}; default: all")
     parser.add_argument("--runs", type=int, default=3, help="of each cause (3)")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run after the injection (240)")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        metavar="FILE",
+        help="keep each run here as a line of JSON; what is in it already is not run again (also benchmarks.repair's)",
+    )
     parser.add_argument("--docs", action="store_true", help="write the table into docs/loop.md")
     arguments = parser.parse_args(argv)
-    found: list[dict[str, Any]] = []
-    for cause in arguments.causes or list(CAUSES):
-        for number in range(arguments.runs):
-            print(f"--- {cause}, run {number + 1} of {arguments.runs}", flush=True)
-            with tempfile.TemporaryDirectory(prefix="hone-diagnosis-") as folder:
-                found.append(broken(cause, Path(folder), arguments.limit))
-            print(found[-1], flush=True)
+    causes = arguments.causes or list(CAUSES)
+    kept = Kept(arguments.kept)
+    run_missing(causes, arguments.runs, kept, arguments.limit)
+    found = [run for cause in causes for run in kept.of(cause)]
     text = table(found, " ".join(["python -m benchmarks.diagnosis", *arguments.causes, f"--runs {arguments.runs}"]))
     print(text)
     if arguments.docs:
         DOCUMENT.write_text(report.replaced(DOCUMENT.read_text(), "diagnosis", lambda: text))
     return 0 if not any(set(run["plans"]) & BUILDS and run["injected"] in ("load", "host", "quota", "crash") for run in found) else 1
+
+
+def run_missing(causes: Sequence[str], runs: int, kept: Kept, limit_s: float) -> None:
+    """Each cause until there are so many runs of it; in turns, so that what is there at any moment is of all causes."""
+    for number in range(runs):
+        for cause in causes:
+            if len(kept.of(cause)) > number:
+                continue
+            print(f"--- {cause}, run {number + 1} of {runs}", flush=True)
+            with tempfile.TemporaryDirectory(prefix="hone-fault-") as folder:
+                print(kept.add(cause, broken(cause, Path(folder), limit_s)), flush=True)
 
 
 def broken(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:
@@ -76,17 +91,10 @@ def broken(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:
 
 def table(found: Sequence[Mapping[str, Any]], command: str) -> str:
     """The confusion matrix and the times, as Markdown."""
-    about = machine.description()
-    head = [
-        "injected",
-        "runs",
-        "blamed on (the diagnosis that was acted on; else the last)",
-        "right",
-        "plans",
-        "mended after, s (median, most)",
-        "verified after, s",
-        "failed requests",
-    ]
+    columns = [
+        "injected", "runs", "blamed on (the diagnosis that was acted on; else the last)", "right", "plans", "mended after, s (median, most)",
+        "verified after, s", "failed requests",
+    ]  # fmt: skip
     rows: list[list[object]] = []
     right = 0
     for cause in dict.fromkeys(run["injected"] for run in found):
@@ -100,8 +108,7 @@ def table(found: Sequence[Mapping[str, Any]], command: str) -> str:
         failed = sum(run["failed"] for run in runs)
         sent = sum(run["sent"] for run in runs)
         rows.append([cause, len(runs), counted, f"{hits} of {len(runs)}", plans, mended, took, f"{failed} of {sent}"])
-    where = f"{about['date']} · {about['cpu']}, {about['cores']} cores · host class `{about['host_class']}` · `{command}`"
-    return "\n\n".join([where, report.table(head, rows), f"Right: {right} of {len(found)}. Not shown: {NOT_SHOWN}."])
+    return "\n\n".join([head(found, command), report.table(columns, rows), f"Right: {right} of {len(found)}. Not shown: {NOT_SHOWN}."])
 
 
 def verdict(run: Mapping[str, Any]) -> str:

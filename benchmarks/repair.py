@@ -29,7 +29,7 @@ from app.store.open import open_journal
 from app.traffic import MODEL, Traffic
 from benchmarks import models, report
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
-from benchmarks.diagnosis import broken
+from benchmarks.diagnosis import run_missing
 from benchmarks.kept import Kept, head
 from benchmarks.servers import HOST, Hone, HoneWorker
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kept",
         type=Path,
         metavar="FILE",
-        help="keep each run here as a line of JSON (benchmarks.kept); what is in it already is not run again",
+        help="keep each run here as a line of JSON (benchmarks.kept; benchmarks.diagnosis may share it); what is in it already is not run again",
     )
     parser.add_argument("--limit", type=float, default=240.0, help="seconds of one run after the injection (240)")
     parser.add_argument("--docs", action="store_true", help="write the tables into docs/loop.md")
@@ -87,13 +87,7 @@ def _publish(mark: str, text: str, docs: bool) -> None:
 
 def _times(arguments: argparse.Namespace) -> str:
     kept = Kept(arguments.kept)
-    for number in range(arguments.runs):  # in turns, so that what is there at any moment is of all causes
-        for cause in arguments.causes:
-            if len(kept.of(cause)) > number:
-                continue
-            with tempfile.TemporaryDirectory(prefix="hone-repair-") as folder:
-                run = kept.add(cause, broken(cause, Path(folder), arguments.limit))
-            print(f"{cause}, run {number + 1} of {arguments.runs}: {run}", flush=True)
+    run_missing(arguments.causes, arguments.runs, kept, arguments.limit)
     rows: list[list[object]] = []
     every = [run for cause in arguments.causes for run in kept.of(cause)]
     for cause in arguments.causes:

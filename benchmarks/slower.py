@@ -8,6 +8,7 @@ more, or a mere copy of it, which nobody may blame. Nothing is promised, so that
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="write the table into docs/loop-detection.md")
     arguments = parser.parse_args(argv)
     kept = Kept(arguments.kept)
-    with tempfile.TemporaryDirectory(prefix="hone-slower-") as folder:
-        _all(Path(folder), arguments, kept)
+    if missing := _missing(arguments, kept):
+        with tempfile.TemporaryDirectory(prefix="hone-slower-") as folder:
+            _run(Path(folder), missing, kept)
     found = kept.of("deployed")
     text = told(found, f"python -m benchmarks.slower --runs {arguments.runs}")
     print(text)
@@ -61,21 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(_falsely(run) for run in found) else 0
 
 
-def _all(folder: Path, arguments: argparse.Namespace, kept: Kept) -> None:
+def _missing(arguments: argparse.Namespace, kept: Kept) -> list[tuple[int, str]]:
+    """(percent, neighbours) of the runs to come; in turns, so that what is there at any moment is of all cases."""
+    done = Counter((run["planted"], run["beside"]) for run in kept.of("deployed"))
+    cases = list(itertools.product(arguments.levels, arguments.beside))
+    return [case for number in range(arguments.runs) for case in cases if done[case] <= number]
+
+
+def _run(folder: Path, missing: Sequence[tuple[int, str]], kept: Kept) -> None:
     model = models.demo(folder)
     with np.load(folder / MODEL / "samples" / "judging.npz") as samples:
         images = samples["image"]
-    levels = [level for level in arguments.levels if level != COPY]
+    levels = sorted({level for level, _ in missing} - {COPY})
     files, measured = slower_files(model.path, one_row_feeds({model.input: images}), folder, lambda text: print(text, flush=True), levels)
-    for number in range(arguments.runs):  # in turns, so that what is there at any moment is of all cases
-        for beside in arguments.beside:
-            for level in arguments.levels:
-                if sum((run["planted"], run["beside"]) == (level, beside) for run in kept.of("deployed")) > number:
-                    continue
-                with tempfile.TemporaryDirectory(prefix="hone-slower-", dir=folder) as own:
-                    run = _deployed(Path(own), files[level], images, beside)
-                about = {"planted": level, "really": measured[level], "beside": beside}
-                print(kept.add("deployed", about | run), flush=True)
+    for level, beside in missing:
+        with tempfile.TemporaryDirectory(prefix="hone-slower-", dir=folder) as own:
+            run = _deployed(Path(own), files[level], images, beside)
+        print(kept.add("deployed", {"planted": level, "really": measured[level], "beside": beside} | run), flush=True)
 
 
 def _deployed(folder: Path, file: Path, images: Any, beside: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from benchmarks import diagnosis, models, noise, openloop, report, serving, swaps, wrk
+from benchmarks import diagnosis, models, noise, openloop, report, serving, slower, swaps, wrk
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
 from benchmarks.kept import Kept, head
 from benchmarks.limit import Layout, Limit, many_layouts, single_layouts
@@ -129,6 +129,21 @@ def test_on_a_healthy_server_only_host_and_load_may_be_named(cause: str, false: 
     row = next(line for line in text.splitlines() if line.startswith("| cpu2"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells == ["cpu2", "ramp", "1", "latency (1), cost (1)", f"{cause} (1)", false, "m: runner.restarted (1)", "2 of 100"]
+
+
+@pytest.mark.parametrize(
+    ("planted", "said", "cells"),
+    [
+        (20, ["host", "version"], ["+20 % (really +21%)", "cpu4", "1", "1 of 1", "31, 31", "host (1)", "0", "0 of 100"]),
+        (20, ["input"], ["+20 % (really +21%)", "cpu4", "1", "0 of 1", "–", "input (1)", "1", "0 of 100"]),
+        (0, ["host"], ["a copy", "cpu4", "1", "0 of 1", "–", "host (1)", "0", "0 of 100"]),
+        (0, ["version"], ["a copy", "cpu4", "1", "1 of 1", "31, 31", "nothing", "1", "0 of 100"]),
+    ],
+)
+def test_a_deployed_file_is_blamed_rightly_only_where_it_is_slower(planted: int, said: list[str], cells: list[str]) -> None:
+    run = {"planted": planted, "really": 1.21, "beside": "cpu4", "said": said, "blamed_s": 31.0 if "version" in said else None}
+    text = slower.told([Kept(None).add("deployed", run | {"sent": 100, "failed": 0})], "command")
+    assert [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")] == cells
 
 
 def test_kept_results_add_up_over_runs_and_their_head_names_every_host(tmp_path: Path) -> None:
