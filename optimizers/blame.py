@@ -43,6 +43,8 @@ VARIED_INPUTS: Final = 24
 """As many where they do not. Each then counts once: what a sample of inputs of many sizes costs is known no better than by their number."""
 SPARE_S: Final = 2.0
 """Kept back for ending what was started."""
+INPUT_LEAST_S: Final = 1.0
+"""Where the file seems slower, inputs are weighed after it, if so much time is left: on a busy host it may do for one of the two."""
 _METHOD: Final = "blame"
 
 
@@ -289,12 +291,14 @@ class _Replay:
             live, other = self._opened(stack)
             if other is not None:
                 self._weigh_version(other, live, 0.4)
-            if self._recent:
+            if self._recent and not (self._version and self._version[-1].outcome is Outcome.ABOVE):
                 self._weigh_input(live, 0.5)
             while other is not None and self._version[-1].outcome is Outcome.ABOVE and not enough_placements(self._version):
                 for arm in (other, live) if len(self._version) % 2 else (live, other):
                     arm.reopen()
                 self._weigh_version(other, live, 1 / (PLACEMENTS - len(self._version)))
+            if self._recent and self._input is None and self._until - time.monotonic() > INPUT_LEAST_S:
+                self._weigh_input(live, 0.5)
             if not self._fresh:
                 self._fresh = Fresh.of(self._compare(live, live, self._reference, None, 0.3, lambda ratio: True).first, self._rows)
         compared = self._version or self._input or self._impossible

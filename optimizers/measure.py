@@ -40,7 +40,7 @@ LEAST_ROUNDS: Final = 8
 """Below this the signed-rank interval does not exist at the confidence of a look."""
 SLOW_S: Final = 0.05
 """A call that takes this long is a turn by itself: what it fetches back into the cache is little beside it."""
-LOUD: Final = 0.9
+LOUD: Final = 0.95
 """Share of time spent waiting for a core above which even CPU time is not believed."""
 QUIET: Final = 0.25
 """Share of time spent waiting for a core above which wall time, and with it capacity, is not believed."""

@@ -21,7 +21,7 @@ from optimizers.task import Failure, TaskFailed, TaskLimits, run_task_sync
 from optimizers.verdict import SampleSet
 from tests.judged_models import deep
 
-QUIET, LOUD = Quietness(0.02, 0.0), Quietness(0.95, 0.0)
+QUIET, LOUD = Quietness(0.02, 0.0), Quietness(0.97, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_loud_host_blames_nobody_and_acquits_nobody() -> None:
     loud = weighed(1.5, 1.6, quiet=LOUD)
     assert findings(*(loud,) * PLACEMENTS, recent=loud) == findings(weighed(0.9, 1.0, quiet=LOUD)) == ["inconclusive"]
     report = BlameReport((loud,))
-    assert "threads waited for a core 95% of the time" in report.text and not report.to_json()["cpu_counts"]
+    assert "threads waited for a core 97% of the time" in report.text and not report.to_json()["cpu_counts"]
     assert findings(replace(loud, ratio=Interval(1.2, -math.inf, math.inf), quiet=QUIET)) == ["inconclusive"]
 
 

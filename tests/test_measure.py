@@ -234,7 +234,7 @@ def test_quietness_is_a_share_of_the_time_wanted() -> None:
     assert quietness(0.0, 0.0, 0.0, 1.0).waiting_ratio == 0.0
     assert Quietness(0.02, 0.0).label == "quiet" and Quietness(0.2, 0.0).label == "busy" and Quietness(0.5, 0.0).label == "loud"
     assert Quietness(0.5, 0.0).cpu_counts and not Quietness(0.5, 0.0).wall_counts
-    assert not Quietness(0.95, 0.0).cpu_counts
+    assert not Quietness(0.97, 0.0).cpu_counts
 
 
 def test_the_quietest_core_is_one_we_may_use() -> None:

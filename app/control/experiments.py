@@ -87,7 +87,8 @@ class Experiments:
             began = monotonic()
             inputs = await self._plane.newest(view.name)
             all_was_well = time() - (began - fell) - NEWEST_BLOCKS * self._window.block_s
-            again = await replay(self._bench, want, view.active, view.settings, self._memory_bytes, inputs, all_was_well)
+            taken = host().others_ratio or 0.0
+            again = await replay(self._bench, want, view.active, view.settings, self._memory_bytes, inputs, all_was_well, taken)
             patient.experiments_s += monotonic() - began
             self._metrics.count("hone_background_seconds", "replay", by=monotonic() - began)
         return diagnose(findings(again, fresh))

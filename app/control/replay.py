@@ -21,16 +21,23 @@ from optimizers.task import TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
 REPLAY_S: Final = 24.0
+NICE: Final = 5
+"""As the runners: beside a busy model it takes no more than its turn."""
+OTHERS_HOLD: Final = 0.5
+"""Where other programs hold so much of the cores it takes its share from them: at the runners' priority four of them left it 5 to 20 % of a core,
+too little for an answer in its time."""
 LEAST_INPUTS: Final = 8
 MOST_INPUTS: Final = 24
 
 
 async def replay(
-    bench: Bench, want: ModelState, version: str, settings: RuntimeSettings, memory_bytes: int, newest: Sequence[Samples], before: float
-) -> Replay:
+    bench: Bench, want: ModelState, version: str, settings: RuntimeSettings, memory_bytes: int, newest: Sequence[Samples], before: float,
+    others_ratio: float,
+) -> Replay:  # fmt: skip
     """The findings of a paired replay; `not_possible`, and why, where there is nothing to replay or it failed.
 
     `newest` are inputs that come now. They are held against captured ones from before `before` (unix seconds), else against frozen ones.
+    `others_ratio` is the share of all cores that other programs use now.
     """
     try:
         piece = await asyncio.to_thread(bench.workpiece, want.name, want.golden, want.golden_sha256)
@@ -38,7 +45,8 @@ async def replay(
             request, held_to = await asyncio.to_thread(_question, bench, piece, want, version, settings, newest, before, folder)
             # Importing torch takes seconds of CPU time, which beside a busy model would never come together of what others leave.
             scheduler = "other" if request["live_source"] or request.get("other_source") else "spare"
-            limits = TaskLimits(REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=5, scheduler=scheduler, scratch=str(folder))
+            nice = NICE if others_ratio < OTHERS_HOLD else 0
+            limits = TaskLimits(REPLAY_S + 10, threads=1, memory_bytes=memory_bytes, nice=nice, scheduler=scheduler, scratch=str(folder))
             report = await run_task("blame", request, limits)
     except TaskFailed as failure:
         return _not_possible(want, failure.text)
