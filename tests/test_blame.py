@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from optimizers.base import Budget, Rejected
-from optimizers.blame import PLACEMENTS, VARIED_INPUTS, BlameReport, BlameRequest, Proven, Weighed, run
+from optimizers.blame import CLEAR_PLACEMENTS, PLACEMENTS, VARIED_INPUTS, BlameReport, BlameRequest, Proven, Weighed, _Replay, run
 from optimizers.measure import Quietness
 from optimizers.samples import Samples
 from optimizers.stats import Interval
@@ -65,6 +65,21 @@ def test_the_same_file_is_as_proven_and_so_is_one_whose_proof_said_so(folder: Pa
     proven = run(request(folder, "deep", other=str(folder / "shallow.onnx"), proof=proof), Budget(seconds=30))
     assert proven["findings"] == ["as_proven"], proven["text"]
     assert 0.7 < proven["version_over_proof"]["estimate"] < 1.15
+
+
+def test_inputs_are_weighed_first_only_where_the_file_seems_as_quick_as_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh, placements = _Replay._weigh_input, []
+
+    def noted(self: _Replay, live: Any, share: float) -> None:
+        placements.append(len(self._version))
+        weigh(self, live, share)
+
+    monkeypatch.setattr(_Replay, "_weigh_input", noted)
+    for live, tolerance in (("shallow", 0.3), ("deep", 0.05)):
+        asked = request(folder, live, other=str(folder / "shallow.onnx"), recent=[samples(folder, "recent")], tolerance=tolerance)
+        found = run(asked, Budget(seconds=30))
+        assert found["input"] is not None, found["text"]
+    assert placements[0] == 1 and placements[1] >= CLEAR_PLACEMENTS, "on a busy host the time may do for one of the two"
 
 
 def test_longer_inputs_are_blamed_and_the_file_is_not(folder: Path) -> None:
