@@ -45,21 +45,8 @@ def quota_of(pids: list[int], cores: float) -> Iterator[None]:
             for _ in range(50):  # what one of them starts meanwhile is a member, too
                 if not (left := (group / "cgroup.procs").read_text().split()):
                     break
-                for pid in left:
-                    _move(int(pid), before)
-
-
-def with_descendants(pid: int) -> list[int]:
-    """`pid` and all processes below it."""
-    parents: dict[int, list[int]] = {}
-    for each in os.listdir("/proc"):
-        if each.isdigit():
-            with contextlib.suppress(OSError):
-                parents.setdefault(_parent(int(each)), []).append(int(each))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found
+                for each in left:
+                    _move(int(each), before)
 
 
 def ancestor_with(pid: int, argument: str) -> int:

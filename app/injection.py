@@ -81,9 +81,7 @@ def _follow(cause: str, scene: Scene, limit_s: float, say: Callable[[str], None]
                 decided_at = time.monotonic()
             elif event["kind"] in REMEDIES and plans and acted is None and event.get("actor", "") == "hone":
                 acted = time.monotonic() - began
-            elif event["kind"] == "recovery.verified" and set(blamed) - {
-                "unknown"
-            }:  # what passed unexplained may not have been the fault's doing
+            elif event["kind"] == "recovery.verified" and set(blamed) - {"unknown"}:  # what passed unexplained may be no doing of the fault
                 recovered = time.monotonic() - began
         nothing = bool(plans) and plans[-1] in ("nothing", "step down") and time.monotonic() - decided_at > CALM_S
         if recovered is not None or (nothing and not building):  # a second look may find nothing to do while a job goes on

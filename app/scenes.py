@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.client import Client, ClientError
-from app.control_group import ancestor_with, quota_of, with_descendants
+from app.control_group import ancestor_with, quota_of
 from app.domain import JSON, short
 from app.errors import HoneError
 from app.faulty_models import free_size, not_a_number, slower_twin
@@ -81,9 +81,9 @@ class Scene:
 
     def cores_used(self, server: int, seconds: float = 3.0) -> float:
         """Cores that the server and its processes use, over the next `seconds`."""
-        before = _cpu_s(with_descendants(server))
+        before = _cpu_s(procfs.descendants(server))
         time.sleep(seconds)
-        return max(0.05, (_cpu_s(with_descendants(server)) - before) / seconds)
+        return max(0.05, (_cpu_s(procfs.descendants(server)) - before) / seconds)
 
     def _spent(self) -> tuple[float, float]:
         """(CPU seconds of the runners, requests answered), as the metrics have them."""
@@ -152,7 +152,7 @@ def quota(scene: Scene) -> Iterator[None]:
     server = ancestor_with(scene.runner(), "serve")
     cores = round(0.7 * scene.cores_used(server), 2)
     scene.begin()
-    with quota_of(with_descendants(server), cores):
+    with quota_of(procfs.descendants(server), cores):
         scene.say(f"the server (pid {server}) and its processes may take {cores:g} cores from now on, which is less than they need")
         yield
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.control_group import ancestor_with, check_quota_possible, quota_of, with_descendants
+from app.control_group import ancestor_with, check_quota_possible, quota_of
 from app.errors import HoneError
 from app.serving import procfs
 from app.telemetry.hostfacts import HostSensor
@@ -42,7 +42,7 @@ def _cores(pids: list[int], seconds: float = 1.0) -> float:
 def test_running_processes_get_a_quota_and_go_back() -> None:
     with subprocess.Popen([sys.executable, "-c", BUSY, "serve", "-c", BUSY]) as parent:
         try:
-            while len(pids := with_descendants(parent.pid)) < 2:
+            while len(pids := procfs.descendants(parent.pid)) < 2:
                 time.sleep(0.05)
             before = [_group(pid) for pid in pids]
             assert ancestor_with(pids[1], "serve") == parent.pid

@@ -21,6 +21,7 @@ from app.control.replay import _question, replay
 from app.control.verification import question
 from app.domain import Generation, ModelState, RuntimeSettings, Signature, TensorSpec
 from optimizers.samples import Samples
+from optimizers.task import TaskLimits, run_task
 from optimizers.torch_module import TorchSource
 
 CONFIG = """
@@ -114,11 +115,22 @@ def test_a_factory_that_the_operator_does_not_allow_is_not_run_and_the_replay_sa
     allowed: list[Path], text: str, tmp_path: Path
 ) -> None:
     bench, want = scene(tmp_path, allowed)
-    found = asyncio.run(replay(bench, want, "2", SETTINGS, 0, [], 0.0))
+    found = asyncio.run(replay(bench, want, "2", SETTINGS, 0, [], 0.0, 0.0))
     assert found == Replay(findings=("not_possible",), why=found.why) and text in found.why
 
 
-def test_what_the_task_refuses_is_not_possible_and_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("others", "nice"), [(0.2, 5), (0.9, 0)])
+def test_what_the_task_refuses_is_not_possible_and_beside_other_programs_it_runs_as_one_of_them(
+    others: float, nice: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_with: list[TaskLimits] = []
+
+    async def noted(kind: str, request: dict[str, Any], limits: TaskLimits) -> dict[str, Any]:
+        asked_with.append(limits)
+        return await run_task(kind, request, limits)
+
+    monkeypatch.setattr("app.control.replay.run_task", noted)
     bench, want = scene(tmp_path)
-    found = asyncio.run(replay(bench, want, "2", SETTINGS, 0, [], 0.0))
+    found = asyncio.run(replay(bench, want, "2", SETTINGS, 0, [], 0.0, others))
     assert found.findings == ("not_possible",) and ("no attribute 'slow'" in found.why or "torch is not installed" in found.why)
+    assert [limits.nice for limits in asked_with] == [nice]

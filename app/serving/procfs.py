@@ -1,4 +1,4 @@
-"""What /proc tells about a runner: CPU time, state, memory. Cheap reads of single files; a process that is gone reads as None.
+"""What /proc tells about runners and tasks: CPU time, state, memory, who is below whom. Cheap reads; a process that is gone reads as None.
 
 It judges nothing.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -42,6 +43,32 @@ def facts(pid: int, tid: int = 0) -> ThreadFacts | None:
         return None
     fields = text[text.rindex(b")") + 2 :].split()
     return ThreadFacts(fields[0].decode(), (int(fields[11]) + int(fields[12])) / _TICK)
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` and all processes below it, as far as the kernel tells (proc(5): children)."""
+    found = [pid]
+    for one in found:
+        with contextlib.suppress(OSError):
+            for tid in os.listdir(f"/proc/{one}/task"):
+                found += map(int, (_read(f"/proc/{one}/task/{tid}/children") or b"").split())
+    return found
+
+
+class OwnCpu:
+    """CPU seconds of this process and of all that it started: runners, tasks, fresh runners. It only grows, also where some of them end."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+        self._total_s = 0.0
+
+    def read(self, runners: Iterable[int] = ()) -> float:
+        """For polls, off the event loop; what ended since the reading before is counted up to that one. `runners` are counted in any case."""
+        pids = {*descendants(os.getpid()), *runners}
+        now = {pid: found.cpu_s for pid in pids if (found := facts(pid)) is not None}
+        self._total_s += sum(max(0.0, cpu_s - self._seen.get(pid, 0.0)) for pid, cpu_s in now.items())
+        self._seen = now
+        return self._total_s
 
 
 def states(pid: int) -> str:

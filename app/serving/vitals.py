@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import resource
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from app.catalog.reservoir import by_form
 from app.catalog.tensors import all_finite, to_tensor
 from app.domain import OWN, InferenceRequest, ModelView, RuntimeSettings, Tensor
 from app.errors import HoneError, NotReady
+from app.serving import procfs
 from app.serving.engine import Engine
 from app.serving.loader import Loader
 from app.serving.mirror import EVERY_S, Compared
@@ -79,6 +79,7 @@ class Vitals:
         self.window = window
         self._since: dict[str, tuple[tuple[str, int], float]] = {}
         self._spent = Spent()
+        self._own_cpu = procfs.OwnCpu()
         self._following = asyncio.Lock()
 
     # ---- seeing
@@ -97,14 +98,9 @@ class Vitals:
         return slot.mirror.drift if slot is not None and slot.mirror is not None else None
 
     def own_cpu(self) -> Callable[[], float]:
-        """What reads the CPU seconds that this process and all its present runners have used: made on the loop, called in a thread."""
-        engines = [engine for _, _, _, engine in self._service.engines()]
-
-        def read() -> float:
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            return usage.ru_utime + usage.ru_stime + sum(engine.cpu_seconds() for engine in engines)
-
-        return read
+        """What reads the CPU seconds that this process and all that it started have used: made on the loop, called in a thread."""
+        runners = [engine.pid for _, _, _, engine in self._service.engines() if engine.pid]
+        return lambda: self._own_cpu.read(runners)
 
     @property
     def idle(self) -> bool:
