@@ -103,12 +103,13 @@ def _hierarchy() -> Path:
 
 
 def _place_of(pid: int, top: Path) -> Path:
-    """The group of `pid` in the hierarchy that is mounted at `top`."""
+    """The group of `pid` in the hierarchy that is mounted at `top`; `top` itself where that group lies outside of what is mounted."""
     unified = (top / "cgroup.controllers").exists()
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers if unified else "cpu" in controllers.split(","):
-            return top / path.lstrip("/")
+            place = top / path.lstrip("/")
+            return place if place.is_dir() else top
     return top
 
 
