@@ -63,6 +63,13 @@ class Scene:
             "the loop did not come to rest under the traffic that the scene needs",
         )
 
+    def need_a_third_of_a_core(self) -> None:
+        """Traffic that takes so much, learned as normal, and a promise that it keeps."""
+        self.traffic.raise_to(rate=min(400.0, 0.33 / self.row_cost_s()), rows=1, callers=16)
+        self.say(f"{self.traffic.rate:.0f} requests a second from now on")
+        time.sleep(16.0)
+        self.promise(2.5)
+
     def model(self) -> JSON:
         return dict(self.client.model(self.name))
 
@@ -126,10 +133,7 @@ def load(scene: Scene) -> Iterator[None]:
 def host(scene: Scene) -> Iterator[None]:
     """Neighbours that want all cores, four for each, beside traffic that needs a third of one."""
     cores = len(os.sched_getaffinity(0))
-    scene.traffic.raise_to(rate=min(400.0, 0.33 / scene.row_cost_s()), rows=1, callers=16)
-    scene.say(f"{scene.traffic.rate:.0f} requests a second from now on")
-    time.sleep(16.0)
-    scene.promise(2.5)
+    scene.need_a_third_of_a_core()
     count = 4 * cores
     scene.begin()
     neighbours = [busy() for _ in range(count)]
@@ -145,10 +149,7 @@ def host(scene: Scene) -> Iterator[None]:
 @contextmanager
 def quota(scene: Scene) -> Iterator[None]:
     """The server is held to less of the cores than it needs, as by a container's CPU limit."""
-    scene.traffic.raise_to(rate=min(400.0, 0.33 / scene.row_cost_s()), rows=1, callers=16)
-    scene.say(f"{scene.traffic.rate:.0f} requests a second from now on")
-    time.sleep(16.0)
-    scene.promise(2.5)
+    scene.need_a_third_of_a_core()
     server = ancestor_with(scene.runner(), "serve")
     cores = round(0.7 * scene.cores_used(server), 2)
     scene.begin()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from app.serving.procfs import descendants
 from optimizers.host import cpu_budget, host_class
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
@@ -36,20 +37,10 @@ def process_seconds(pid: int, with_ended: bool = False) -> float:
     return sum(int(field) for field in fields[11 : 15 if with_ended else 13]) / _TICKS
 
 
-def tree_of(pid: int) -> list[int]:
-    """The process and everything below it."""
-    found = [pid]
-    with contextlib.suppress(OSError):  # it ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += tree_of(int(child))
-    return found
-
-
 def cpu_of_tree(pid: int) -> float:
     """CPU seconds of a process and of all below it that live; those that end meanwhile are left out."""
     total = 0.0
-    for each in tree_of(pid):
+    for each in descendants(pid):
         with contextlib.suppress(OSError):
             total += process_seconds(each)
     return total
@@ -114,7 +105,7 @@ def _own_seconds() -> float:
     """CPU seconds of this process, of its children that live, and of those that ended."""
     times = os.times()
     total = times.user + times.system + times.children_user + times.children_system
-    for pid in tree_of(os.getpid())[1:]:
+    for pid in descendants(os.getpid())[1:]:
         try:
             total += process_seconds(pid, with_ended=True)
         except OSError:

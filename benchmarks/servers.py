@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from benchmarks.machine import cpu_of_tree, tree_of
+from app.serving.procfs import descendants
+from benchmarks.machine import cpu_of_tree
 
 HOST: Final = "127.0.0.1"
 
@@ -117,7 +118,7 @@ class Hone(ServerUnderTest):
 
     def runners(self) -> list[int]:
         """Pids of the runner processes (children of the fork server)."""
-        return [pid for pid in tree_of(self.pid) if _comm(pid) == "hone-runner"]
+        return [pid for pid in descendants(self.pid) if _comm(pid) == "hone-runner"]
 
 
 class HoneWorker(ServerUnderTest):

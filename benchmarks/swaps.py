@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from app.serving.procfs import descendants
 from benchmarks import models, openloop, wrk
-from benchmarks.machine import Quiet, open_files, rollup_bytes, status_bytes, tree_of
+from benchmarks.machine import Quiet, open_files, rollup_bytes, status_bytes
 from benchmarks.models import BenchModel, binary_body
 from benchmarks.servers import HOST, Hone
 
@@ -40,7 +41,7 @@ class Level:
 
 
 def level(hone: Hone) -> Level:
-    pids = tree_of(hone.pid)
+    pids = descendants(hone.pid)
     pss = sum(rollup_bytes(pid, "Pss") for pid in pids)
     return Level(status_bytes(hone.pid) / 2**20, pss / 2**20, open_files(hone.pid), len(pids))
 

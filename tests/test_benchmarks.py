@@ -16,11 +16,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from app.serving.procfs import descendants
 from benchmarks import diagnosis, models, noise, openloop, report, serving, slower, swaps, wrk
 from benchmarks.bad_candidates import KINDS, Kind, marked, spoil
 from benchmarks.kept import Kept, head
 from benchmarks.limit import Layout, Limit, many_layouts, single_layouts
-from benchmarks.machine import Quiet, description, status_bytes, tree_of
+from benchmarks.machine import Quiet, description, status_bytes
 from benchmarks.models import DEMO
 
 REQUEST = b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 2\r\n\r\nhi"
@@ -266,7 +267,7 @@ def test_this_process_is_seen() -> None:
         pass
     shares = quiet.report()
     assert 0 <= shares["others"] <= shares["busy"] <= 1
-    assert status_bytes(tree_of(threading.get_native_id())[0]) > 1 << 20
+    assert status_bytes(descendants(threading.get_native_id())[0]) > 1 << 20
 
 
 @pytest.mark.needs("wrk")
