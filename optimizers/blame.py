@@ -360,7 +360,10 @@ class _Replay:
         if sum(2 * (1 if each > SLOW_S else 3) * each for each in call_s) * LEAST_ROUNDS > left:
             raise _TooSlow(f"a call takes {max(call_s):.1f} s now, too long for {LEAST_ROUNDS} rounds in the {left:.0f} s that are left")
         tick = lambda: self._budget.tick(_METHOD, "replay", min(1.0, (time.monotonic() - self._started) / self._request.seconds))
-        return compare(first, other, feeds, self._rows, other_feeds=others, seconds=left * share, decided=decided, most=most, tick=tick)
+        within = left * share
+        return compare(
+            first, other, feeds, self._rows, other_feeds=others, seconds=within, longest=left, decided=decided, most=most, tick=tick
+        )
 
     def _arm(self, stack: ExitStack, path: str, source: TorchSource | None) -> Arm:
         """One that opens nothing yet."""

@@ -304,12 +304,14 @@ def compare(
     *,
     other_feeds: Feeds | Sequence[Feeds] | None = None,
     seconds: float = 20.0,
+    longest: float | None = None,
     decided: Callable[[Interval], bool] = narrow,
     most: int = LOOKS[-1],
     tick: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Time both arms on the same inputs in ABBA, BAAB, … order, both on one core, until `decided` by the CPU ratio or out of time.
+    """Time both arms on the same inputs in ABBA, BAAB, … order, both on one core, until `decided` by the CPU ratio or after `seconds`.
 
+    Where those gave too few rounds for an interval it goes on until there are enough, for `longest` seconds at most (None: twice `seconds`).
     Each round gives one log ratio, from which a linear drift has cancelled; the ratio is their Hodges–Lehmann estimate.
     The first call of each turn is not counted (unless calls are slow): it fetches the weights back into the cache that the other arm has used.
     Of several inputs each round takes the next, `most` rounds at most. With `other_feeds` the sides differ in their inputs, and both may be the
@@ -331,7 +333,8 @@ def compare(
             turns[which].append((trimmed_mean(piece.cpu_s), trimmed_mean(piece.wall_s)))
         logs.append(_log_ratios(turns))
         tick()
-        late = time.monotonic() - began > seconds
+        spent = time.monotonic() - began
+        late = spent > seconds and (rounds >= LEAST_ROUNDS or spent > (2 * seconds if longest is None else longest))
         if late or (rounds in LOOKS and decided(_ratio(logs, 0))):
             break
     elapsed = time.monotonic() - began

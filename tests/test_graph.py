@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from onnx import ModelProto
 
 from optimizers import Artifact, Budget, NotApplicable, Samples, graph_levels, optimize
 from optimizers.graph import GraphConfig, Level
-from optimizers.graph_levels import Variant, no_gain, told
+from optimizers.graph_levels import Variant, fastest, no_gain, told
 from optimizers.inspect import Request, inspect
 from optimizers.int8 import Int8StaticConfig
 from optimizers.onnx_file import SERVE_AT
@@ -96,8 +97,8 @@ def test_auto_takes_the_fastest_where_the_parent_is_served_slowly(tmp_path: Path
     parent = Artifact(path, extra={"settings": {"graph_level": "none"}})
     artifact = optimize(parent, GraphConfig(), NOTHING, Budget(scratch=str(tmp_path / "scratch")))
     measured = artifact.facts[-1]["measured"]
-    assert artifact.facts[-1]["level"] == min(measured, key=lambda name: measured[name]["estimate"]) != "basic"
-    assert measured[artifact.facts[-1]["level"]]["high"] < 0.98
+    proven = [name for name, ratio in measured.items() if (ratio["high"] or 1.0) < 0.98]  # one may end without bounds on a busy host
+    assert artifact.facts[-1]["level"] == min(proven, key=lambda name: measured[name]["estimate"])
 
 
 def test_a_graph_that_cannot_be_optimized_further_says_so(tmp_path: Path) -> None:
@@ -155,7 +156,12 @@ def test_a_model_that_takes_no_input_we_can_make_up_says_so(tmp_path: Path) -> N
 def test_the_small_mlp_is_reported_level_by_level() -> None:
     timed = [Variant("basic", Path("b"), 0.0, {}, Interval(1.5, 1.4, 1.6)), Variant("all", Path("a"), 0.0, {}, Interval(0.7, 0.6, 0.8))]
     assert told(timed) == "basic 1.50 (1.40 to 1.60), all 0.70 (0.60 to 0.80)" and no_gain(timed) == "no gain"
-    assert "too busy" in no_gain([*timed, Variant("fused", Path("f"), 0.0, {}, Interval(0.5, 0.0, float("inf")))])
+    assert "too busy" in no_gain([*timed, Variant("fused", Path("f"), 0.0, {}, Interval(0.5, 0.0, inf))])
+    loud = [
+        Variant("extended", Path("e"), 0.0, {}, Interval(0.96, 0.94, 0.97)),
+        Variant("all", Path("a"), 0.0, {}, Interval(0.5, 0.0, inf)),
+    ]
+    assert fastest(loud, 0.02).name == "extended" and fastest(loud, 0.1).name == "all" and not loud[1].gains(0.02)
     assert GraphConfig(level="all") == GraphConfig("all", True, 0.02) and mlp().graph.node
     with pytest.raises(ValueError, match="level must be one of"):
         GraphConfig(level="most")  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import pytest
 
 from optimizers.gain import Goal, speed
 from optimizers.layouts import for_others, low_load, throughput
-from optimizers.measure import Arm, ArmFailed, Quietness, compare, quietest_core, quietness
+from optimizers.measure import LEAST_ROUNDS, Arm, ArmFailed, Quietness, compare, quietest_core, quietness
 from optimizers.session import Feeds, Settings, to_bfloat16
 from tests.judged_models import deep, save, value
 
@@ -56,6 +56,15 @@ def test_an_equal_file_makes_no_difference_and_a_deeper_one_is_slower(models: tu
     assert equal.cpu.low <= 1.06 and equal.cpu.high >= 0.94, equal
     assert 0.85 < equal.cpu.estimate < 1.15, equal
     assert regressed.cpu.low > 1.5, regressed
+
+
+def test_too_few_rounds_for_an_interval_are_made_up_for(models: tuple[Path, Path]) -> None:
+    """On a machine that stalled, time is over after a few rounds, which say nothing about either side."""
+    with Arm(models[0], Settings()) as first, Arm(models[1], Settings()) as other:
+        enough = compare(first, other, rows(16), 16, seconds=0.01, longest=60)
+        given_up = compare(first, other, rows(16), 16, seconds=0.01)
+    assert enough.rounds == LEAST_ROUNDS and 0 < enough.cpu.low <= enough.cpu.high < math.inf
+    assert given_up.rounds < LEAST_ROUNDS and given_up.cpu.high == math.inf
 
 
 def test_under_busy_neighbours_wall_time_lies_and_cpu_time_does_not(models: tuple[Path, Path]) -> None:

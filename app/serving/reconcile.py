@@ -336,7 +336,7 @@ class ModelReconciler:
     def _failed(self, want: ModelState, version: str, identity: object, error: HoneError) -> None:
         reason = self.slot.failed[version] = self._told(str(error))
         if self.slot.active is None:
-            self.slot.reason = f"version {version} does not load: {reason}"
+            self.slot.reason = self._unserved or f"version {version} does not load: {reason}"
         count = self._backoff.failed(version, identity, want.generation.n)
         self._metrics.count("hone_swaps", self.slot.name, "failed")
         log.warning("model %s: version %s does not load (%d): %s", self.slot.name, version, count, error)
