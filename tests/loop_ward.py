@@ -85,9 +85,10 @@ class Ward:
         self.journal.append(deployed("m", golden, sha256))
         self.serves(golden)
 
-    def answers(self, version: str, count: int = 40, nan: int = 0) -> None:
+    def answers(self, version: str, count: int = 40, nan: int = 0, late: int = 0) -> None:
+        """Each after 10 ms, those that are `late` after 100."""
         for number in range(count):
-            self.window.observe(Observation("m", version, 200, 0.01, 0.0, 0.001, 0.005, 0.0, 1, 1, 0.001, 0.0))
+            self.window.observe(Observation("m", version, 200, 0.1 if number < late else 0.01, 0.0, 0.001, 0.005, 0.0, 1, 1, 0.001, 0.0))
             if number < nan:
                 self.window.answered_non_finite("m", version)
 

@@ -12,10 +12,10 @@ from typing import Any, Final
 import pytest
 
 from app.catalog.cards import Cards
-from app.catalog.model_config import ModelConfig
+from app.catalog.model_config import ModelConfig, Objective
 from app.catalog.state_folder import StateFolder
 from app.control.diagnosis import Cause, Diagnosis
-from app.control.patient import Looks, Patient
+from app.control.patient import Incident, Looks, Patient
 from app.control.suspicion import Kind, Suspicion
 from app.domain import Event, ModelState, ModelView, Observation
 from app.store.open import open_journal
@@ -157,6 +157,27 @@ async def test_a_rollback_is_verified_once_the_version_before_answers_well(ward:
         await ward.tick()
     [verified] = ward.told("recovery.verified")
     assert verified.data["cause"] == "version" and "after the repair" in verified.data["summary"]
+
+
+async def test_slowness_is_over_when_the_promise_is_kept_and_not_when_it_is_no_longer_clearly_broken(ward: Ward) -> None:
+    """One answer in twenty may be late, and the next look begins at two."""
+    ward.plane.kept = ModelConfig(objective=Objective(p95_ms=20))
+    await ward.tick()
+    felt = Suspicion(Kind.LATENCY, "p95 100 ms > 20 ms")
+    host = Diagnosis(Cause.HOST, 0.9, "its threads wait for a core", {})
+    ward.patient.incident = Incident(time.monotonic(), [felt], host, seen_at={Kind.LATENCY: time.monotonic()})
+
+    async def blocks(late: int) -> None:
+        for _ in range(4):
+            ward.answers("1", late=late)
+            ward.now += 5.0
+            await ward.tick()
+
+    await blocks(late=3)
+    assert ward.patient.incident is not None and not ward.told("recovery.verified")
+    await blocks(late=1)
+    [verified] = ward.told("recovery.verified")
+    assert "p95 10 ms" in verified.data["summary"]
 
 
 async def test_what_a_person_did_about_it_is_not_told_as_the_loops_repair(ward: Ward) -> None:

@@ -21,7 +21,7 @@ from app.control.diagnosis import Cause
 from app.control.expected import expected, harm_of, rank_of
 from app.control.experiments import Experiments
 from app.control.glance import glance, notice_shapes
-from app.control.normal import LEAST_CALLS, learned, with_news
+from app.control.normal import learned, with_news
 from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
 from app.control.planner import Action, in_brackets, plan, wait_after
 from app.control.remedies import Remedies
@@ -225,19 +225,19 @@ class Loop:
             patient.seen_until = max(patient.seen_until, blocks[-1].ended)
         if on_trial:
             found = [one for one in found if faulty([one])]  # the incumbent's faults do not wait for a canary's end
+        incident = patient.incident
         if not found:
             if fresh and not view.rung and not on_trial:
                 patient.normal = with_news(learned(patient.normal, blocks[-1], view.memory_bytes), blocks[-1])
                 notice_shapes(patient, blocks[-1])  # an open block of little traffic has too few rows to tell
-            told = fresh and not blocks[-1].disturbed and blocks[-1].requests >= LEAST_CALLS
-            await self._calm(view, patient, told)
+            well = fresh and incident is not None and incident.well_in(blocks[-1], config.objective.promises)
+            await self._calm(view, patient, well)
             return
         patient.calm = 0
-        if patient.incident is not None:
-            patient.incident.see(found, monotonic())
+        if incident is not None:
+            incident.see(found, monotonic())
         if view.rung and all(one.kind in (Kind.LATENCY, Kind.REFUSALS, Kind.COST) for one in found):
             return  # stepped down for load: no blame until it is back
-        incident = patient.incident
         news = incident is not None and _news(found, incident)
         if incident is not None and incident.acted_at and self._acting(view, incident) and (not news or incident.explains(found)):
             if news:  # it is felt by now: to look again would only hold up what is under way
@@ -257,12 +257,12 @@ class Loop:
         )
         return open_job or monotonic() - incident.acted_at < (SETTLE_BLOCKS + 1) * self._window.block_s
 
-    async def _calm(self, view: ModelView, patient: Patient, told: bool) -> None:
-        """Nothing is suspected; after some blocks in a row with enough answers in them an incident is over. Without answers none is well again."""
+    async def _calm(self, view: ModelView, patient: Patient, well: bool) -> None:
+        """Nothing is suspected; after some blocks that tell that all is well an incident is over. Without answers none is well again."""
         incident = patient.incident
         if incident is None or incident.looking:
             return
-        patient.calm += told
+        patient.calm += well
         if incident.acted_at and self._acting(view, incident):
             return
         if patient.calm < SETTLE_BLOCKS:

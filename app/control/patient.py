@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from app.catalog.model_config import Promise
 from app.control.diagnosis import SLOW, Cause, Diagnosis
 from app.control.normal import LEAST_CALLS, Normal
 from app.control.planner import Remedy
 from app.control.suspicion import Kind, Suspicion
+from app.telemetry.window import Block
 
 SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""
@@ -79,6 +81,12 @@ class Incident:
     def explains(self, found: Sequence[Suspicion]) -> bool:
         """Whether all of it is the slowness that was blamed, by experiment, before anybody had felt it."""
         return self.diagnosis is not None and self.diagnosis.explains_slowness and all(one.kind in {*SLOW, Kind.EVENT} for one in found)
+
+    def well_in(self, block: Block, promises: Sequence[Promise]) -> bool:
+        """Whether a block in which nothing is suspected tells that all is well. Slowness is over when promises are kept, not when they are no longer
+        clearly broken."""
+        kept = Kind.LATENCY not in self.seen_at or all(block.total.share_above(one.threshold_s) <= 1 - one.share for one in promises)
+        return kept and not block.disturbed and block.requests >= LEAST_CALLS
 
     @property
     def suspected_at(self) -> float:
