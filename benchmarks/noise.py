@@ -1,4 +1,4 @@
-"""`python -m benchmarks.noise [--minutes N] [--kept FILE] [--docs]`: a healthy server on a noisy machine, for hours; whom it blames, what it changes.
+"""`python -m benchmarks.noise [--minutes N] [--servers N] [--kept FILE] [--docs]`: a healthy server on a noisy machine, for hours; whom it blames, what it changes.
 
 `hone serve` and `hone worker` with the loop on; real digits by an open loop, and a second model whose weights do not fit the cache. Neighbours
 (real processes) and the load change each minute, nothing is ever wrong with a model. So each blame on a version, a process, inputs or
@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +31,8 @@ DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop-detection.md"
 BESIDE: Final = (NONE, "cpu1", "cpu2", "cpu4", "mem2", "burst2")
 PHASE_S: Final = 60.0
 STEADY, RAMP = "steady", "ramp"
+LEARNT_S: Final = 30.0
+"""What is normal is learned of quiet blocks, before the first minute."""
 PEAK: Final = 400.0
 """Requests a second at the top of a ramp: half of what the demo's model can answer on two cores, more than is left beside neighbours."""
 LARGE: Final = "large"
@@ -43,12 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.noise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=480.0, help="how long, beside what is kept already (480)")
-    parser.add_argument("--kept", type=Path, metavar="FILE", help="keep each minute here as a line of JSON; the table counts all of them")
+    parser.add_argument("--servers", type=int, default=1, metavar="N", help="so many at the same time, each beside the others (1)")
+    parser.add_argument(
+        "--kept", type=Path, metavar="FILE", help="keep each server's minute here as a line of JSON; the table counts all of them"
+    )
     parser.add_argument("--docs", action="store_true", help="write the table into docs/loop-detection.md")
     arguments = parser.parse_args(argv)
     kept = Kept(arguments.kept)
-    with tempfile.TemporaryDirectory(prefix="hone-noise-") as folder:
-        for phase in _phases(Path(folder), arguments.minutes * 60, len(kept.of("minute"))):
+    with tempfile.TemporaryDirectory(prefix="hone-noise-") as name, ExitStack() as stack:
+        servers = [stack.enter_context(_served(Path(name) / str(number))) for number in range(arguments.servers)]
+        time.sleep(LEARNT_S)
+        for phase in _phases(servers, arguments.minutes * 60, len(kept.of("minute"))):
             print(kept.add("minute", phase), flush=True)
     minutes = kept.of("minute")
     text = told(minutes)
@@ -58,8 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if any(phase["changes"] or set(phase["blamed"]) & set(FALSE) for phase in minutes) else 0
 
 
-def _phases(folder: Path, seconds: float, number: int) -> Any:
-    """What the timeline says of each minute; they go on where those that are kept ended."""
+@dataclass
+class _Server:
+    """A running server, what is asked of it, and what was read of its timeline."""
+
+    hone: Hone
+    digits: Traffic
+    rows: Traffic
+    newest: int = 0
+    sent: int = 0
+    failed: int = 0
+
+    def news(self) -> dict[str, Any]:
+        """What was told, sent and failed since it was asked last."""
+        events = self.hone.admin("GET", f"/timeline?after={self.newest}&limit=1000")["events"]
+        self.newest = events[-1]["seq"] if events else self.newest
+        sent, failed = self.digits.sent + self.rows.sent, self.digits.failed + self.rows.failed
+        before, self.sent, self.failed = (self.sent, self.failed), sent, failed
+        return {**counted(events), "sent": sent - before[0], "failed": failed - before[1]}
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[_Server]:
     repository, state = folder / "repository", folder / "state"
     demo = models.demo(repository)
     large = models.heavy(repository, LARGE, LARGE_MB)
@@ -74,31 +103,33 @@ def _phases(folder: Path, seconds: float, number: int) -> Any:
         for model in (demo, large):
             hone.wait_ready(model.name)
         hone.settle(2)
-        time.sleep(30.0)  # what is normal is learned of quiet blocks
-        ended = time.monotonic() + seconds
-        newest = hone.admin("GET", "/timeline?limit=1")["events"][-1]["seq"]
-        while time.monotonic() < ended:
-            beside, load = list(itertools.product(BESIDE, (STEADY, RAMP)))[number % (2 * len(BESIDE))]
-            sent, failed = digits.sent + rows.sent, digits.failed + rows.failed
-            with neighbours(beside):
-                _drive(digits, load)
-            events = hone.admin("GET", f"/timeline?after={newest}&limit=1000")["events"]
-            newest = events[-1]["seq"] if events else newest
-            yield {
-                "beside": beside, "load": load, "seconds": PHASE_S, **counted(events),
-                "sent": digits.sent + rows.sent - sent, "failed": digits.failed + rows.failed - failed,
-            }  # fmt: skip
-            number += 1
+        yield _Server(hone, digits, rows)
 
 
-def _drive(traffic: Traffic, load: str) -> None:
-    """One phase: as ever, or up to the peak and down again."""
+def _phases(servers: Sequence[_Server], seconds: float, number: int) -> Iterator[dict[str, Any]]:
+    """What the timeline of each server says of each minute; they go on where those that are kept ended."""
+    for server in servers:
+        server.news()  # starts, deploys and what was sent before
+    ended = time.monotonic() + seconds
+    while time.monotonic() < ended:
+        beside, load = list(itertools.product(BESIDE, (STEADY, RAMP)))[number % (2 * len(BESIDE))]
+        with neighbours(beside):
+            _drive([server.digits for server in servers], load)
+        for server in servers:
+            yield {"beside": beside, "load": load, "servers": len(servers), "seconds": PHASE_S, **server.news()}
+        number += 1
+
+
+def _drive(traffics: Sequence[Traffic], load: str) -> None:
+    """One phase: as ever, or up to the peak, which several servers share, and down again."""
     began = time.monotonic()
     while (at := (time.monotonic() - began) / PHASE_S) < 1.0:
         if load == RAMP:
-            traffic.raise_to(RATE + (PEAK - RATE) * (1 - abs(2 * at - 1)), traffic.rows, traffic.callers)
+            for traffic in traffics:
+                traffic.raise_to(RATE + (PEAK / len(traffics) - RATE) * (1 - abs(2 * at - 1)), traffic.rows, traffic.callers)
         time.sleep(1.0)
-    traffic.raise_to(RATE, traffic.rows, traffic.callers)
+    for traffic in traffics:
+        traffic.raise_to(RATE, traffic.rows, traffic.callers)
 
 
 def counted(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -116,13 +147,26 @@ def counted(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def told(kept: Sequence[Mapping[str, Any]]) -> str:
     """The table, as Markdown."""
     rows: list[list[object]] = []
-    for key in dict.fromkeys((phase["beside"], phase["load"]) for phase in kept):
-        of = [phase for phase in kept if (phase["beside"], phase["load"]) == key]
+    for key in dict.fromkeys(map(_setting, kept)):
+        of = [phase for phase in kept if _setting(phase) == key]
         rows.append([*key, f"{sum(phase['seconds'] for phase in of) / 60:.0f}", *_sums(of)])
-    rows.append(["all", "", f"{sum(phase['seconds'] for phase in kept) / 60:.0f}", *_sums(kept)])
-    columns = ["beside", "load", "minutes", "suspicions", "blamed on", "false blames", "false changes", "failed requests"]
-    minutes = sum(phase["seconds"] for phase in kept) / 60
-    return f"{head(kept, f'python -m benchmarks.noise --minutes {minutes:g}')}\n\n{report.table(columns, rows)}"
+    rows.append(["all", "", "", f"{sum(phase['seconds'] for phase in kept) / 60:.0f}", *_sums(kept)])
+    columns = [
+        "servers",
+        "beside",
+        "load",
+        "minutes of a server",
+        "suspicions",
+        "blamed on",
+        "false blames",
+        "false changes",
+        "failed requests",
+    ]
+    return f"{head(kept, 'python -m benchmarks.noise --kept benchmarks/results/noise.jsonl')}\n\n{report.table(columns, rows)}"
+
+
+def _setting(phase: Mapping[str, Any]) -> tuple[int, str, str]:
+    return phase.get("servers", 1), phase["beside"], phase["load"]
 
 
 def _sums(phases: Sequence[Mapping[str, Any]]) -> list[object]:
