@@ -20,6 +20,7 @@ from multiprocessing.reduction import recv_handle
 from pathlib import Path
 from typing import Any, Final
 
+from optimizers.instructions import Counter
 from optimizers.session import TYPES, Feeds, Settings, TensorInfo, call, from_bfloat16, has_bfloat16, open_session, runnable, tensors
 from optimizers.torch_module import TorchMissing, TorchModule, TorchSource, import_torch
 
@@ -40,6 +41,7 @@ class Slice:
     """A few calls in a row. Seconds per call; `cpu_s` is the calling thread's with one thread, else the process's.
 
     `ran_s` and `waited_s` are the kernel's account of the threads over the slice: on a core, and runnable but waiting for one.
+    `instructions` are the calling thread's, a number for each call; empty where they are not counted, or other threads help.
     """
 
     wall_s: tuple[float, ...]
@@ -47,6 +49,7 @@ class Slice:
     elapsed_s: float
     ran_s: float
     waited_s: float
+    instructions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,15 @@ class Worker:
     kept: dict[int, Feeds] = field(default_factory=dict)
     pool: tuple[int, ...] = ()
     """The threads that the session made to help the calling one."""
+    counter: Counter | None = None
+    """Of the instructions of the thread that opened the session."""
 
     def open(self, path: str, settings: Settings, source: TorchSource | None = None) -> Opened:
         before, started = _threads(), time.perf_counter()
         run, inputs, outputs = _onnx(path, settings) if source is None else _torch(path, settings, source)
         self.pool = tuple(sorted(_threads() - before))
         self.run, self.settings = run, settings
+        self.counter = self.counter or Counter.or_none()
         return Opened(inputs, outputs, time.perf_counter() - started)
 
     def pin(self, cpus: tuple[int, ...]) -> None:
@@ -100,19 +106,25 @@ class Worker:
         feeds = self.kept[key]
         for _ in range(warm):
             self._run(feeds)
-        clock = time.thread_time if self.settings.intra_op_threads == 1 else time.process_time
+        alone = self.settings.intra_op_threads == 1
+        clock = time.thread_time if alone else time.process_time
+        counted = self.counter.read if alone and self.counter is not None else lambda: None
         wall: list[float] = []
         cpu: list[float] = []
+        instructions: list[int] = []
         (ran, waited), begun = scheduling(), time.perf_counter()
         for _ in range(calls):
             if pause_s:
                 time.sleep(pause_s)
+            before = counted()
             wall_from, cpu_from = time.perf_counter(), clock()
             self._run(feeds)
             cpu.append(clock() - cpu_from)
             wall.append(time.perf_counter() - wall_from)
+            if before is not None and (after := counted()) is not None:
+                instructions.append(after - before)
         (ran_to, waited_to), ended = scheduling(), time.perf_counter()
-        return Slice(tuple(wall), tuple(cpu), ended - begun, ran_to - ran, waited_to - waited)
+        return Slice(tuple(wall), tuple(cpu), ended - begun, ran_to - ran, waited_to - waited, tuple(instructions))
 
     def saturate(self, key: int, seconds: float) -> Load:
         """All instances call back to back for `seconds`. Threads stay until the kernel's account of them was read."""

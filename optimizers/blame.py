@@ -1,7 +1,8 @@
 """What a version's cost comes from: its file in fresh processes, in turns with another file, and on recent inputs in turns with frozen ones.
 
-The task `blame`: a paired replay in CPU time of one quiet thread, on one core, in at most 30 s. A host that is busy moves both sides alike.
-It says whether the file or its inputs cost more than they should; the live process and the proof are its caller's to hold against it.
+The task `blame`: a paired replay in CPU time of one quiet thread (and its instructions, where they are counted), on one core, in at most 30 s.
+A host that is busy moves both sides alike. It says whether the file or its inputs cost more than they should; the live process and the proof are
+its caller's to hold against it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -19,24 +19,14 @@ import numpy as np
 
 from optimizers.answers import feeds_of
 from optimizers.base import Budget, Rejected
-from optimizers.measure import LEAST_ROUNDS, LOOKS, LOUD, SLOW_S, Arm, ArmFailed, Comparison, Quietness, Series, compare, interval_json
+from optimizers.blame_report import PLACEMENTS, BlameReport, Fresh, Outcome, Proven, Weighed, enough_placements
+from optimizers.measure import LEAST_ROUNDS, LOOKS, SLOW_S, Arm, ArmFailed, Comparison, Series, compare
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, trimmed_mean
 from optimizers.torch_module import TorchSource
 from optimizers.verdict import SampleSet
 
-PLACEMENTS: Final = 4
-"""So many times a file must be found slower, each time with its weights elsewhere in memory, before it is blamed.
-
-Where the weights happen to lie moves the cost of a session for as long as it lives: by 1 % where they fit the cache, by up to 25 % where they
-do not (48 MB beside 32 MB of L3; the same bytes on both sides). The session opened first tends to be the slower one, so sides take turns.
-"""
-CLEAR: Final = 1.5
-CLEAR_PLACEMENTS: Final = 2
-"""What lies this far above its limit no placement explains: seen in so many, it is enough."""
-PROOF_SPREAD: Final = 0.05
-"""How well a ratio of two different files is known from another time: beside other neighbours the same two gave 0.94 to 1.10 of it."""
 INPUTS: Final = 8
 """So many different inputs take turns on each side, where all of a side have one form."""
 VARIED_INPUTS: Final = 24
@@ -46,44 +36,6 @@ SPARE_S: Final = 2.0
 INPUT_LEAST_S: Final = 1.0
 """Where the file seems slower, inputs are weighed after it, if so much time is left: on a busy host it may do for one of the two."""
 _METHOD: Final = "blame"
-
-
-class Finding(StrEnum):
-    """What the replay shows. More than one may hold."""
-
-    VERSION_SLOWER = "version_slower"
-    INPUT_COSTLIER = "input_costlier"
-    AS_PROVEN = "as_proven"
-    INCONCLUSIVE = "inconclusive"
-    NOT_POSSIBLE = "not_possible"
-
-
-class Outcome(StrEnum):
-    """Where a ratio's interval lies to its limit."""
-
-    ABOVE = "above"
-    WITHIN = "within"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Proven:
-    """What the proof says: CPU time of live over other, and CPU seconds per row of each where they were recorded (0: not)."""
-
-    rows_ratio: Interval = Interval(1.0, 1.0, 1.0)
-    live_cpu_s: float = 0.0
-    other_cpu_s: float = 0.0
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any] | None) -> Self:
-        given = data or {}
-        ratio = given.get("rows_ratio")
-        known = ratio if isinstance(ratio, Mapping) else {} if ratio is None else {"estimate": ratio}
-        estimate = float(known.get("estimate") or 1.0)
-        spread = PROOF_SPREAD if known else 0.0
-        low, high = (float(known.get(name) or estimate) for name in ("low", "high"))
-        found = Interval(estimate, min(low, estimate * (1 - spread)), max(high, estimate * (1 + spread)))
-        return cls(found, *(float(given.get(name) or 0.0) for name in ("live_cpu_s", "other_cpu_s")))
 
 
 @dataclass(frozen=True)
@@ -123,126 +75,6 @@ class BlameRequest:
             return cls(**known)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Rejected(f"blame: {error}") from None
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """One comparison: a ratio of CPU times per row, what was expected of it, and the limit above which it is blamed."""
-
-    ratio: Interval
-    limit: float
-    rounds: int
-    quiet: Quietness
-    expected: float = 1.0
-
-    @property
-    def outcome(self) -> Outcome:
-        if not self.quiet.cpu_counts:
-            return Outcome.UNKNOWN
-        return Outcome.ABOVE if self.ratio.low > self.limit else Outcome.WITHIN if self.ratio.high <= self.limit else Outcome.UNKNOWN
-
-    @property
-    def clear(self) -> bool:
-        return self.outcome is Outcome.ABOVE and self.ratio.low > CLEAR * self.limit
-
-    @property
-    def over_expected(self) -> Interval:
-        return Interval(*(value / self.expected for value in (self.ratio.estimate, self.ratio.low, self.ratio.high)))
-
-    def __str__(self) -> str:
-        if not (math.isfinite(self.ratio.low) and math.isfinite(self.ratio.high)):
-            return f"{self.rounds} rounds in the time given, too few for an interval"
-        return f"× {self.ratio.estimate:.2f} [{self.ratio.low:.2f}, {self.ratio.high:.2f}], limit {self.limit:.2f}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ratio": interval_json(self.ratio), "expected": self.expected, "limit": self.limit, "outcome": self.outcome.value, "rounds": self.rounds,
-            "quiet": self.quiet.to_json(),
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """CPU seconds per row of a fresh session of the live file on the frozen samples."""
-
-    cpu_s_per_row: float
-    p10_s: float
-    p90_s: float
-    calls: int
-
-    @classmethod
-    def of(cls, series: Series, rows: int) -> Self:
-        p10, p90 = (float(v) / rows for v in np.quantile(series.cpu_s, [0.1, 0.9]))
-        return cls(trimmed_mean(series.cpu_s) / rows, p10, p90, len(series.cpu_s))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"cpu_s_per_row": self.cpu_s_per_row, "p10_s": self.p10_s, "p90_s": self.p90_s, "calls": self.calls}
-
-
-@dataclass(frozen=True)
-class BlameReport:
-    """`version`: live file over other file, again and again as long as it is above its limit; `input`: recent inputs over usual ones."""
-
-    version: tuple[Weighed, ...] = ()
-    input: Weighed | None = None
-    fresh: Fresh | None = None
-    proof: Proven = Proven()
-    usual: str = "frozen"
-    notes: tuple[str, ...] = field(default=())
-    impossible: str = ""
-    """Why the live file could not be held to the other."""
-    seconds: float = 0.0
-
-    @property
-    def weighed(self) -> tuple[Weighed, ...]:
-        return self.version if self.input is None else (*self.version, self.input)
-
-    @property
-    def findings(self) -> tuple[Finding, ...]:
-        found = []
-        if enough_placements(self.version) and all(one.outcome is Outcome.ABOVE for one in self.version):
-            found.append(Finding.VERSION_SLOWER)
-        if self.input is not None and self.input.outcome is Outcome.ABOVE:
-            found.append(Finding.INPUT_COSTLIER)
-        if found:
-            return tuple(found)
-        if self.impossible:
-            return (Finding.NOT_POSSIBLE,)
-        within = self.weighed and not self.notes and all(one.outcome is Outcome.WITHIN for one in self.weighed)
-        return (Finding.AS_PROVEN if within else Finding.INCONCLUSIVE,)
-
-    @property
-    def quiet(self) -> Quietness:
-        """The loudest that it was."""
-        found = [one.quiet for one in self.weighed]
-        return Quietness(max((q.waiting_ratio for q in found), default=0.0), max((q.steal_ratio for q in found), default=0.0))
-
-    @property
-    def text(self) -> str:
-        said = [f"its file against the other's, CPU time per row {', then '.join(map(str, self.version))}"] if self.version else []
-        said += [f"recent inputs against {self.usual} ones, CPU time per row {self.input}"] if self.input else []
-        if not self.quiet.cpu_counts:
-            said.append(
-                f"the host was too busy to measure: threads waited for a core {self.quiet.waiting_ratio:.0%} of the time (bound {LOUD:.0%})"
-            )
-        said += [self.impossible] if self.impossible else []
-        return f"{', '.join(self.findings)}: {'; '.join((*said, *self.notes))}"
-
-    def to_json(self) -> dict[str, Any]:
-        mildest = min(self.version, key=lambda one: one.ratio.estimate, default=None)
-        over = self.fresh.cpu_s_per_row / self.proof.live_cpu_s if self.fresh and self.proof.live_cpu_s else None
-        return {
-            "findings": [finding.value for finding in self.findings], "text": self.text, "impossible": self.impossible,
-            "version_over_proof": interval_json(mildest.over_expected) if mildest else None,
-            "input_ratio": interval_json(self.input.ratio) if self.input else None, "version": [one.to_json() for one in self.version], "input": self.input and self.input.to_json(), "usual": self.usual,
-            "fresh": self.fresh and self.fresh.to_json(), "fresh_over_proof": over,
-            "quiet": self.quiet.to_json(), "cpu_counts": self.quiet.cpu_counts, "seconds": self.seconds,
-        }  # fmt: skip
-
-
-def enough_placements(weighed: Sequence[Weighed]) -> bool:
-    """Whether a file that was found slower in each of them is to be blamed."""
-    return len(weighed) >= PLACEMENTS or (len(weighed) >= CLEAR_PLACEMENTS and all(one.clear for one in weighed))
 
 
 def run(request: dict[str, Any], budget: Budget) -> dict[str, Any]:
@@ -333,7 +165,7 @@ class _Replay:
         found = self._compare(other, live, self._reference, None, share, _told_from(limit))
         self._fresh = self._fresh or Fresh.of(found.other, self._rows)
         limit *= self._host_factor(found.first)
-        self._version.append(Weighed(found.cpu, limit, found.rounds, found.quiet, expected.estimate))
+        self._version.append(Weighed(found.cpu, limit, found.rounds, found.quiet, expected.estimate, found.instructions))
 
     def _host_factor(self, other: Series) -> float:
         """How much more than proven the other file costs now. Two files do not feel a changed host alike, so the limit grows with it."""
@@ -347,7 +179,7 @@ class _Replay:
         found = self._compare(live, live, self._usual, self._recent, share, _told_from(limit), most)
         if self._usual is self._reference:
             self._fresh = self._fresh or Fresh.of(found.first, self._rows)
-        self._input = Weighed(found.cpu, limit, found.rounds, found.quiet)
+        self._input = Weighed(found.cpu, limit, found.rounds, found.quiet, instructions=found.instructions, one_file=True)
 
     def _compare(
         self, first: Arm, other: Arm, feeds: list[Feeds], others: list[Feeds] | None, share: float, decided: Callable[[Interval], bool],

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from optimizers.cores import busy_s, stolen_s
 from optimizers.host import cpu_budget
-from optimizers.measure import LEAST_ROUNDS, LOOK_CONFIDENCE, QUIET, Arm, Quietness, busy_s, interval_json, quietness, stolen_s
+from optimizers.measure import LEAST_ROUNDS, LOOK_CONFIDENCE, QUIET, Arm, Quietness, interval_json, quietness
 from optimizers.session import Feeds
 from optimizers.stats import Interval, hodges_lehmann
 

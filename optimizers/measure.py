@@ -7,6 +7,7 @@ host only CPU time of one quiet thread compares models (shared facts, noise). It
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -26,6 +27,7 @@ from typing import IO, Any, Final, Self
 import numpy as np
 
 from optimizers.arm import Load, Opened, Slice, scheduling
+from optimizers.cores import quietest_core, stolen_s
 from optimizers.running import brief
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval, hodges_lehmann, trimmed_mean
@@ -268,7 +270,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The other arm relative to the first: ratios of time per call, below 1 where the other is faster."""
+    """The other arm relative to the first: ratios of time per call, below 1 where the other is faster.
+
+    `instructions` is the ratio of those retired, None where they are not counted: it knows neither neighbours nor placements.
+    """
 
     batch: int
     cpu: Interval
@@ -277,10 +282,12 @@ class Comparison:
     first: Series
     other: Series
     quiet: Quietness
+    instructions: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "batch": self.batch, "rounds": self.rounds, "cpu_ratio": interval_json(self.cpu), "wall_ratio": interval_json(self.wall),
+            "instructions_ratio": self.instructions and interval_json(self.instructions),
             "incumbent": self.first.to_json(), "candidate": self.other.to_json(), "quiet": self.quiet.to_json(),
         }  # fmt: skip
 
@@ -324,13 +331,14 @@ def compare(
         arm.pin(core)
     counts = [_calls_for(arm.time(kept[0], 3, 2), SLICE_S) for arm, kept in zip(arms, keys, strict=True)]
     began, stolen = time.monotonic(), stolen_s()
-    logs: list[tuple[float, float]] = []
+    logs: list[tuple[float, ...]] = []
     for rounds in range(1, most + 1):
-        turns: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+        turns: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
         for which in (0, 1, 1, 0) if rounds % 2 else (1, 0, 0, 1):
             piece = arms[which].time(keys[which][rounds % len(keys[which])], counts[which], 1 if counts[which] > 1 else 0)
             series[which].add(piece)
-            turns[which].append((trimmed_mean(piece.cpu_s), trimmed_mean(piece.wall_s)))
+            counted = trimmed_mean(piece.instructions) if piece.instructions else math.nan
+            turns[which].append((trimmed_mean(piece.cpu_s), trimmed_mean(piece.wall_s), counted))
         logs.append(_log_ratios(turns))
         tick()
         spent = time.monotonic() - began
@@ -339,7 +347,8 @@ def compare(
             break
     elapsed = time.monotonic() - began
     quiet = quietness(series[0].ran_s + series[1].ran_s, series[0].waited_s + series[1].waited_s, stolen_s() - stolen, elapsed)
-    return Comparison(batch, _ratio(logs, 0), _ratio(logs, 1), len(logs), series[0], series[1], quiet)
+    instructions = None if any(math.isnan(each[2]) for each in logs) else _ratio(logs, 2)
+    return Comparison(batch, _ratio(logs, 0), _ratio(logs, 1), len(logs), series[0], series[1], quiet, instructions)
 
 
 def _kept(arm: Arm, feeds: Feeds | Sequence[Feeds]) -> list[int]:
@@ -351,49 +360,16 @@ def quietness(ran_s: float, waited_s: float, stolen: float, elapsed_s: float) ->
     return Quietness(share, min(1.0, stolen / elapsed_s / max(1, os.cpu_count() or 1)) if elapsed_s > 0 else 0.0)
 
 
-def stolen_s() -> float:
-    """Seconds, over all cores, that the hypervisor gave to somebody else."""
-    fields = _proc_stat().get("cpu", [])
-    return fields[7] / os.sysconf("SC_CLK_TCK") if len(fields) > 7 else 0.0
-
-
-def busy_s() -> float | None:
-    """Seconds that this process's cores were in use since the start of the machine, by whomever; None where the kernel does not say."""
-    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    ticks = [sum(fields[:3]) + sum(fields[5:7]) for name, fields in _proc_stat().items() if name in cores]
-    return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
-
-
-def quietest_core(look_s: float = 0.05) -> int:
-    """The core of the affinity mask that idles most, by a short look."""
-    allowed = sorted(os.sched_getaffinity(0))
-    before = _proc_stat()
-    time.sleep(look_s)
-    after = _proc_stat()
-    return max(allowed, key=lambda core: _idle(after.get(f"cpu{core}")) - _idle(before.get(f"cpu{core}")))
-
-
 def _calls_for(piece: Slice, seconds: float) -> int:
     call_s = min(piece.cpu_s)
     return 1 if call_s > SLOW_S else max(2, min(1000, round(seconds / max(1e-6, call_s))))
 
 
-def _log_ratios(turns: tuple[list[tuple[float, float]], list[tuple[float, float]]]) -> tuple[float, float]:
-    """Mean log ratio of one round, of CPU and of wall time. A clock that did not move counts as a microsecond."""
+def _log_ratios(turns: tuple[list[tuple[float, ...]], list[tuple[float, ...]]]) -> tuple[float, ...]:
+    """Mean log ratios of one round: CPU time, wall time, instructions (NaN: not counted). A clock that did not move counts as a microsecond."""
     logs = np.log(np.maximum(np.asarray(turns), 1e-6)).mean(axis=1)
-    return float(logs[1][0] - logs[0][0]), float(logs[1][1] - logs[0][1])
+    return tuple(float(ratio) for ratio in logs[1] - logs[0])
 
 
-def _ratio(logs: Sequence[tuple[float, float]], which: int) -> Interval:
-    return hodges_lehmann([pair[which] for pair in logs], LOOK_CONFIDENCE).exp()
-
-
-def _idle(fields: list[int] | None) -> int:
-    return fields[3] + fields[4] if fields and len(fields) > 4 else 0
-
-
-def _proc_stat() -> dict[str, list[int]]:
-    with contextlib.suppress(OSError):
-        lines = (line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu"))
-        return {name: [int(value) for value in values] for name, *values in lines}
-    return {}
+def _ratio(logs: Sequence[tuple[float, ...]], which: int) -> Interval:
+    return hodges_lehmann([ratios[which] for ratios in logs], LOOK_CONFIDENCE).exp()

@@ -18,9 +18,10 @@ import numpy as np
 
 from optimizers.answers import feeds_of
 from optimizers.base import Budget, Rejected
+from optimizers.cores import busy_s
 from optimizers.host import cpu_budget, host_class
 from optimizers.layouts import low_load, throughput
-from optimizers.measure import QUIET, Arm, ArmFailed, busy_s, interval_json
+from optimizers.measure import QUIET, Arm, ArmFailed, interval_json
 from optimizers.samples import Samples
 from optimizers.session import Feeds, Settings
 from optimizers.stats import Interval

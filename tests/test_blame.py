@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from optimizers.base import Budget, Rejected
-from optimizers.blame import CLEAR_PLACEMENTS, PLACEMENTS, VARIED_INPUTS, BlameReport, BlameRequest, Proven, Weighed, _Replay, run
+from optimizers.blame import VARIED_INPUTS, BlameRequest, _Replay, run
+from optimizers.blame_report import CLEAR_PLACEMENTS, PLACEMENTS, BlameReport, Proven, Weighed
 from optimizers.measure import Quietness
 from optimizers.samples import Samples
 from optimizers.stats import Interval
@@ -148,6 +149,21 @@ def weighed(low: float, high: float, limit: float = 1.05, quiet: Quietness = QUI
 
 def findings(*version: Weighed, recent: Weighed | None = None, notes: tuple[str, ...] = ()) -> list[str]:
     return [one.value for one in BlameReport(version, recent, notes=notes).findings]
+
+
+def test_more_instructions_are_more_work_whatever_the_host_does() -> None:
+    """Of one file they decide about its inputs; of two files they only say that no placement in memory is the reason, and fewer of them say nothing."""
+    more, as_many = Interval(1.3, 1.29, 1.31), Interval(1.0, 1.0, 1.0)
+    loud = replace(weighed(0.5, 2.0, quiet=LOUD), instructions=more, one_file=True)
+    assert findings(recent=loud) == ["input_costlier"]
+    told = BlameReport(input=loud).to_json()
+    assert told["input_by"] == "instructions" and told["input_ratio"]["estimate"] == 1.3 and "too busy" not in told["text"]
+    assert findings(recent=replace(loud, instructions=as_many)) == findings(replace(loud, one_file=False)) == ["inconclusive"]
+    slower = weighed(1.1, 1.3)
+    assert findings(recent=replace(slower, instructions=as_many, one_file=True)) == ["input_costlier"]
+    assert BlameReport(input=replace(slower, instructions=more, one_file=True)).to_json()["input_by"] == "CPU time"
+    assert findings(*(replace(slower, instructions=more),) * CLEAR_PLACEMENTS) == ["version_slower"]
+    assert findings(*(replace(slower, instructions=as_many),) * CLEAR_PLACEMENTS) == ["inconclusive"]
 
 
 def test_findings_follow_from_intervals() -> None:

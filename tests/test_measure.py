@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optimizers.cores import quietest_core
 from optimizers.gain import Goal, speed
 from optimizers.layouts import for_others, low_load, throughput
-from optimizers.measure import LEAST_ROUNDS, Arm, ArmFailed, Quietness, compare, quietest_core, quietness
+from optimizers.measure import LEAST_ROUNDS, Arm, ArmFailed, Quietness, compare, quietness
 from optimizers.session import Feeds, Settings, to_bfloat16
 from tests.judged_models import deep, save, value
 

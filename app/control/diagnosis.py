@@ -253,7 +253,8 @@ def _by_replay(found: Findings) -> Diagnosis | None:
         text = f"its file takes {_ratio(replay.version)} × the CPU time that version {replay.held_to} and its proof lead to expect"
         return Diagnosis(Cause.VERSION, 0.95, text, numbers(found), ("host, load: both files took turns on one core in CPU time",))
     if "input_costlier" in replay.findings and replay.recent is not None:
-        text = f"the inputs that come now take {_ratio(replay.recent)} × the CPU time of {replay.usual} ones: the input changed"
+        unit = replay.report.get("input_by", "CPU time")
+        text = f"the inputs that come now take {_ratio(replay.recent)} × the {unit} of {replay.usual} ones: the input changed"
         return Diagnosis(Cause.INPUT, 0.9, text, numbers(found), ("version: the same file, on both inputs",))
     return None
 
