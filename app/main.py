@@ -104,6 +104,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     memory = settings.memory_bytes or memory_budget().available_bytes
     host = host_class()
     state = StateFolder(settings.state).prepare()
+    moved_from = state.moved_from(host.key)
     journal = open_journal(settings.journal)
     known = last_state.load(settings.state / "last-state.json")
     metrics = Metrics()
@@ -160,7 +161,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     keeper.may_lead = lambda: fleet.ready
     fleet.refused = lambda: keeper.refused or recorder.refused
     loop = Loop(
-        vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads
+        vitals, window, journal, commands, Bench(repository, state, cards), metrics, settings, host.key, cores, lambda: keeper.leads, moved_from
     )  # fmt: skip
     facts: JSON = {
         "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "server": place,
@@ -184,7 +185,10 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
         service, metrics, deployment, guard, ready, settings.metrics, settings.allow_file_parameters, settings.max_body_bytes
     )
     exporter = Exporter(metrics, service.loaded_keys)
-    recorder(Event("server.started", data={"host_class": host.key, "cores": cores, "replica": loader.replica, "server": place}))
+    started: JSON = {"host_class": host.key, "cores": cores, "replica": loader.replica, "server": place}
+    if moved_from:
+        started["summary"] = f"on another class of hosts, or with another runtime: {host.key}, {moved_from} before"
+    recorder(Event("server.started", data=started))
     poller = Poller(service, metrics)
     return Parts(
         settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(views, operations, deployment, guard, told.in_json),

@@ -61,13 +61,13 @@ class Store(Commands):
 class Ward:
     """A loop with one model."""
 
-    def __init__(self, journal: Journal, cards: Cards) -> None:
+    def __init__(self, journal: Journal, cards: Cards, moved_from: str = "") -> None:
         self.now, self.journal, self.plane, self.leads = 10_000.0, journal, Plane(), True
         self.window = Window(clock=lambda: self.now)
         self.commands = Store(journal, "here")
         bench: Any = type("Bench", (), {"cards": cards})()
         self.loop = Loop(
-            self.plane, self.window, journal, self.commands, bench, Metrics(), Settings(), "here", 2, lambda: self.leads  # type: ignore[arg-type]
+            self.plane, self.window, journal, self.commands, bench, Metrics(), Settings(), "here", 2, lambda: self.leads, moved_from  # type: ignore[arg-type]
         )  # fmt: skip
 
     @property

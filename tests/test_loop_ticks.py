@@ -75,6 +75,25 @@ async def test_a_second_bad_golden_is_rolled_back_though_the_first_is_not_forgot
     assert ward.state.desired == "1"
 
 
+async def test_a_start_on_another_class_of_hosts_is_an_event_that_is_looked_into(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cost and settings are proven for a class; a mere start changes neither."""
+    for moved_from, looks in (("x86_64-avx2-ort1.31.0-cpu", [[Kind.EVENT]]), ("", [])):
+        one = Ward(ward.journal, Cards(StateFolder(Path("unused"))), moved_from)
+        looked: list[list[Kind]] = []
+
+        async def blame(*given: Any, into: list[list[Kind]] = looked, **more: Any) -> Diagnosis:
+            into.append([suspicion.kind for suspicion in given[3]])
+            return Diagnosis(Cause.HOST, 0.9, "the host changed", {})
+
+        monkeypatch.setattr(one.loop._experiments, "blame", blame)
+        await one.tick()
+        one.answers("1")
+        await one.tick()
+        await one.tick()
+        assert looked == looks and one.patient.incident is None
+        assert one.patient.event == ("host class" if moved_from else "start")
+
+
 async def test_a_freeze_that_comes_while_it_looks_holds(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
     await ward.tick()
     look = ward.loop._experiments.blame

@@ -136,6 +136,21 @@ def test_a_wrong_model_yaml_at_a_start_is_told_as_that_and_mended(tmp_path: Path
         running.ready("m")
 
 
+def test_a_start_on_another_class_of_hosts_is_told(tmp_path: Path) -> None:
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    with server(tmp_path) as running:
+        running.ready("m")
+        [note] = tmp_path.rglob("host-class")
+        here = note.read_text()
+        for before, is_told in ((here, False), ("x86_64-avx2-ort1.0.0-cpu", True), ("../no class\n", False)):
+            note.write_text(before)
+            running.restart().ready("m")
+            events = running.admin("GET", "/admin/timeline?limit=1000")["events"]
+            summary = [event for event in events if event["kind"] == "server.started"][-1]["data"].get("summary", "")
+            assert (f"{here}, {before} before" in summary) == is_told, summary
+            assert note.read_text() == here
+
+
 def test_looks_without_a_remedy_are_not_shown_for_the_one_that_had_one() -> None:
     def look(first: int, action: str) -> list[Event]:
         return [Event("suspicion.raised", "m", seq=first), Event("plan.made", "m", seq=first + 1, data={"action": action})]

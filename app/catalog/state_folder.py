@@ -18,7 +18,7 @@ _HOST_CLASS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+,=-]{0,199}")
 
 @dataclass(frozen=True)
 class StateFolder:
-    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, checkpoints, journal.db, admin-token, last-state.json, at-work-*, unpacked."""
+    """STATE of the contract: models/NAME/{1,1.2,reference,captured}, staging, scratch, checkpoints, journal.db, admin-token, last-state.json, host-class, at-work-*, unpacked."""
 
     root: Path
 
@@ -41,6 +41,17 @@ class StateFolder:
             inner = [path for path in model.iterdir() if not path.name.startswith(durable.TEMPORARY)]
             folders += [model, *inner, *(path / "proofs" for path in inner if is_version(path.name))]
         return sum(durable.sweep(folder) for folder in folders)
+
+    def moved_from(self, host_class: str) -> str:
+        """The class of hosts that was served on from this folder until now; '' where it is the same, or not known. The next start is told of this one."""
+        path = self.root / "host-class"
+        try:
+            before = path.read_text() if path.is_file() else ""
+            if before != host_class:
+                durable.write_file(path, host_class.encode())
+        except (OSError, UnicodeDecodeError):
+            return ""  # a note for the loop, and no reason not to serve
+        return before if before != host_class and _HOST_CLASS.fullmatch(before) else ""
 
     @property
     def models(self) -> Path:

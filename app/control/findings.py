@@ -24,6 +24,11 @@ SHORT_QUEUE: Final = 0.75
 """Share of their time that answered requests wait while others are refused, below which a longer queue would have held those."""
 FLAT: Final = 1.10
 CROWDED: Final = 1.5
+CORES, HOST_CLASS = "cores", "host class"
+HOST_EVENTS: Final = {
+    CORES: "it has other cores, or another quota",
+    HOST_CLASS: "another class of hosts, or another runtime, since this start",
+}
 DECAYED_CPU: Final = 1.15
 DECAYED_WALL: Final = 1.3
 
@@ -137,8 +142,8 @@ def host_reasons(found: Findings) -> list[str]:
         reasons.append(f"{host.steal_ratio:.0%} of the cores' time is stolen by the hypervisor")
     if host.memory_pressure is not None and host.memory_pressure > PRESSED:
         reasons.append(f"the host is short of memory {host.memory_pressure:.0%} of the time")
-    if found.event in ("cores", "host class"):
-        reasons.append(f"the host changed: {found.event}")
+    if found.event in HOST_EVENTS:
+        reasons.append(f"the host changed: {HOST_EVENTS[found.event]}")
     return reasons
 
 

@@ -49,7 +49,7 @@ def glance(
     if not view.rung and not patient.due and (not found or (slow and not swapped)):
         notice_shapes(patient, opened)
     if patient.due and max(patient.requests, opened.requests) >= LEAST_CALLS:
-        found.append(Suspicion(Kind.EVENT, f"a {patient.event}: is it what it was proven to be?", {"event": patient.event}))
+        found.append(Suspicion(Kind.EVENT, f"{patient.event}: is it what it was proven to be?", {"event": patient.event}))
     return found
 
 

@@ -20,9 +20,10 @@ from app.control.commands import Commands
 from app.control.diagnosis import Cause
 from app.control.expected import expected, harm_of, rank_of
 from app.control.experiments import Experiments
+from app.control.findings import CORES
 from app.control.glance import glance, notice_shapes
 from app.control.normal import learned, with_news
-from app.control.patient import SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
+from app.control.patient import EVENT_S, SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
 from app.control.planner import Action, in_brackets, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
@@ -61,8 +62,9 @@ class Loop:
 
     def __init__(
         self, plane: Plane, window: Window, journal: Journal, commands: Commands, bench: Bench, metrics: Metrics, settings: Settings, host_class: str,
-        cores: int, leads: Callable[[], bool],
+        cores: int, leads: Callable[[], bool], moved_from: str = "",
     ) -> None:  # fmt: skip
+        """`moved_from`: the class of hosts that was served on before this start, where it was another."""
         self._plane, self._window, self._journal = plane, window, journal
         self._metrics, self._host_class, self._cores = metrics, host_class, cores
         self.leads = leads
@@ -74,6 +76,7 @@ class Loop:
         self._sensor = HostSensor()
         self._host = HostFacts()
         self._host_at = 0.0
+        self._moved_until = monotonic() + EVENT_S if moved_from else 0.0
         self._patients: dict[str, Patient] = {}
         self._busy: asyncio.Task[None] | None = None
         self._comparing: asyncio.Task[Any] | None = None
@@ -161,7 +164,7 @@ class Loop:
         cores = (self._host.cores, self._host.quota)
         if self._cores_seen is not None and cores != self._cores_seen:
             for patient in self._patients.values():
-                patient.event, patient.event_at, patient.due = "cores", now, True
+                patient.event, patient.event_at, patient.due = CORES, now, True
         self._cores_seen = cores
         for name in ("busy", "others", "steal", "throttled"):
             value = getattr(self._host, f"{name}_ratio")
@@ -177,22 +180,14 @@ class Loop:
             if patient.golden[0]:
                 patient.incident = None  # of a model that is not the same any more: what was tried for it says nothing of this one
             patient.golden = (want.golden, want.golden_sha256)
-        identity = (view.active, view.generation)
-        if identity == patient.identity:
-            return
-        before, patient.identity = patient.identity, identity
-        patient.event = "start" if not before[0] else "swap" if before[0] != view.active else "settings"
-        patient.event_at = monotonic()
-        patient.another_answers()
-        patient.due = patient.event == "swap" and patient.incident is None
-        incident = patient.incident
-        if incident is None:
+        now, incident = monotonic(), patient.incident
+        if not patient.serves(view.active, view.generation, now, now < self._moved_until) or incident is None:
             return
         version, builds = incident.awaited
         if patient.event == "swap" and view.active != version and not (builds and not view.active.isdigit()):
             incident.tried.clear()  # somebody else swapped: what was tried was tried for another version
         if not incident.acted_at:
-            incident.acted_at = monotonic()  # somebody else acted
+            incident.acted_at = now  # somebody else acted
 
     def _condition(self, view: ModelView, patient: Patient, want: ModelState | None) -> Condition:
         """What the loop is about with a model; as a gauge, too."""

@@ -9,6 +9,7 @@ from typing import Final
 
 from app.catalog.model_config import Promise
 from app.control.diagnosis import SLOW, Cause, Diagnosis
+from app.control.findings import HOST_CLASS
 from app.control.normal import LEAST_CALLS, Normal
 from app.control.planner import Remedy
 from app.control.suspicion import Kind, Suspicion
@@ -169,6 +170,18 @@ class Patient:
         self.again_at = later if inconclusive and later < self.event_at + EVENT_S else 0.0
         if self.event == SHAPES:
             self.shapes_after = later
+
+    def serves(self, active: str, generation: int, now: float, moved: bool) -> bool:
+        """Note what answers from now on; whether that is an event. `moved`: the server was started on another class of hosts a moment ago."""
+        before, self.identity = self.identity, (active, generation)
+        if before == self.identity:
+            return False
+        self.event, self.event_at = "swap" if before[0] != active else "settings", now
+        if not before[0]:
+            self.event = HOST_CLASS if moved else "start"
+        self.another_answers()
+        self.due = self.event in ("swap", HOST_CLASS) and self.incident is None
+        return True
 
     def another_answers(self) -> None:
         """Another version, or other settings, from now on: what was seen of the one before stays as far as it is compared with."""
