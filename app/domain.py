@@ -157,6 +157,8 @@ class ModelView:
     """What the active version is: onnx or torch."""
     golden_kind: str = "onnx"
     """What golden is, which jobs build from."""
+    killers: int = 0
+    """Different inputs that killed a runner of the active version when run alone; they are refused since."""
 
 
 class VersionState(StrEnum):

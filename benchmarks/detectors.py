@@ -18,8 +18,9 @@ from app.control.loop import TICK_S
 from app.control.normal import Normal, learned
 from app.control.suspicion import COST_LIMIT, LEAP_LIMIT, Kind, Seen, suspicions
 from app.domain import Observation
+from app.telemetry.block import Block
 from app.telemetry.window import BLOCK_S as HONE_BLOCK_S
-from app.telemetry.window import Block, Track, Window
+from app.telemetry.window import Track, Window
 from benchmarks.traces import Floats, Phase
 from optimizers.stats import trimmed_mean
 

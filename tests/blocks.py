@@ -9,8 +9,8 @@ from app.control.findings import Findings
 from app.control.normal import Normal, learned
 from app.control.planner import Situation
 from app.control.suspicion import Kind, Suspicion
+from app.telemetry.block import Block, Cost
 from app.telemetry.hostfacts import HostFacts
-from app.telemetry.window import Block, Cost
 
 QUIET = HostFacts(busy_ratio=0.4, others_ratio=0.02, steal_ratio=0.0, throttled_ratio=0.0, memory_pressure=0.0)
 BUCKET = (0, 13)

@@ -13,7 +13,7 @@ from app.control.findings import FreshRunner, Replay
 from app.control.patient import Incident, Patient
 from app.control.planner import Action, in_brackets, plan
 from app.control.suspicion import Kind, Suspicion
-from app.telemetry.window import Block
+from app.telemetry.block import Block
 from tests.blocks import GOLDEN, QUIET, block, findings, normal
 
 
@@ -118,6 +118,10 @@ def test_a_queue_that_was_made_too_short_is_the_settings_doing_whoever_else_is_b
 def test_evidence_that_blames_nobody_is_told_beside() -> None:
     found = diagnose(findings([Kind.LATENCY], block(edge_s=0.5), replay=AS_PROVEN, host=replace(QUIET, loop_lag_s=0.3)))
     assert any("binary protocol" in text for text in found.beside) and any("event loop" in text for text in found.beside)
+    assert not any("killed" in text or "NaN" in text for text in found.beside)
+    poisoned = diagnose(findings([Kind.ERRORS], block(poisoned=3), killers=2))
+    assert any("3 of 200 requests held NaN" in text for text in poisoned.beside)
+    assert any("2 different inputs killed its runner" in text for text in poisoned.beside)
 
 
 def test_what_reading_and_writing_takes_is_not_the_versions_fault_and_the_plan_says_what_helps() -> None:

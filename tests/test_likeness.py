@@ -14,8 +14,9 @@ from app.control.quality import sureness_shift, worst_class
 from app.control.suspicion import Kind, Seen, suspicions
 from app.domain import InferenceRequest, InferenceResult
 from app.serving.mirror import Mirror
+from app.telemetry.block import Block, Cost
 from app.telemetry.likeness import Likeness, Row
-from app.telemetry.window import Block, Cost, Window
+from app.telemetry.window import Window
 from tests.engines import tensor
 
 CLASSIFIER = ModelConfig.model_validate({"task": "classification"})

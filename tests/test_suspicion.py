@@ -12,8 +12,8 @@ from app.control.normal import Normal, learned
 from app.control.objectives import Burn, burn
 from app.control.patient import Looks, Patient
 from app.control.suspicion import Kind, Seen, leap_of_latency, suspicions
+from app.telemetry.block import Block
 from app.telemetry.hostfacts import HostFacts
-from app.telemetry.window import Block
 from tests.blocks import QUIET, block, findings, normal
 
 

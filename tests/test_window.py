@@ -12,9 +12,10 @@ import pytest
 from app.domain import Observation
 from app.errors import InvalidRequest, ModelFailed
 from app.serving.service import InferenceService
+from app.telemetry.block import bucket_of
 from app.telemetry.hostfacts import HostSensor
 from app.telemetry.metrics import Metrics
-from app.telemetry.window import Window, bucket_of
+from app.telemetry.window import Window
 from tests.made_hosts import v1, v2, write
 
 
@@ -218,3 +219,11 @@ def test_a_block_that_ended_unnoticed_is_counted_in_the_reading_that_closes_it()
         found.observe(seen())
     clock.now += 11.0
     assert found.since("m", "1", 0.0).requests == 3
+
+
+def test_nan_that_was_asked_with_is_counted_apart() -> None:
+    window = Window(clock=lambda: 100.0)
+    for poisoned in (False, True, True):
+        window.answered_non_finite("m", "1", poisoned)
+    seen = window.since("m", "1", 0.0)
+    assert (seen.non_finite, seen.poisoned) == (1, 2)

@@ -311,6 +311,12 @@ def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
     beside = [f"no paired replay: {found.replay.why}"] if found.replay is not None and found.replay.why else []
     if block.edge_ratio > AT_THE_EDGE and (host.server_waiting_ratio or 0.0) <= WAITING:
         beside.append(f"{block.edge_ratio:.0%} of a request goes into reading and writing it: the binary protocol would save most of that")
+    if block.poisoned:
+        beside.append(f"{block.poisoned} of {block.requests} requests held NaN or infinity themselves, and were answered with it")
+    if found.killers:
+        beside.append(
+            f"{'one input' if found.killers == 1 else f'{found.killers} different inputs'} killed its runner when run alone: refused since"
+        )
     if host.loop_lag_s > 0.1:
         beside.append(f"the server's event loop ran {host.loop_lag_s * 1e3:.0f} ms late")
     if host.others_ratio is not None and host.others_ratio > 0.3:

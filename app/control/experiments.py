@@ -68,7 +68,7 @@ class Experiments:
         def findings(again: Replay | None = None, fresh: FreshRunner | None = None) -> Findings:
             return Findings(
                 found, block, patient.normal, host(), self._cores, view.settings.instances, view.settings.intra_op_threads, beside,
-                models, event == "swap", self._plane.drift(view.name), before, again, fresh, event,
+                models, event == "swap", self._plane.drift(view.name), before, again, fresh, view.killers, event,
             )  # fmt: skip
 
         fresh: FreshRunner | None = None

@@ -9,8 +9,8 @@ from typing import Any, Final
 from app.control.normal import REFUSED_LIMIT, Normal, cost_ratio
 from app.control.suspicion import Kind, Suspicion
 from app.domain import JSON
+from app.telemetry.block import Block
 from app.telemetry.hostfacts import HostFacts
-from app.telemetry.window import Block
 
 WAITING: Final = 0.25
 """Share of a runner's time spent waiting for a core from which the host, not the model, makes it slow."""
@@ -77,6 +77,8 @@ class Findings:
     """(agreed with golden, compared) since the version serves, but for the last moments."""
     replay: Replay | None = None
     fresh: FreshRunner | None = None
+    killers: int = 0
+    """Inputs that killed its runner when run alone."""
     event: str = ""
     """What happened shortly before, where something did: start, swap, settings, host class, cores."""
 

@@ -11,8 +11,9 @@ from app.control.patient import EVENT_S, SHAPES, Patient
 from app.control.standing import LATELY_S
 from app.control.suspicion import LEAP_CALLS, Kind, Seen, Suspicion, leap_of_latency, suspicions
 from app.domain import ModelView
+from app.telemetry.block import Block
 from app.telemetry.hostfacts import HostFacts
-from app.telemetry.window import Block, Window
+from app.telemetry.window import Window
 from optimizers.two_samples import share_difference
 
 

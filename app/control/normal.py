@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from app.control.quality import LEAST_PAIRS
+from app.telemetry.block import Block, Bucket
 from app.telemetry.likeness import Likeness
-from app.telemetry.window import Block, Bucket
 
 LEAST_CALLS: Final = 20
 BASE_BLOCKS: Final = 3

@@ -12,7 +12,7 @@ from typing import Final
 
 from app.catalog.model_config import CLEARLY_MISSED, Objective
 from app.domain import JSON, short
-from app.telemetry.window import Block
+from app.telemetry.block import Block
 
 LEAST_ANSWERS: Final = 20
 """Fewer answers than this in a window are no data."""

@@ -13,7 +13,7 @@ from app.control.findings import HOST_CLASS
 from app.control.normal import LEAST_CALLS, Normal
 from app.control.planner import Remedy
 from app.control.suspicion import Kind, Suspicion
-from app.telemetry.window import Block
+from app.telemetry.block import Block
 
 SETTLE_BLOCKS: Final = 2
 """Blocks in a row without suspicion after which an incident is over."""

@@ -17,7 +17,8 @@ from app.control.concurrent import ArmFacts, Judgement, Policy, judge
 from app.control.quality import worst_class
 from app.domain import Event, ModelView, Verdict, short
 from app.store.base import Journal
-from app.telemetry.window import Block, Window
+from app.telemetry.block import Block
+from app.telemetry.window import Window
 from optimizers.stats import wilson
 
 LOOK_S: Final = 0.5

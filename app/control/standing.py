@@ -12,8 +12,9 @@ from app.control.objectives import burn, held_to
 from app.control.quality import LEAST_OF_CLASS, LEAST_PAIRS
 from app.control.suspicion import Kind
 from app.domain import JSON, ModelView, Verdict
+from app.telemetry.block import Block
 from app.telemetry.metrics import Metrics
-from app.telemetry.window import Block, Window
+from app.telemetry.window import Window
 
 LATELY_S: Final = 300.0
 CLASSES_SHOWN: Final = 20

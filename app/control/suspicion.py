@@ -16,8 +16,8 @@ from app.control.normal import BASE_LABELS, LEAST_CALLS, REFUSED_LIMIT, Normal, 
 from app.control.objectives import Burn
 from app.control.quality import sureness_shift, worst_class
 from app.domain import JSON, short
+from app.telemetry.block import Block
 from app.telemetry.hostfacts import HostFacts
-from app.telemetry.window import Block
 from optimizers.stats import wilson
 
 COST_LIMIT: Final = 1.15

@@ -20,8 +20,9 @@ from typing import Final, NamedTuple
 from app.domain import Event, ModelState, short
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Neighbours, Slot, asked_alike
+from app.telemetry.block import Totals
 from app.telemetry.metrics import Metrics
-from app.telemetry.window import Totals, Window
+from app.telemetry.window import Window
 
 log = logging.getLogger("hone.serving")
 GLANCE_S: Final = 0.15

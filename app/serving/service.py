@@ -130,8 +130,7 @@ class InferenceService:
         self._metrics.count("hone_nonfinite_outputs", model, version)
         if asked_with:
             self._metrics.count("hone_nonfinite_inputs", model, version)
-        else:
-            self.window.answered_non_finite(model, version)
+        self.window.answered_non_finite(model, version, asked_with)
 
     def label(self, model: str, version: str | None, error: HoneError | None = None) -> tuple[str, str]:
         """Model and version to count a refusal under: whose `error` it is, else who would have answered.

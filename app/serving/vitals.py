@@ -237,7 +237,7 @@ class Vitals:
             slot.name, active.version, active.generation, active.settings, slot.ready, active.memory_bytes, len(recent), tuple(slot.versions),
             known[1], sum(recent), slot.rung.version if slot.rung is not None else "",
             tuple(slot.failed.items()), tuple((version, loaded.memory_bytes) for version, loaded in slot.versions.items()),
-            active.admitted.kind, slot.golden_kind,
+            active.admitted.kind, slot.golden_kind, active.engine.distinct_killers,
         )  # fmt: skip
 
 
