@@ -222,8 +222,9 @@ def test_a_block_that_ended_unnoticed_is_counted_in_the_reading_that_closes_it()
 
 
 def test_nan_that_was_asked_with_is_counted_apart() -> None:
-    window = Window(clock=lambda: 100.0)
+    found, _ = window()
     for poisoned in (False, True, True):
-        window.answered_non_finite("m", "1", poisoned)
-    seen = window.since("m", "1", 0.0)
-    assert (seen.non_finite, seen.poisoned) == (1, 2)
+        found.observe(seen())
+        found.answered_non_finite("m", "1", poisoned)
+    lately = found.since("m", "1", 1000.0)
+    assert (lately.non_finite, lately.poisoned) == (1, 2)
