@@ -1,7 +1,7 @@
 """`python -m benchmarks.noise [--minutes N] [--servers N] [--kept FILE] [--docs]`: a healthy server on a noisy machine, for hours; whom it blames, what it changes.
 
 `hone serve` and `hone worker` with the loop on; real digits by an open loop, and a second model whose weights do not fit the cache. Neighbours
-(real processes) and the load change each minute, nothing is ever wrong with a model. So each blame on a version, a process, inputs or
+(real processes, or a quota) and the load change each minute, nothing is ever wrong with a model. So each blame on a version, a process, inputs or
 settings is a false one, and so is each change that the loop makes.
 """
 
@@ -14,13 +14,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from app.control_group import check_quota_possible, quota_of
+from app.errors import HoneError
+from app.serving import procfs
 from app.traffic import MODEL, RATE, Traffic
 from benchmarks import models, report
 from benchmarks.kept import Kept, head
@@ -28,7 +31,10 @@ from benchmarks.neighbours import NONE, neighbours
 from benchmarks.servers import HOST, Hone, HoneWorker
 
 DOCUMENT: Final = Path(__file__).parent.parent / "docs" / "loop-detection.md"
-BESIDE: Final = (NONE, "cpu1", "cpu2", "cpu4", "mem2", "burst2")
+QUOTA: Final = "quota"
+QUOTA_CORES: Final = 1.0
+"""What all servers together may take of the cores in that minute, by a control group: nobody beside, and half a machine of two cores."""
+BESIDE: Final = (NONE, "cpu1", "cpu2", "cpu4", "mem2", "burst2", QUOTA)
 PHASE_S: Final = 60.0
 STEADY, RAMP = "steady", "ramp"
 LEARNT_S: Final = 30.0
@@ -54,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", action="store_true", help="write the table into docs/loop-detection.md")
     arguments = parser.parse_args(argv)
     kept = Kept(arguments.kept)
+    kinds = _kinds()
     with tempfile.TemporaryDirectory(prefix="hone-noise-") as name, ExitStack() as stack:
         servers = [stack.enter_context(_served(Path(name) / str(number))) for number in range(arguments.servers)]
         time.sleep(LEARNT_S)
-        for phase in _phases(servers, arguments.minutes * 60, len(kept.of("minute"))):
+        for phase in _phases(servers, kinds, arguments.minutes * 60, len(kept.of("minute"))):
             print(kept.add("minute", phase), flush=True)
     minutes = kept.of("minute")
     text = told(minutes)
@@ -106,18 +113,36 @@ def _served(folder: Path) -> Iterator[_Server]:
         yield _Server(hone, digits, rows)
 
 
-def _phases(servers: Sequence[_Server], seconds: float, number: int) -> Iterator[dict[str, Any]]:
+def _kinds() -> list[tuple[str, str]]:
+    """Kinds of minutes, as (beside, load). Where no quota can be set there is none under one, which is said."""
+    try:
+        check_quota_possible()
+        beside: Sequence[str] = BESIDE
+    except HoneError as error:
+        print(f"no minute under a quota: {error}", file=sys.stderr)
+        beside = [name for name in BESIDE if name != QUOTA]
+    return list(itertools.product(beside, (STEADY, RAMP)))
+
+
+def _phases(servers: Sequence[_Server], kinds: Sequence[tuple[str, str]], seconds: float, number: int) -> Iterator[dict[str, Any]]:
     """What the timeline of each server says of each minute; they go on where those that are kept ended."""
     for server in servers:
         server.news()  # starts, deploys and what was sent before
     ended = time.monotonic() + seconds
     while time.monotonic() < ended:
-        beside, load = list(itertools.product(BESIDE, (STEADY, RAMP)))[number % (2 * len(BESIDE))]
-        with neighbours(beside):
+        beside, load = kinds[number % len(kinds)]
+        with _beside(beside, servers):
             _drive([server.digits for server in servers], load)
         for server in servers:
             yield {"beside": beside, "load": load, "servers": len(servers), "seconds": PHASE_S, **server.news()}
         number += 1
+
+
+def _beside(name: str, servers: Sequence[_Server]) -> AbstractContextManager[None]:
+    """What makes the noise of one phase."""
+    if name != QUOTA:
+        return neighbours(name)
+    return quota_of([pid for server in servers for pid in procfs.descendants(server.hone.pid)], QUOTA_CORES)
 
 
 def _drive(traffics: Sequence[Traffic], load: str) -> None:
