@@ -93,8 +93,8 @@ class Weighed:
 
     @property
     def by_instructions(self) -> bool:
-        """Two files do the same work by different instructions, and only time compares them; one file that needs more of them costs more, on any host."""
-        return self.one_file and self.more_work and self.longer is not Outcome.ABOVE
+        """They decide where time cannot, and about one file alone: two do the same work by different ones, and only time compares those."""
+        return self.one_file and self.more_work and self.longer is Outcome.UNKNOWN
 
     @property
     def outcome(self) -> Outcome:

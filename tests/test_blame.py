@@ -159,7 +159,8 @@ def test_more_instructions_are_more_work_whatever_the_host_does() -> None:
     told = BlameReport(input=loud).to_json()
     assert told["input_by"] == "instructions" and told["input_ratio"]["estimate"] == 1.3 and "too busy" not in told["text"]
     assert findings(recent=replace(loud, instructions=as_many)) == findings(replace(loud, one_file=False)) == ["inconclusive"]
-    slower = weighed(1.1, 1.3)
+    within, slower = weighed(0.98, 1.02), weighed(1.1, 1.3)
+    assert findings(recent=replace(within, instructions=more, one_file=True)) == ["as_proven"], "as quick, by more of them"
     assert findings(recent=replace(slower, instructions=as_many, one_file=True)) == ["input_costlier"]
     assert BlameReport(input=replace(slower, instructions=more, one_file=True)).to_json()["input_by"] == "CPU time"
     assert findings(*(replace(slower, instructions=more),) * CLEAR_PLACEMENTS) == ["version_slower"]
