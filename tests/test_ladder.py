@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.catalog.model_config import ModelConfig
-from app.domain import Event, Generation, ModelState, Observation
+from app.domain import Event, Generation, ModelState, Observation, RuntimeSettings
 from app.serving.ladder import HOLD_S, SETTLED_S, Footing, Ladder
 from app.serving.service import InferenceService
 from app.serving.slot import Neighbours, Slot
@@ -35,7 +35,9 @@ class Stand:
         config = ModelConfig.model_validate({"objective": self.objective})
         self.slot = Slot("m", config, None)  # type: ignore[arg-type]
         for version in ("1", "1.1", "1.2"):
-            engine = SimpleNamespace(alive=True, backlog_s=BUSY_S, queued=0, promise=lambda *promised: None)
+            engine = SimpleNamespace(
+                alive=True, backlog_s=BUSY_S, queued=0, promise=lambda *promised: None, settings=RuntimeSettings(instances=1)
+            )
             self.slot.versions[version] = SimpleNamespace(version=version, engine=engine, admitted=ADMITTED)  # type: ignore[assignment]
         self.slot.active = self.slot.versions["1"]
         self.service.slots["m"] = self.slot
@@ -63,6 +65,12 @@ class Stand:
             self.now += 0.25
             self.ladder.glance(self.slot)
         self.ladder.look(self.slot)
+
+    def beside(self, version: str, count: int, call_s: float) -> None:
+        """So many requests of this second are answered by `version`, which does not stand for the model, in a call each."""
+        for _ in range(count):
+            self.window.observe(Observation("m", version, 200, 0.01, 0.0, 0.0, call_s, 0.0, 1, 1, call_s, 0.0))
+            self.window.called("m", version, 1, 1, call_s, call_s, 0.0)
 
     def steps(self) -> list[tuple[str, str]]:
         return [(event.data["from"], event.data["version"]) for event in self.events]
@@ -103,7 +111,9 @@ def test_an_upper_version_that_was_never_full_is_tried_after_the_hold_off() -> N
     stand.want, stand.slot.active = replace(stand.want, desired="2", golden="2", rungs=("1.1",)), stand.slot.versions["1"]
     stand.slot.versions["2"] = stand.slot.active = SimpleNamespace(  # type: ignore[assignment]
         version="2",
-        engine=SimpleNamespace(alive=True, backlog_s=BUSY_S, queued=0, promise=lambda *promised: None),
+        engine=SimpleNamespace(
+            alive=True, backlog_s=BUSY_S, queued=0, promise=lambda *promised: None, settings=RuntimeSettings(instances=1)
+        ),
         admitted=ADMITTED,
     )
     for _ in range(round(HOLD_S) + 2):
@@ -211,6 +221,30 @@ def test_what_the_version_above_answers_counts_as_load_before_a_step_up() -> Non
             stand.window.observe(Observation("m", "1", 200, 0.01, 0.0, 0.0, 0.001, 0.0, 1, 1, 0.001, 0.0))
         stand.second(5, CAN)
     assert stand.answers == "1.1", "90 a second are more than 0.7 of the hundred that golden can do"
+
+
+def test_what_was_full_while_others_had_the_cores_is_not_kept_down_by_that() -> None:
+    """What it answers beside tells what it can do by now, though what comes is more than it did when it was full."""
+    stand = Stand()
+    for _ in range(4):
+        stand.second(100, CAN | {"1": 30})
+    assert stand.answers == "1.1" and stand.ladder._footings["m"].capacities["1"] < 50
+    for _ in range(round(HOLD_S) + 4):
+        stand.beside("1", 95, 0.002)
+        stand.second(5, CAN)
+    assert stand.answers == "1" and "below 70% of the" in stand.events[-1].data["summary"]
+
+
+def test_a_step_up_that_was_taken_back_knows_better_than_what_calls_take() -> None:
+    """Each call is quick while the other version has most of them; all of them are too much for golden."""
+    stand = Stand()
+    for _ in range(3600):
+        if stand.answers == "1":
+            stand.second(60, CAN | {"1": 30})
+        else:
+            stand.beside("1", 25, 0.002)
+            stand.second(35, CAN)
+    assert stand.answers == "1.1" and len(stand.events) == 3, stand.steps()
 
 
 def test_what_would_wait_too_long_is_answered_below_until_the_step() -> None:

@@ -52,6 +52,10 @@ SETTLED_S: Final = 600.0
 PROVED_S: Final = 60.0
 """A step up that is taken back within this time, without more load than it was taken for, shows that the upper version can do less."""
 MORE: Final = 1.3
+BESIDE_S: Final = 30.0
+"""So much of what the version above answers beside tells what it could do: it may have been full only since others had the cores."""
+REFUTED_S: Final = 3600.0
+"""A step up that was taken back knows better for so long: calls take longer where there are more of them."""
 
 
 class Full(NamedTuple):
@@ -74,7 +78,10 @@ class Mark(NamedTuple):
 
 @dataclass
 class Footing:
-    """Where one model stands. `capacities` are requests a second that a version answered while it was full."""
+    """Where one model stands. `capacities` are requests a second that a version answered while it was full, or could by what its calls take since.
+
+    `refuted` is when a step up to a version was taken back for load.
+    """
 
     bad_looks: int = 0
     long_glances: int = 0
@@ -87,6 +94,7 @@ class Footing:
     hold_s: float = HOLD_S
     pressed_at: float = -PRESSED_S
     capacities: dict[str, float] = field(default_factory=dict)
+    refuted: dict[str, float] = field(default_factory=dict)
     marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=round(SPAN_S / LOOK_S) + 1))
 
 
@@ -189,6 +197,9 @@ class Ladder:
     def _perhaps_up(self, slot: Slot, footing: Footing, rungs: list[str], upper: str, offered: float, now: float) -> None:
         """`offered` in requests a second. What the upper version can do may be unknown, where it never was full: then only trying tells."""
         capacity = footing.capacities.get(upper)
+        could = self._could(slot, upper, now) if now - footing.refuted.get(upper, -REFUTED_S) >= REFUTED_S else 0.0
+        if capacity is not None and could > capacity:
+            capacity = footing.capacities[upper] = could
         if capacity is not None and offered and offered >= UP_SHARE * capacity:
             footing.calm_since = 0.0
             return
@@ -197,7 +208,7 @@ class Ladder:
             return
         loaded = self._loaded(slot, [upper])
         if loaded is not None:
-            known = f"below {UP_SHARE:.0%} of the {short(capacity)} that {upper} answered when it was full" if capacity is not None else ""
+            known = f"below {UP_SHARE:.0%} of the {short(capacity)} that {upper} can do" if capacity is not None else ""
             why = f"{short(offered)} requests/s offered for {footing.hold_s:.0f} s, {known or f'what {upper} can do is not known'}"
             footing.hold_s = min(MOST_HOLD_S, 2 * footing.hold_s)
             footing.up_at, footing.up_offered = now, offered
@@ -210,8 +221,16 @@ class Ladder:
         if full is None or not recent or now - footing.up_at > PROVED_S:
             return answered
         came = self._totals(slot, rungs).minus(recent[0].all).offered + full.engine.queued
-        same = came / max(LOOK_S, now - recent[0].at) < MORE * footing.up_offered
-        return min(answered, footing.up_offered) if same else answered
+        if came / max(LOOK_S, now - recent[0].at) >= MORE * footing.up_offered:
+            return answered
+        footing.refuted[full.version] = now
+        return min(answered, footing.up_offered)
+
+    def _could(self, slot: Slot, version: str, now: float) -> float:
+        """Requests a second that `version` could do by what its calls take while it answers beside another; 0 where too few tell."""
+        loaded, seen = slot.versions.get(version), self._window.since(slot.name, version, now - BESIDE_S, sketches=False)
+        known = loaded is not None and seen.requests >= LEAST and seen.compute_s > 0
+        return loaded.engine.settings.instances * seen.requests / seen.compute_s if loaded is not None and known else 0.0
 
     def _overloaded(self, slot: Slot, seen: Totals) -> bool:
         """Refusals, or deadlines or a promise that are broken in the queue."""
