@@ -229,8 +229,11 @@ class Ladder:
     def _could(self, slot: Slot, version: str, now: float) -> float:
         """Requests a second that `version` could do by what its calls take while it answers beside another; 0 where too few tell."""
         loaded, seen = slot.versions.get(version), self._window.since(slot.name, version, now - BESIDE_S, sketches=False)
-        known = loaded is not None and seen.requests >= LEAST and seen.compute_s > 0
-        return loaded.engine.settings.instances * seen.requests / seen.compute_s if loaded is not None and known else 0.0
+        if loaded is None or seen.requests < LEAST:
+            return 0.0
+        settings = loaded.engine.settings
+        took_s = max(seen.compute_s, seen.cpu_s / settings.intra_op_threads)  # a lone call had threads of the other instances as well
+        return settings.instances * seen.requests / took_s if took_s else 0.0
 
     def _overloaded(self, slot: Slot, seen: Totals) -> bool:
         """Refusals, or deadlines or a promise that are broken in the queue."""
