@@ -71,6 +71,15 @@ def test_memory_beyond_the_objective_from_the_start_is_the_versions(usual_mb: in
     assert diagnose(replace(found, suspicions=[over])).cause is expected
 
 
+def test_what_no_rule_explains_says_what_was_ruled_out_and_why_a_replay_could_not_tell() -> None:
+    fresh = FreshRunner((1.01, 0.98, 1.04), (1.0, 0.9, 1.1))
+    proven = diagnose(findings([Kind.COST], replay=AS_PROVEN, fresh=fresh))
+    assert proven.text == "no rule explains it" and [text.split(":")[0] for text in proven.rules_out] == ["process", "version, input"]
+    loud = Replay(findings=("inconclusive",), report={"text": "inconclusive: the host was too busy to measure"})
+    found = diagnose(findings([Kind.COST], replay=loud))
+    assert found.cause is Cause.UNKNOWN and found.text.endswith("the paired replay: inconclusive: the host was too busy to measure")
+
+
 def test_what_agreed_until_a_moment_ago_did_not_fall_by_itself_however_young_it_is() -> None:
     found = diagnose(findings([Kind.FIDELITY], None, began_with_version=True, agreed_before=(99, 100)))
     assert found.cause is Cause.INPUT and "99 of the 100 before" in found.text

@@ -118,7 +118,7 @@ def _slow_or_standing(found: Findings) -> Diagnosis:
     if standing is not None and not any(one.kind in SLOW for one in found.suspicions):
         return standing
     rules = (_by_short_queue, _by_many, _by_fresh_runner, _by_replay, _by_host, _by_load, _by_settings, _as_ever)
-    slow = _first(rules, found) or Diagnosis(Cause.UNKNOWN, 0.3, "no rule explains it", numbers(found))
+    slow = _first(rules, found) or _unexplained(found)
     if standing is None:
         return slow
     nothing_to_mend = slow.cause in (Cause.HOST, Cause.LOAD, Cause.UNKNOWN)
@@ -303,6 +303,17 @@ def _as_ever(found: Findings) -> Diagnosis | None:
         return Diagnosis(Cause.UNKNOWN, 0.6, text, numbers(found), ("version: another one would be read and written alike",), (advice,))
     text = f"{missed.text}, with cost as proven, a quiet host and {found.block.queue_ratio:.0%} of it in the queue: this version is slower than its objective"
     return Diagnosis(Cause.VERSION, 0.7, text, numbers(found), ("host, load, process, input: all as ever",))
+
+
+def _unexplained(found: Findings) -> Diagnosis:
+    """No rule fits: what the experiments ruled out all the same, and what they said where they could not tell."""
+    ruled = []
+    if found.fresh is not None:
+        ruled.append(f"process: the live runner takes {_ratio(found.fresh.cpu)} × the CPU time of a fresh one")
+    if as_proven(found):
+        ruled.append("version, input: as proven in the paired replay")
+    told = str(found.replay.report.get("text", "")) if found.replay is not None and "inconclusive" in found.replay.findings else ""
+    return Diagnosis(Cause.UNKNOWN, 0.3, f"no rule explains it{told and f'; the paired replay: {told}'}", numbers(found), tuple(ruled))
 
 
 def _with_neighbours(diagnosis: Diagnosis, found: Findings) -> Diagnosis:
