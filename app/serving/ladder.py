@@ -56,6 +56,8 @@ BESIDE_S: Final = 30.0
 """So much of what the version above answers beside tells what it could do: it may have been full only since others had the cores."""
 REFUTED_S: Final = 3600.0
 """A step up that was taken back knows better for so long: calls take longer where there are more of them."""
+MOST_BESIDE: Final = 0.8
+"""A version above that answers so much of all that comes beside, while next to nothing waits, can do the rest as well, whatever it did before."""
 
 
 class Full(NamedTuple):
@@ -197,10 +199,11 @@ class Ladder:
     def _perhaps_up(self, slot: Slot, footing: Footing, rungs: list[str], upper: str, offered: float, now: float) -> None:
         """`offered` in requests a second. What the upper version can do may be unknown, where it never was full: then only trying tells."""
         capacity = footing.capacities.get(upper)
-        could = self._could(slot, upper, now) if now - footing.refuted.get(upper, -REFUTED_S) >= REFUTED_S else 0.0
-        if capacity is not None and could > capacity:
+        could, share = self._beside(slot, rungs, upper, max(footing.stepped_at, now - BESIDE_S))
+        if capacity is not None and could > capacity and now - footing.refuted.get(upper, -REFUTED_S) >= REFUTED_S:
             capacity = footing.capacities[upper] = could
-        if capacity is not None and offered and offered >= UP_SHARE * capacity:
+        enough = capacity is None or not offered or offered < UP_SHARE * capacity
+        if not enough and share < MOST_BESIDE:
             footing.calm_since = 0.0
             return
         footing.calm_since = footing.calm_since or now
@@ -208,8 +211,12 @@ class Ladder:
             return
         loaded = self._loaded(slot, [upper])
         if loaded is not None:
-            known = f"below {UP_SHARE:.0%} of the {short(capacity)} that {upper} can do" if capacity is not None else ""
-            why = f"{short(offered)} requests/s offered for {footing.hold_s:.0f} s, {known or f'what {upper} can do is not known'}"
+            known = (
+                f"below {UP_SHARE:.0%} of the {short(capacity)} that {upper} can do"
+                if capacity is not None
+                else f"what {upper} can do is not known"
+            )
+            why = f"{short(offered)} requests/s offered for {footing.hold_s:.0f} s, {known if enough else f'and {upper} answers {share:.0%} of them'}"
             footing.hold_s = min(MOST_HOLD_S, 2 * footing.hold_s)
             footing.up_at, footing.up_offered = now, offered
             footing.marks.append(Mark(now, upper, self._window.totals(slot.name, upper), footing.marks[-1].all))
@@ -226,14 +233,17 @@ class Ladder:
         footing.refuted[full.version] = now
         return min(answered, footing.up_offered)
 
-    def _could(self, slot: Slot, version: str, now: float) -> float:
-        """Requests a second that `version` could do by what its calls take while it answers beside another; 0 where too few tell."""
-        loaded, seen = slot.versions.get(version), self._window.since(slot.name, version, now - BESIDE_S, sketches=False)
-        if loaded is None or seen.requests < LEAST:
-            return 0.0
+    def _beside(self, slot: Slot, rungs: list[str], version: str, began: float) -> tuple[float, float]:
+        """Of a version that answers beside another: requests a second that it could do, by what its calls take, and its share of all that came.
+        Zeros where too few tell."""
+        seen = {one: self._window.since(slot.name, one, began, sketches=False) for one in rungs}
+        loaded, own = slot.versions.get(version), seen[version]
+        if loaded is None or own.requests < LEAST:
+            return 0.0, 0.0
         settings = loaded.engine.settings
-        took_s = max(seen.compute_s, seen.cpu_s / settings.intra_op_threads)  # a lone call had threads of the other instances as well
-        return settings.instances * seen.requests / took_s if took_s else 0.0
+        took_s = max(own.compute_s, own.cpu_s / settings.intra_op_threads)  # a lone call had threads of the other instances as well
+        could = settings.instances * own.requests / took_s if took_s else 0.0
+        return could, own.requests / max(1, sum(one.offered for one in seen.values()))
 
     def _overloaded(self, slot: Slot, seen: Totals) -> bool:
         """Refusals, or deadlines or a promise that are broken in the queue."""
