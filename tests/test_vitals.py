@@ -78,7 +78,7 @@ def test_a_server_remembers_them_and_forgets_them_in_time(tmp_path: Path, monkey
     vitals = Vitals(parts, parts, parts, 2, past)
     asyncio.run(past.remember(journal))
     journal.close()
-    engine = SimpleNamespace(deaths=[])
+    engine = SimpleNamespace(deaths=[], distinct_killers=0)
     admitted = SimpleNamespace(kind="onnx")
     active = SimpleNamespace(version="1.1", generation=1, settings=RuntimeSettings(), memory_bytes=0, engine=engine, admitted=admitted)
     slot: Any = SimpleNamespace(name="m", active=active, ready=True, versions={"1.1": active}, rung=None, failed={}, golden_kind="onnx")
