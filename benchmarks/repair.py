@@ -66,11 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.runs:
         _publish("repair", _times(arguments), arguments.docs)
     if arguments.candidates:
-        with tempfile.TemporaryDirectory(prefix="hone-candidates-") as name:
-            tried = _candidates(Path(name), arguments.candidates, kinds, Kept(arguments.kept))
-        kept = f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
+        kept = Kept(arguments.kept)
+        if len(kept.of("candidate")) < arguments.candidates:
+            with tempfile.TemporaryDirectory(prefix="hone-candidates-") as name:
+                _candidates(Path(name), arguments.candidates, kinds, kept)
+        tried = kept.of("candidate")
+        only = f" --kinds '{arguments.kinds}'" if arguments.kinds else ""
         _publish(
-            "candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{kept}"), arguments.docs
+            "candidates", _told(tried, f"python -m benchmarks.repair --runs 0 --candidates {arguments.candidates}{only}"), arguments.docs
         )
         return 1 if any(one["promoted"] or one["failed"] for one in tried) else 0
     return 0
@@ -116,7 +119,7 @@ def _spread(runs: Sequence[Mapping[str, Any]], name: str) -> str:
 # ---- bad candidates
 
 
-def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: Kept) -> list[dict[str, Any]]:
+def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: Kept) -> None:
     repository, state = folder / "repository", folder / "state"
     model = models.demo(repository)
     config = repository / MODEL / "model.yaml"
@@ -135,7 +138,6 @@ def _candidates(folder: Path, count: int, kinds: Sequence[Kind], kept: Kept) -> 
                 tried = kept.add("candidate", _try(hone, builder, traffic, kinds[number % len(kinds)], number))
                 print(f"candidate {number + 1} of {count}: {tried}", flush=True)
         journal.close()
-    return kept.of("candidate")
 
 
 def _good(hone: Hone) -> str:
