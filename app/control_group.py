@@ -16,6 +16,9 @@ from typing import Final
 from app.errors import HoneError
 
 PERIOD_US: Final = 100_000
+REMOVED_S: Final = 30.0
+"""Whoever just ended may count as a member for a while, longer on a busy machine."""
+_NAME: Final = "hone-quota-"
 
 
 def check_quota_possible(top: Path | None = None) -> None:
@@ -42,11 +45,7 @@ def quota_of(pids: list[int], cores: float) -> Iterator[None]:
                 _move(pid, group)
             yield
         finally:
-            for _ in range(50):  # what one of them starts meanwhile is a member, too
-                if not (left := (group / "cgroup.procs").read_text().split()):
-                    break
-                for each in left:
-                    _move(int(each), before)
+            _empty(group, before)
 
 
 def ancestor_with(pid: int, argument: str) -> int:
@@ -62,10 +61,13 @@ def ancestor_with(pid: int, argument: str) -> int:
 
 @contextmanager
 def _made(top: Path | None = None) -> Iterator[Path]:
-    """A group of our own, gone afterwards."""
+    """A group of our own, gone afterwards; and so is what somebody left who was killed. Raises HoneError."""
     try:
         top = top or _hierarchy()
-        group = top / f"hone-quota-{os.getpid()}"
+        for left in top.glob(f"{_NAME}*"):
+            if not Path(f"/proc/{left.name.removeprefix(_NAME)}").exists():
+                _remove(left, top)
+        group = top / f"{_NAME}{os.getpid()}"
         group.mkdir()
         if not any((group / name).exists() for name in ("cpu.max", "cpu.cfs_quota_us")):
             group.rmdir()
@@ -78,11 +80,29 @@ def _made(top: Path | None = None) -> Iterator[Path]:
     try:
         yield group
     finally:
-        for _ in range(50):  # whoever just ended may still count
-            with contextlib.suppress(OSError):
-                group.rmdir()
-                break
-            time.sleep(0.1)
+        _remove(group, top)
+
+
+def _remove(group: Path, top: Path) -> None:
+    """Raises HoneError where the kernel does not let it go."""
+    until = time.monotonic() + REMOVED_S
+    while True:
+        try:
+            _empty(group, top)
+            return group.rmdir()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise HoneError(f"the control group {group} could not be removed ({error}): rmdir {group}") from None
+        time.sleep(0.1)
+
+
+def _empty(group: Path, to: Path) -> None:
+    """All that is in `group` goes to the group `to`."""
+    for _ in range(50):  # what one of them starts meanwhile is a member, too
+        if not (left := (group / "cgroup.procs").read_text().split()):
+            break
+        for each in left:
+            _move(int(each), to)
 
 
 def _hierarchy() -> Path:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ START_S: Final = 120.0
 POLL_S: Final = 0.3
 LOG_LINES: Final = 15
 PR_SET_PDEATHSIG: Final = 1
+ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ended(HoneError):
@@ -57,18 +58,18 @@ def run_broken(settings: Settings, cause: str) -> int:
 
     check_cause(cause)
     address = Address.from_env(os.environ | {"HONE_PORT": str(settings.port), "HONE_HOST": settings.host}, state=str(settings.state))
-    with Client(address, timeout_s=20.0) as client:
-        if _answers(client):
-            return _told(run_break(cause, client, settings.state, _print))
-    refuse_taken_port(settings.host, settings.port)
-    repository = copy_repository(settings.state)
-    with stop_on_signal() as stop, Children(settings, child_environment(settings, repository)) as children:
-        children.start("serve")
-        children.start("worker")
-        if not wait_for_model(settings, children, stop):
-            return 130
-        with _client(settings, children) as client:
-            return _told(run_break(cause, client, settings.state, _print, stopped=lambda: stop.asked))
+    with interrupted_by_signal():
+        with Client(address, timeout_s=20.0) as client:
+            if _answers(client):
+                return _told(run_break(cause, client, settings.state, _print))
+        refuse_taken_port(settings.host, settings.port)
+        repository = copy_repository(settings.state)
+        with Children(settings, child_environment(settings, repository)) as children:
+            children.start("serve")
+            children.start("worker")
+            wait_for_model(settings, children, Stop())
+            with _client(settings, children) as client:
+                return _told(run_break(cause, client, settings.state, _print))
 
 
 def _answers(client: Client) -> bool:
@@ -242,12 +243,34 @@ class Stop:
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     stop = Stop()
-    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with _handled_by(stop.ask):
         yield stop
+
+
+@contextmanager
+def interrupted_by_signal() -> Iterator[None]:
+    """SIGTERM and SIGHUP end it as Ctrl-C does, with everything put back; a second one does not disturb that."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with _handled_by(interrupt):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGHUP stays ignored where it was when we were started (nohup)."""
+    before = {n: was for n in ENDING if (was := signal.getsignal(n)) is not signal.SIG_IGN or n != signal.SIGHUP}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, was in before.items():
+            signal.signal(number, was)
 
 
 @dataclass

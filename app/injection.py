@@ -36,10 +36,7 @@ def check_cause(cause: str) -> None:
         check_quota_possible()
 
 
-def run_break(
-    cause: str, client: Client, state: Path, say: Callable[[str], None], limit_s: float = TIME_LIMIT_S,
-    stopped: Callable[[], bool] = lambda: False,
-) -> JSON:  # fmt: skip
+def run_break(cause: str, client: Client, state: Path, say: Callable[[str], None], limit_s: float = TIME_LIMIT_S) -> JSON:
     """Inject one cause and follow the timeline until the loop has said that all is well, or that nothing is to be done.
 
     Returns what was found: {"cause", "blamed": [...], "plans": [...], "recovered": seconds or None, "failed": requests}. Raises HoneError.
@@ -55,10 +52,10 @@ def run_break(
         time.sleep(WARM_S)
         scene = Scene(client, traffic, repository, say)
         stack.enter_context(CAUSES[cause](scene))
-        return _follow(cause, scene, limit_s, say, stopped)
+        return _follow(cause, scene, limit_s, say)
 
 
-def _follow(cause: str, scene: Scene, limit_s: float, say: Callable[[str], None], stopped: Callable[[], bool]) -> JSON:
+def _follow(cause: str, scene: Scene, limit_s: float, say: Callable[[str], None]) -> JSON:
     client, traffic, after, began = scene.client, scene.traffic, scene.after, scene.began
     blamed: list[str] = []
     plans: list[str] = []
@@ -66,7 +63,7 @@ def _follow(cause: str, scene: Scene, limit_s: float, say: Callable[[str], None]
     acted: float | None = None
     decided_at = 0.0
     building: set[str] = set()
-    while time.monotonic() - began < limit_s and not stopped():
+    while time.monotonic() - began < limit_s:
         for event in client.timeline(model=scene.name, after=after, limit=200)["events"]:
             after = event["seq"]
             say(tables.event_line(event))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -29,6 +30,11 @@ def _group(pid: int) -> str:
     return Path(f"/proc/{pid}/cgroup").read_text()
 
 
+def _groups(pid: int) -> list[Path]:
+    """What was made by the process `pid`: other processes may have groups of their own at the same time."""
+    return [*Path("/sys/fs/cgroup").glob(f"*/hone-quota-{pid}"), *Path("/sys/fs/cgroup").glob(f"hone-quota-{pid}")]
+
+
 def _cores(pids: list[int], seconds: float = 1.0) -> float:
     def used() -> float:
         return sum(found.cpu_s for pid in pids if (found := procfs.facts(pid)) is not None)
@@ -51,7 +57,7 @@ def test_running_processes_get_a_quota_and_go_back() -> None:
                 assert _cores(pids) < 0.4
             assert [_group(pid) for pid in pids] == before
             assert _cores(pids) > 0.4
-            assert not list(Path("/sys/fs/cgroup").glob("*/hone-quota-*")) and not list(Path("/sys/fs/cgroup").glob("hone-quota-*"))
+            assert not _groups(os.getpid())
         finally:
             for pid in pids[::-1]:
                 subprocess.run(["kill", "-9", str(pid)], check=False)
@@ -73,6 +79,23 @@ def test_the_sensor_sees_a_quota_that_comes_while_it_reads() -> None:
             assert float(quota) == 0.25 and float(throttled) > 0.3
         finally:
             process.kill()
+
+
+@pytest.mark.skipif(not _possible(), reason="control groups can't be made here (not root, or inside a container)")
+def test_what_a_killed_process_left_goes_with_the_next_quota() -> None:
+    """SIGKILL runs no `finally`: the server that was held to a part of a core stayed so for good."""
+    code = "import sys, time\nfrom app.control_group import quota_of\nwith quota_of([int(sys.argv[1])], 0.2): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as held:
+        before = _group(held.pid)
+        try:
+            with subprocess.Popen([sys.executable, "-c", code, str(held.pid)], stdout=subprocess.PIPE, text=True) as holder:
+                assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+                holder.kill()
+            assert _groups(holder.pid) and _group(held.pid) != before
+            check_quota_possible()
+            assert not _groups(holder.pid) and _group(held.pid) == before
+        finally:
+            held.kill()
 
 
 def test_a_place_without_cpu_limits_is_named_and_nothing_is_left_there(tmp_path: Path) -> None:

@@ -258,6 +258,28 @@ def test_the_greetings_commands_work_in_another_terminal_too(tmp_path: Path, mon
     assert "'@a b/digit.png'" in text and "admin-token" not in text and "HONE_ADMIN_TOKEN" in text and "secret" not in text
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_the_midst_of_a_fault_puts_it_back(number: signal.Signals) -> None:
+    """SIGTERM (timeout, a closed terminal) left the running server broken: its objective, its versions, its quota."""
+    code = "import time\nfrom app.demo import interrupted_by_signal\nwith interrupted_by_signal():\n    try:\n        print('in', flush=True); time.sleep(60)\n"
+    code += "    finally:\n        print('out', flush=True); time.sleep(0.5); print('put back', flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "in\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "out\n"
+        process.send_signal(number)
+        out, error = process.communicate(timeout=20)
+    assert out == "put back\n" and error.rstrip().endswith("KeyboardInterrupt")
+
+
+@pytest.mark.parametrize(("ignored", "ended"), [(False, True), (True, False)])
+def test_nohup_is_respected(ignored: bool, ended: bool) -> None:
+    code = f"import signal\nif {ignored}: signal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom app.demo import stop_on_signal\n"
+    code += "with stop_on_signal() as stop:\n    signal.raise_signal(signal.SIGHUP); print(stop.asked)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout == f"{ended}\n"
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
