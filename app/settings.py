@@ -84,6 +84,7 @@ class Settings:
     job_device: str = setting("auto", "where jobs train: cpu, cuda, or auto (cuda where PyTorch finds one)", among=("auto", "cpu", "cuda"))
     job_memory_bytes: int = setting(4 << 30, "memory of an optimization job, and of checking a model before it is served", 1)
     job_seconds: float = setting(3600.0, "time limit of an optimization job", 1)
+    proof_seconds: float = setting(180.0, "time limit of the offline proof of one version: answers compared, then times", 10)
     block_s: float = setting(5.0, "seconds of one block of the sensor: what the loop compares with what is normal", 0.1, 3600)
     worker_port: int = setting(0, "port of the worker's own /metrics; 0: none", 0, 65535)
     log_level: str = setting("info", "debug, info, warning or error", among=("debug", "info", "warning", "error"))

@@ -145,5 +145,5 @@ def test_a_broken_demo_is_followed_as_long_as_a_build_goes_on(monkeypatch: pytes
     scene: Any = SimpleNamespace(
         client=Building(1.2), traffic=SimpleNamespace(sent=1, failed=0), after=0, began=monotonic(), name="digits"
     )  # fmt: skip
-    found = injection._follow("version", scene, 10.0, lambda line: None, lambda: False)
+    found = injection._follow("version", scene, 10.0, lambda line: None)
     assert found["plans"] == ["optimize", "nothing"] and found["recovered_s"] is not None

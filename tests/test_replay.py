@@ -71,7 +71,7 @@ def test_a_proof_names_what_runs_each_pytorch_version_and_the_layout_that_it_is_
     bench, want = scene(tmp_path)
     piece = bench.workpiece("net", want.golden, want.golden_sha256)
     back = replace(want, desired="1")
-    request = question(bench, piece, back, "2", "here", RuntimeSettings(4, 1, 16, 512), tmp_path, proof_only=True, lossless=False)
+    request = question(bench, piece, back, "2", "here", RuntimeSettings(4, 1, 16, 512), tmp_path, 60.0, proof_only=True, lossless=False)
     models, factory = tmp_path / "models" / "net", f"{tmp_path / 'factories' / 'net.py'}:"
     assert request["golden"] == request["candidate"] == str(models / "2" / "model.safetensors")
     assert request["incumbent"] == str(models / "1" / "model.safetensors")

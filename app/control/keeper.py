@@ -29,15 +29,7 @@ from app.control.steps import is_recalibration
 from app.control.taking import Taking
 from app.control.tally import JobTally
 from app.control.tuning import Tuning
-from app.control.verification import (
-    VERIFY_S,
-    Judged,
-    best,
-    judged,
-    may_promote_alone,
-    proof_of,
-    question,
-)  # fmt: skip
+from app.control.verification import Judged, best, judged, may_promote_alone, proof_of, question
 from app.domain import JSON, Event, Job, JobState, RuntimeSettings, State, Verdict
 from app.errors import Conflict, HoneError, NotAllowed
 from app.settings import Settings
@@ -248,10 +240,10 @@ class JobKeeper:
         for_bytes = isinstance(card, BuiltCard) and promises_no_time([str(step.get("method")) for step in card.draft.recipe])
         with self._bench.scratch() as folder:
             request = await asyncio.to_thread(
-                question, self._bench, piece, want, version, self._host_class, self._fallback, folder, proof_only, lossless,
-                is_recalibration(job) or for_bytes,
+                question, self._bench, piece, want, version, self._host_class, self._fallback, folder, self._settings.proof_seconds,
+                proof_only, lossless, is_recalibration(job) or for_bytes,
             )  # fmt: skip
-            report = await self._task("verify", request, VERIFY_S + 120, job, stop)
+            report = await self._task("verify", request, self._settings.proof_seconds + 120, job, stop)
         before = self._bench.settings(piece, want, version, self._host_class, self._fallback)
         proof = proof_of(card, want.golden_sha256, self._host_class, report, before)
         await asyncio.to_thread(self._cards.write_proof, card, proof)

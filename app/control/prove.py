@@ -9,7 +9,7 @@ from app.catalog.cards import BuiltCard, Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench
-from app.control.verification import VERIFY_S, judged, proof_of, question
+from app.control.verification import judged, proof_of, question
 from app.domain import JSON, Event, RuntimeSettings
 from app.errors import Conflict, NotFound
 from app.settings import Settings
@@ -33,8 +33,9 @@ def prove_here(settings: Settings, model: str, version: str = "") -> JSON:
         card = bench.card(piece, chosen)
         fallback = RuntimeSettings(cpu_budget().cores, 1, 16, 512)
         with bench.scratch() as folder:
-            request = question(bench, piece, want, chosen, here, fallback, folder, proof_only=True, lossless=False)
-            limits = TaskLimits(seconds=VERIFY_S * 2, memory_bytes=settings.job_memory_bytes, nice=10, scratch=str(folder))
+            seconds = settings.proof_seconds
+            request = question(bench, piece, want, chosen, here, fallback, folder, seconds, proof_only=True, lossless=False)
+            limits = TaskLimits(seconds=seconds * 2, memory_bytes=settings.job_memory_bytes, nice=10, scratch=str(folder))
             try:
                 report = run_task_sync("verify", request, limits)
             except TaskFailed as failure:

@@ -16,7 +16,6 @@ from app.domain import JSON, Mode, ModelState, RuntimeSettings, State, Verdict
 from app.store.codec import settings_from_json
 from optimizers.artifact import WEIGHTS_SUFFIX
 
-VERIFY_S: Final = 180.0
 TUNE_S: Final = 30.0
 SERVER_SIDE: Final = frozenset({"tune", "verify"})
 """Steps that run where the model is served, never in a worker."""
@@ -38,9 +37,10 @@ class Judged:
 
 def question(
     bench: Bench, piece: Workpiece, want: ModelState, version: str, host_class: str, fallback: RuntimeSettings, folder: Path,
-    proof_only: bool, lossless: bool, no_slower: bool = False,
+    seconds: float, proof_only: bool, lossless: bool, no_slower: bool = False,
 ) -> JSON:  # fmt: skip
-    """The request of the task `verify` for one version, judged by golden and against what serves now. Writes samples into `folder`.
+    """The request of the task `verify` for one version, judged by golden and against what serves now, within so many `seconds`.
+    Writes samples into `folder`.
 
     `no_slower`: it is there for the quality that was lost, or for its bytes, so that being no slower is gain enough.
     """
@@ -80,7 +80,7 @@ def question(
         "lossless": lossless,
         "purpose": "proof" if proof_only or version == incumbent else "swap",
         "exclude": sorted(set(piece.samples.calibration.hashes())),
-        "seconds": VERIFY_S,
+        "seconds": seconds,
     }
 
 

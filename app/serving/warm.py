@@ -30,12 +30,9 @@ def way_back_gone(want: ModelState | None, found: FoundModel) -> str:
 
 
 def expired(slot: Slot, want: ModelState, now: float) -> list[Loaded]:
-    """Versions whose time as the one to go back to is over."""
-    return [
-        loaded
-        for loaded in slot.versions.values()
-        if loaded.warm_until and now > loaded.warm_until and not (loaded is slot.active or loaded.version in needed(want) or loaded.pinned)
-    ]
+    """Versions that are not known any more, and those whose time as the one to go back to is over."""
+    idle = [loaded for loaded in slot.versions.values() if loaded is not slot.active and loaded.version not in needed(want)]
+    return [one for one in idle if one.version not in slot.known or (one.warm_until and now > one.warm_until and not one.pinned)]
 
 
 def surplus(slot: Slot, want: ModelState) -> list[Loaded]:
