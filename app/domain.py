@@ -259,6 +259,8 @@ class Job:
     state: JobState
     requested_at: float
     worker: str = ""
+    machine: str = ""
+    """Where it is built (app.control.builders)."""
     attempt: int = 0
     candidates: tuple[str, ...] = ()
     cancel_asked: bool = False

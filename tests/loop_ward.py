@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -38,7 +38,7 @@ class Plane:
     def drift(self, name: str) -> float | None:
         return None
 
-    def own_cpu(self) -> Callable[[], float]:
+    def own_cpu(self, workers: Collection[int]) -> Callable[[], float]:
         return lambda: 0.0
 
     compared: Sequence[object] = ()

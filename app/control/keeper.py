@@ -18,6 +18,7 @@ from app.catalog.cards import BuiltCard, Cards
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
+from app.control.builders import machine
 from app.control.choices import promises_no_time
 from app.control.commands import Commands
 from app.control.endings import is_server_side, summary_of, told, unneeded, without_winner
@@ -143,7 +144,7 @@ class JobKeeper:
     async def _advance(self, job: Job) -> None:
         """One step of one job."""
         if job.state is JobState.REQUESTED and is_server_side(job):
-            await self._say("job.claimed", job, worker=f"server {self._replica}", attempt=job.attempt + 1)
+            await self._say("job.claimed", job, worker=f"server {self._replica}", machine=machine(), attempt=job.attempt + 1)
             await self._say("job.built", job, attempt=job.attempt + 1, candidates=[], report={})
         elif job.state is JobState.BUILDING and (job.cancel_asked or job.worker.startswith("server ")):
             if await asyncio.to_thread(self._journal.acquire, f"job:{job.id}", self._replica, LEASE_S):

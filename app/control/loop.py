@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Any, Final, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from app.control import experiments, remedies
 from app.control.bench import Bench
 from app.control.beside import Beside
+from app.control.builders import builders_here
 from app.control.commands import Commands
 from app.control.diagnosis import Cause
 from app.control.expected import expected, harm_of, rank_of
@@ -53,7 +54,7 @@ class Plane(experiments.Plane, remedies.Plane, Protocol):
 
     def models(self) -> list[ModelView]: ...
     def model(self, name: str) -> ModelView | None: ...
-    def own_cpu(self) -> Callable[[], float]: ...
+    def own_cpu(self, workers: Collection[int]) -> Callable[[], float]: ...
     async def compare_some(self) -> Any: ...
 
 
@@ -75,6 +76,7 @@ class Loop:
         self._beside = Beside(window, journal, commands, bench, metrics, host_class)
         self._sensor = HostSensor()
         self._host = HostFacts()
+        self._builders: dict[str, int] = {}
         self._host_at = 0.0
         self._moved_until = monotonic() + EVENT_S if moved_from else 0.0
         self._patients: dict[str, Patient] = {}
@@ -110,7 +112,8 @@ class Loop:
             self._comparing = asyncio.create_task(self._compare(), name="compare-answers")
             self._comparing.add_done_callback(_report)
         self._state = await asyncio.to_thread(self._journal.state)
-        if any(job.state is JobState.BUILDING for job in self._state.jobs.values()):
+        self._builders = builders_here(self._state)
+        if self._builders:
             self._window.mark()
         self._follows = 0 if self.leads() else self._follows + 1
         views = self._plane.models()
@@ -158,7 +161,7 @@ class Loop:
         if now - self._host_at < HOST_S:
             return
         lag = self._metrics.gauges["hone_event_loop_lag_seconds"].get((), 0.0)
-        own_cpu = self._plane.own_cpu()
+        own_cpu = self._plane.own_cpu({pid for pid in self._builders.values() if pid})
         self._host = await asyncio.to_thread(lambda: self._sensor.read(own_cpu(), lag))
         self._host_at = now
         cores = (self._host.cores, self._host.quota)

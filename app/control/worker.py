@@ -12,8 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +25,7 @@ from app.catalog.sample_sources import MOST_SAMPLES
 from app.catalog.samples import TRAIN_SAMPLES
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
+from app.control.builders import machine, worker_name
 from app.control.choices import exports
 from app.control.endings import is_server_side
 from app.control.expected import in_order
@@ -63,7 +62,7 @@ class Worker:
 
     def __init__(self, settings: Settings, journal: Journal, bench: Bench, metrics: Metrics) -> None:
         self._settings, self._journal, self._bench, self._metrics = settings, journal, bench, metrics
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self.name = worker_name()
         self._stopping = asyncio.Event()
         self._doing = ""
         self._cpu_s = 0.0
@@ -108,7 +107,7 @@ class Worker:
                 await asyncio.to_thread(self._journal.release, f"job:{seen.id}", self.name)
                 continue
             attempt = job.attempt + 1
-            data = {"worker": self.name, "attempt": attempt}
+            data = {"worker": self.name, "machine": machine(), "attempt": attempt}
             await asyncio.to_thread(self._journal.append, Event("job.claimed", job.model, "", job.id, data=data))
             now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
             if now is not None and (now.worker, now.attempt, now.state) == (self.name, attempt, JobState.BUILDING):

@@ -56,15 +56,24 @@ def descendants(pid: int) -> list[int]:
 
 
 class OwnCpu:
-    """CPU seconds of this process and of all that it started: runners, tasks, fresh runners. It only grows, also where some of them end."""
+    """CPU seconds of this process and of all that it started: runners, tasks, fresh runners; and of workers beside it while they are named.
+    It only grows, also where some of them end."""
 
     def __init__(self) -> None:
         self._seen: dict[int, float] = {}
         self._total_s = 0.0
 
-    def read(self, runners: Iterable[int] = ()) -> float:
-        """For polls, off the event loop; what ended since the reading before is counted up to that one. `runners` are counted in any case."""
+    def read(self, runners: Iterable[int] = (), workers: Iterable[int] = ()) -> float:
+        """For polls, off the event loop; what ended since the reading before is counted up to that one. `runners` are counted in any case.
+
+        Of `workers`, with all below them, counts what they use from when they are first named.
+        """
         pids = {*descendants(os.getpid()), *runners}
+        for worker in workers:
+            below = descendants(worker)
+            if worker not in self._seen:
+                self._seen |= {pid: found.cpu_s for pid in below if (found := facts(pid)) is not None}
+            pids |= {*below}
         now = {pid: found.cpu_s for pid in pids if (found := facts(pid)) is not None}
         self._total_s += sum(max(0.0, cpu_s - self._seen.get(pid, 0.0)) for pid, cpu_s in now.items())
         self._seen = now

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from statistics import median
@@ -97,10 +97,10 @@ class Vitals:
         slot = self._service.slots.get(name)
         return slot.mirror.drift if slot is not None and slot.mirror is not None else None
 
-    def own_cpu(self) -> Callable[[], float]:
-        """What reads the CPU seconds that this process and all that it started have used: made on the loop, called in a thread."""
+    def own_cpu(self, workers: Collection[int] = ()) -> Callable[[], float]:
+        """What reads the CPU seconds that this process, `workers` and all that they started have used: made on the loop, called in a thread."""
         runners = [engine.pid for _, _, _, engine in self._service.engines() if engine.pid]
-        return lambda: self._own_cpu.read(runners)
+        return lambda: self._own_cpu.read(runners, workers)
 
     @property
     def idle(self) -> bool:

@@ -54,7 +54,8 @@ def claimed(state: State, event: Event) -> State:
         return state
     if job.cancel_asked:
         return _cancelled(state, event, job, "cancelled")
-    return _put(state, replace(job, state=JobState.BUILDING, worker=event.data["worker"], attempt=event.data["attempt"], candidates=()))
+    worker, machine, attempt = event.data["worker"], str(event.data.get("machine", "")), event.data["attempt"]
+    return _put(state, replace(job, state=JobState.BUILDING, worker=worker, machine=machine, attempt=attempt, candidates=()))
 
 
 def built(state: State, event: Event) -> State:
