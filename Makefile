@@ -23,7 +23,7 @@ run: $(VENV)/.base $(if $(filter optimize,$(EXTRAS)),$(VENV)/.optimize)
 	@exec $(BIN)/hone demo
 
 test: $(VENV)/.dev system lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
 	$(BIN)/python -m pytest $(ALONE)
 
 lint: $(VENV)/.dev

@@ -17,6 +17,17 @@ PYTHON_PACKAGES = {"torch"}
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # as app.cli does: no test reports to ONNX Runtime's vendor, or writes to HOME
 
 
+LONGEST = (
+    "test_jobs.py", "test_swap_faults.py", "test_optimize_demo.py", "test_traffic.py", "test_ending.py", "test_pruning.py",
+    "test_torch_jobs.py", "test_faults.py", "test_benchmarks.py", "test_schema.py", "test_loop.py",
+)  # fmt: skip
+"""They go first: the last one would run for minutes beside an idle process."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def is_missing(program: str) -> bool:
     if program in PYTHON_PACKAGES:
         return importlib.util.find_spec(program) is None
