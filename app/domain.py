@@ -238,6 +238,8 @@ class BuiltVersion:
     verdicts: tuple[tuple[str, Verdict], ...] = ()
     removed: bool = False
     size_bytes: int = 0
+    served: bool = False
+    """Whether it was ever the desired one: what waits for a person was not."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,11 +92,11 @@ class ServerOperations:
                 raise InvalidRequest(f"version {version} answers anyway; name versions that may answer in its place")
         want = self._fleet.state.models.get(name)
         mode = want.mode if want is not None and want.mode is not None else slot.config.mode
-        if mode is Mode.AUTO and slot.config.ladder:
-            raise Conflict(
-                f"the loop keeps the ladder of {name!r} in auto mode, and would undo this: take another mode (hone mode {name} approve), "
-                "or say ladder: false in its model.yaml"
-            )
+        if not slot.config.ladder:
+            raise Conflict(f"model.yaml of {name!r} says ladder: false, so no version answers in another's place: take that line out first")
+        if mode is not Mode.APPROVE:
+            why = "the loop keeps its ladder, and would undo this" if mode is Mode.AUTO else "nothing steps down, whatever its ladder"
+            raise Conflict(f"in {mode.value} mode of {name!r} {why}: hone mode {name} approve")
         await self._fleet.carry_out(self._commands.set_ladder, name, rungs, actor)
         return {"model": name, "rungs": list(rungs)}
 

@@ -142,7 +142,11 @@ def now(loop: JSON) -> Iterable[str]:
         held = "nothing to tell by yet" if one["now"] is None else f"{one['now']}{'' if one['kept'] else ', MISSED'}{share}"
         yield f"objective {one['promised']}: {held}"
     if loop.get("p95_s"):
-        yield f"p95 {short(loop['p95_s'] * 1e3)} ms at {short(loop.get('requests_per_s', 0))} requests/s"
+        words = (("queue", "waiting"), ("compute", "in the model"), ("edge", "read and written"))
+        phases = [f"{word} {short(of[key] * 1e3)}" for key, word in words if key in (of := loop.get("phases_p95_s") or {})]
+        yield f"p95 {short(loop['p95_s'] * 1e3)} ms at {short(loop.get('requests_per_s', 0))} requests/s" + (
+            f" ({', '.join(phases)})" if phases else ""
+        )
     fidelity = loop.get("fidelity")
     if fidelity:
         yield f"agrees with golden on {short(fidelity['agreed'], 4)} of {fidelity['compared']} live requests{_lowest(loop.get('classes') or ())}"

@@ -10,10 +10,12 @@ import pytest
 from app.catalog.model_config import ModelConfig
 from app.control.diagnosis import Cause, diagnose, needs_probe, needs_replay
 from app.control.findings import FreshRunner, Replay
+from app.control.normal import Normal
 from app.control.patient import Incident, Patient
 from app.control.planner import Action, in_brackets, plan
 from app.control.suspicion import Kind, Suspicion
 from app.telemetry.block import Block
+from app.telemetry.hostfacts import HostFacts
 from tests.blocks import GOLDEN, QUIET, block, findings, normal
 
 
@@ -150,7 +152,8 @@ def test_what_only_was_seen_is_not_told_as_advice() -> None:
 def test_only_models_that_are_out_of_the_ordinary_now_and_likewise_count_beside_one() -> None:
     slow, large = Suspicion(Kind.LATENCY, "slow"), Suspicion(Kind.MEMORY, "large")
     incident = Incident(100.0, [slow, large], seen_at={Kind.LATENCY: 200.0, Kind.MEMORY: 300.0})
-    patient = Patient(incident=incident)
+    patient = Patient(incident=incident, suspected_at={Kind.LATENCY: 200.0, Kind.MEMORY: 300.0})
+    assert Patient(suspected_at={Kind.LATENCY: 200.0}).suspected_of({Kind.LATENCY}, 195.0), "also while it waits to be looked into"
     assert patient.suspected_of({Kind.LATENCY, Kind.COST}, 195.0)
     assert not patient.suspected_of({Kind.LATENCY}, 201.0), "it stands, for its memory, and is not slow any more"
     assert not patient.suspected_of({Kind.ERRORS}, 195.0) and not Patient().suspected_of({Kind.LATENCY}, 0.0)
@@ -158,8 +161,32 @@ def test_only_models_that_are_out_of_the_ordinary_now_and_likewise_count_beside_
     assert incident.diagnosis.cause is Cause.VERSION
     assert not patient.suspected_of({Kind.LATENCY}, 195.0), "an objective that it never met says nothing of the host"
     incident.diagnosis = None
-    incident.see([slow], 400.0)
+    patient.see([slow], 400.0)
     assert patient.suspected_of({Kind.LATENCY}, 395.0) and incident.suspected_at == 400.0
+
+
+def test_what_was_killed_from_outside_is_no_fault_of_the_version_though_requests_failed_meanwhile() -> None:
+    """One kill of a runner that takes seconds to load failed those who waited, and the version was rolled back and barred for it."""
+    failed = Suspicion(Kind.ERRORS, "5 of 100 requests failed", {"failures": 5, "answered": 100, "limit": 0.01})
+    assert diagnose(replace(findings([Kind.ERRORS]), suspicions=[failed], kills=1)).cause is Cause.HOST
+    assert diagnose(replace(findings([Kind.ERRORS]), suspicions=[failed], kills=1, own_deaths=1)).cause is Cause.VERSION
+    assert diagnose(replace(findings([Kind.ERRORS]), suspicions=[failed])).cause is Cause.VERSION
+
+
+def test_a_host_short_of_memory_answers_for_deaths_and_never_for_wrong_answers() -> None:
+    short = HostFacts(memory_pressure=0.5)
+    nan = Suspicion(Kind.NON_FINITE, "9 answers held NaN", {"non_finite": 9})
+    deaths = Suspicion(Kind.DEATHS, "its runner ended 3 times", {"deaths": 3, "from_outside": 0})
+    assert diagnose(replace(findings([Kind.NON_FINITE]), suspicions=[nan], host=short)).cause is Cause.VERSION
+    assert diagnose(replace(findings([Kind.DEATHS]), suspicions=[deaths], host=short)).cause is Cause.HOST
+    assert diagnose(replace(findings([Kind.DEATHS]), suspicions=[deaths], host=short, began_with_version=True)).cause is Cause.VERSION
+
+
+def test_a_leak_of_a_quiet_model_is_growth_as_long_as_nobody_knows_what_it_needs() -> None:
+    over = Suspicion(Kind.MEMORY, "its runner holds 90 MiB, the objective is 64", {"bytes": 90 << 20, "limit_mb": 64})
+    quiet = replace(findings([Kind.MEMORY]), suspicions=[over], normal=Normal())
+    assert diagnose(quiet).cause is Cause.PROCESS and diagnose(replace(quiet, first_memory=40 << 20)).cause is Cause.PROCESS
+    assert diagnose(replace(quiet, first_memory=80 << 20)).cause is Cause.VERSION, "a fresh runner would hold as much"
 
 
 @pytest.mark.parametrize("standing", [Kind.MEMORY, Kind.CONFIDENCE, Kind.LABELS])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.catalog.model_config import ModelConfig
-from app.domain import Event, Generation, ModelState, Observation, RuntimeSettings
+from app.domain import Event, Generation, Mode, ModelState, Observation, RuntimeSettings
 from app.serving.ladder import HOLD_S, SETTLED_S, Footing, Ladder
 from app.serving.service import InferenceService
 from app.serving.slot import Neighbours, Slot
@@ -92,6 +92,36 @@ def test_what_steps_down_for_load_is_back_when_the_load_is_gone_and_says_up() ->
     for _ in range(round(2 * HOLD_S) + 8):
         stand.second(60, CAN)
     assert stand.answers == "1" and stand.slot.rung is None
+
+
+def test_a_rung_above_that_does_not_load_keeps_nobody_down() -> None:
+    """The way up asked for the rung just above alone: without it the model stayed on the lowest for good."""
+    stand = Stand()
+    del stand.slot.versions["1.1"]
+    for _ in range(4):
+        stand.second(300, CAN)
+    assert stand.steps() == [("1", "1.2")]
+    for _ in range(round(2 * HOLD_S) + 8):
+        stand.second(10, CAN)
+    assert stand.steps()[1:] == [("1.2", "1")] and stand.slot.rung is None
+
+
+def test_a_promotion_that_does_not_load_keeps_nobody_down() -> None:
+    stand = Stand()
+    for _ in range(4):
+        stand.second(150, CAN)
+    stand.want = replace(stand.want, desired="2")
+    for _ in range(round(2 * HOLD_S) + 8):
+        stand.second(10, CAN)
+    assert stand.slot.rung is None and stand.answers == "1"
+
+
+def test_in_observe_mode_nobody_steps_down() -> None:
+    stand = Stand()
+    stand.want = replace(stand.want, mode=Mode.OBSERVE)
+    for _ in range(20):
+        stand.second(300, CAN)
+    assert stand.steps() == [] and stand.slot.rung is None
 
 
 def test_a_rung_that_is_promoted_is_no_rung_any_more() -> None:

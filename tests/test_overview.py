@@ -18,7 +18,7 @@ HOST: dict[str, Any] = {
 MODEL: dict[str, Any] = {
     "name": "digits", "state": "ready", "active": "1.1", "desired": "1.1", "golden": "1", "previous": "1", "mode": "auto",
     "loaded": [{"version": "1.1", "state": "READY", "alive": True, "pid": 7, "queued": 2, "inflight": 1, "memory_bytes": 1_500_000, "batching": True}],
-    "rungs": ["1.2"], "failed": {"1.3": "crashed\x1b[2J"}, "captured": 3, "loop": {"p95_s": 0.02, "requests_per_s": 5.0},
+    "rungs": ["1.2"], "failed": {"1.3": "crashed\x1b[2J"}, "captured": 3, "loop": {"p95_s": 0.02, "requests_per_s": 5.0, "phases_p95_s": {"queue": 0.003, "compute": 0.01, "edge": 0.0}},
 }  # fmt: skip
 
 
@@ -47,7 +47,13 @@ def test_what_is_wrong_with_a_server_stands_above_its_models() -> None:
 
 def test_a_model_says_how_it_does_and_where_a_rollback_goes() -> None:
     text = overview.model(MODEL | {"waiting_for": "nobody knows yet"})
-    for part in ("p95 20 ms at 5 requests/s", "rollback goes back to 1", "under load 1.2 may answer", "1.5 MB", "nobody knows yet"):
+    for part in (
+        "p95 20 ms at 5 requests/s (waiting 3, in the model 10, read and written 0)",
+        "rollback goes back to 1",
+        "under load 1.2 may answer",
+        "1.5 MB",
+        "nobody knows yet",
+    ):
         assert part in text, text
     assert "version 1.3 failed: crashed" in text and "\x1b" not in text
     for share, does in ((0.05, "answers 5% of the requests"), (0.0, "is asked again what others answered")):

@@ -147,9 +147,12 @@ def test_a_replay_that_was_not_possible_blames_nobody_and_says_why() -> None:
 
 def test_modes_budgets_and_a_freeze_hold_it_back_but_never_a_way_out_of_faults() -> None:
     for held in (
-        {"mode": Mode.OBSERVE}, {"frozen": True}, {"builds_left": 0}, {"cpu_s_left": 0.0}, {"jobs_open": 1}, {"wait_s": 60.0},
+        {"mode": Mode.OBSERVE}, {"frozen": True}, {"builds_left": 0}, {"cpu_s_left": 0.0}, {"jobs_open": 1}, {"wait_s": 60.0}, {"swaps_left": 0}, {"jobs_waiting": 1},
     ):  # fmt: skip
         assert decide(Cause.VERSION, replace(GOLDEN, **held)) is Action.NOTHING, held
+    assert "hone worker" in plan(Diagnosis(Cause.VERSION, 0.9, ""), replace(GOLDEN, jobs_waiting=1), ModelConfig()).advice[0]
+    assert decide(Cause.SETTINGS, replace(GOLDEN, jobs_waiting=1)) is Action.TUNE, "the server measures by itself"
+    assert decide(Cause.PROCESS, replace(HERE, swaps_left=0)) is Action.RESTART, "the version stays"
     broken = replace(HERE, faults=True, swaps_left=0, wait_s=60.0, mode=Mode.APPROVE)
     assert decide(Cause.VERSION, broken) is Action.ROLL_BACK
 
@@ -232,16 +235,25 @@ def test_the_planner_knows_what_was_tried_left_and_spent() -> None:
 
     def situation(*jobs: Job, of: Cause = Cause.VERSION, model: ModelState = want) -> Situation:
         state = State(models={"m": model}, jobs={one.id: one for one in jobs})
-        return situation_of(state, model, view, ModelConfig(), of, "here", {(Action.OPTIMIZE, (), "")}, 7.0)
+        return situation_of(state, model, view, ModelConfig(), of, "here", {(Action.OPTIMIZE, (), "")}, 7.0, workers=["w"])
 
     now = situation(*jobs)
     assert (now.previous, now.proven, now.tried) == ("", ["1.2"], frozenset({("graph",)})), "1.3 was left for faults"
     assert (now.jobs_open, now.builds_left, now.wait_s, now.tried_actions) == (1, 23, 7.0, frozenset({(Action.OPTIMIZE, (), "")}))
+    waiting = situation_of(State(models={"m": want}, jobs={"c": jobs[2]}), want, view, ModelConfig(), Cause.VERSION, "here", (), 0.0)
+    assert (waiting.jobs_open, waiting.jobs_waiting) == (0, 1), "no worker is alive"
+    kept = job("k", "int8-static", "kept")
+    assert situation(replace(kept, candidate="1.2")).proven == [], "it waits for a person"
+    used = replace(want, built=tuple(replace(one, served=one.version == "1.2") for one in want.built))
+    assert situation(replace(kept, candidate="1.2"), model=used).proven == ["1.2"], "a person took it once"
     assert now.cpu_s_left == 14_400 - 120, "what a person asked for does not count"
     assert situation(*jobs, of=Cause.INPUT).tried == frozenset(), "with other inputs the same recipe is another"
     assert situation(*jobs, model=replace(want, left=("1.3", "1"))).proven == [], "what was built from a version that was left"
     patient, swaps = Patient(switched_at=[50.0, 150.0, 160.0]), ModelConfig().budget.swaps
     state = State(models={"m": want}, jobs={"p": job("p", "tune", "promoted")})
+    spent = situation_of(state, want, view, ModelConfig(), Cause.VERSION, "here", (), 0.0, patient.switched(100.0))
+    assert spent.swaps_left == swaps - 2, "by the loop itself; settings are no swap"
+    state = State(models={"m": want}, jobs={"p": job("p", "int8-static", "promoted")})
     spent = situation_of(state, want, view, ModelConfig(), Cause.VERSION, "here", (), 0.0, patient.switched(100.0))
     assert spent.swaps_left == swaps - 3, "one by a job, two by the loop itself"
     assert situation(job("d", "int8-static", "inconclusive")).tried_actions == frozenset(), "a loud host left it open"

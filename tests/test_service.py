@@ -16,19 +16,20 @@ from onnx import helper
 
 from app.catalog.model_config import ModelConfig
 from app.catalog.samples import Reference, ReferenceMeta, Reservoir
-from app.domain import Event, Generation, InferenceResult, ModelState, RuntimeSettings, Tensor
+from app.domain import Event, Generation, InferenceRequest, InferenceResult, ModelState, RuntimeSettings, Tensor
 from app.errors import DeadlineExceeded, NotReady, Quarantined, QueueFull
 from app.serving.admission import KEPT_ROWS, Admitted
 from app.serving.engine import Engine
 from app.serving.forkserver import ForkServer
 from app.serving.ledger import CoreLedger
 from app.serving.loader import Loader
-from app.serving.mirror import Mirror, Seen
+from app.serving.mirror import MOST_KEPT, Mirror, Seen
 from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Neighbours, Share, Slot
-from app.serving.vitals import Vitals
+from app.serving.vitals import MIRROR_SHARE, Vitals, _calls_in_a_slice, _take_turns
+from app.serving.warm import expired
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.samples import Samples
@@ -200,11 +201,93 @@ async def test_nan_that_came_with_the_request_says_nothing_of_the_version(
     assert service.window.since("m", "1.1", 0.0).non_finite == 1
 
 
+async def test_each_model_has_its_turn_to_be_compared(service: InferenceService, slot: Slot, put: Put, tmp_path: Path) -> None:
+    """The first model's comparisons took all of the budget, and the second was never held to its golden."""
+    slot.active, slot.golden = await put("1", scaled(tmp_path / "1.onnx", 2.0)), "1"
+    await put("1.1", scaled(tmp_path / "2.onnx", 2.0))
+    other = Slot("a", ModelConfig(), Reservoir(tmp_path / "more"), active=slot.active, golden="1", versions=slot.versions)
+    service.slots = {"a": other, "m": slot}
+    vitals, row, seen = Vitals(service, None, service.window, 2, PastDeaths()), np.ones((1, 4), np.float32), []  # type: ignore[arg-type]
+    for _ in range(4):
+        for one in (other, slot):
+            one.mirror = Mirror("sqnr_db", 20.0)
+            one.mirror.kept.append(Seen([tensor("x", row)], None, [tensor("y", 2 * row)], "1.1"))
+        vitals._spent.since, vitals._spent.cpu_s = monotonic(), MIRROR_SHARE * 2  # what one answer costs is all that is left
+        seen += [name for name, _ in await vitals.compare_some()]
+    assert set(seen) == {"a", "m"}, seen
+
+
+async def test_slow_calls_are_probed_one_by_one_and_not_at_all_where_they_are_too_few() -> None:
+    """A runner beside a fresh one, a second a call: it was held up for most of a minute, and then there were too few rounds."""
+    assert (_calls_in_a_slice([0.12, 0.06]), _calls_in_a_slice([0.002, 0.001])) == (1, 15)
+    asked: list[str] = []
+
+    async def infer(request: InferenceRequest) -> InferenceResult:
+        asked.append(request.request_id)
+        return InferenceResult([], "m", "1", 1, 0.0, 1.0, 1, 1.0)
+
+    engine: Any = SimpleNamespace(infer=infer)
+    assert await _take_turns((engine, engine), [[]], 2.0, (1.15, 1.3)) == [] and len(asked) == 2
+
+
+def test_what_is_about_to_answer_is_not_stopped_though_its_time_is_over(slot: Slot) -> None:
+    """A rollback went to a version whose time had just ended: it was swapped in and stopped in the same moment."""
+    for version in ("1", "1.1", "1.2", "1.3"):
+        slot.versions[version] = SimpleNamespace(version=version, warm_until=5.0, pinned=False)  # type: ignore[assignment]
+    slot.active, slot.known = slot.versions["1.2"], ("1", "1.1", "1.2")
+    want = ModelState("m", "1", "sha", "1.1", "1.2", Generation(1, 3))
+    assert [one.version for one in expired(slot, want, 9.0)] == ["1.3"]
+    assert [one.version for one in expired(slot, replace(want, desired="1.2"), 9.0)] == ["1.1", "1.3"]
+    assert [one.version for one in expired(slot, replace(want, desired="1.2"), 1.0)] == ["1.3"], "it was removed"
+
+
+def one(value: float) -> list[Tensor]:
+    return [tensor("y", np.array([[value]], np.float32))]
+
+
+@pytest.mark.parametrize(
+    ("other", "agreed"), [(lambda y: y, 1.0), (lambda y: y * 0.01, 0.0), (lambda y: 5.0, 0.0), (lambda y: y + 1e-5, 1.0)]
+)
+def test_a_regression_of_one_number_is_judged_over_several_answers(other: Callable[[float], float], agreed: float) -> None:
+    """The cosine of one number is its sign: a version that was wrong by a factor of a hundred agreed."""
+    mirror = Mirror("cosine", 0.999)
+    found = [mirror.agreement(one(float(y)), one(other(float(y))), "1.1") for y in range(1, 41)]
+    assert [at for at in found if at is not None] == [agreed, agreed] and found[:15] == [None] * 15
+    assert Mirror("sqnr_db", 20.0).agreement(one(0.0), one(0.0)) == 1.0, "equal is as close as can be"
+
+
+def test_classes_as_numbers_and_in_maps_are_compared_as_offline() -> None:
+    labels = np.array([3, 1, 2, 0], np.int64)
+    assert Mirror("agreement", 0.99).agreement([tensor("y", labels)], [tensor("y", labels[::-1].copy())]) == 0.0
+    maps = np.zeros((1, 3, 2, 2), np.float32)
+    maps[0, 1] = 1.0
+    other = maps.copy()
+    other[0, :, 0, 0] = 9.0, 0.0, 0.0
+    assert Mirror("agreement", 0.99).agreement([tensor("y", maps)], [tensor("y", other)]) == 0.75
+
+
+def test_what_is_kept_to_be_asked_again_is_bounded_with_its_answers() -> None:
+    """Inputs alone were: 32 answers of a language model are gigabytes."""
+    mirror, small = Mirror("agreement", 0.99), [tensor("x", np.zeros((1, 4), np.float32))]
+
+    def offer(answer: int) -> None:
+        mirror.opens_at = 0.0
+        mirror.offer(
+            InferenceRequest(small, "r"), InferenceResult([tensor("y", np.zeros((1, answer // 4), np.float32))], "m", "1", 1, 0, 0, 1, 0, 0)
+        )
+
+    for _ in range(20):
+        offer(2 << 20)
+    assert 1 < len(mirror.kept) <= 8 and sum(seen.size for seen in mirror.kept) <= MOST_KEPT
+    offer(MOST_KEPT)
+    assert all(seen.size < MOST_KEPT for seen in mirror.kept)
+
+
 @pytest.mark.parametrize(("metric", "agreed"), [("agreement", 0.75), ("cosine", 1.0), ("sqnr_db", 0.0)])
 def test_a_request_of_several_rows_agrees_by_its_rows_where_the_floor_is_one_of_rows(metric: str, agreed: float) -> None:
-    golden = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.4, 0]], np.float32)
+    golden = np.tile(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.4, 0]], np.float32), (2, 1))
     other = golden.copy()
-    other[3] = 0.4, 0.5, 0
+    other[3::4] = 0.4, 0.5, 0
     mirror = Mirror(metric, 30.0 if metric == "sqnr_db" else 0.95)
     assert mirror.agreement([tensor("y", golden)], [tensor("y", other)]) == agreed
     other[0] = np.nan

@@ -185,10 +185,20 @@ def test_a_model_that_fails_on_most_requests_is_suspected_and_blamed_only_where_
     failing, lately = block(requests=10, failed_calls=40), Block(0.0, 300.0, requests=10, failed_calls=40)
     assert look([failing], lately=lately) == [Kind.ERRORS]
     assert look([failing], lately=Block(0.0, 300.0, requests=900, failed_calls=40)) == [], "it answered others until a moment ago"
-    assert look([block(requests=2, failed_calls=9)], lately=lately) == [], "too few"
+    few = block(requests=2, failed_calls=9)
+    assert look([few], lately=Block(0.0, 300.0, requests=2, failed_calls=9)) == [], "too few"
+    assert look([few], lately=lately) == [Kind.ERRORS], "and of a quiet model enough in five minutes"
     (found,) = suspicions(Seen([failing], lately, 0, 0), normal(), ModelConfig(), None)
     for new, of in ((True, Cause.VERSION), (False, Cause.UNKNOWN)):
         assert diagnose(replace(findings([]), suspicions=[found], began_with_version=new)).cause is of
+
+
+def test_errors_of_a_quiet_model_count_over_five_minutes() -> None:
+    """Two a block, and all of them failed: no block held three, so that nothing was ever suspected."""
+    lately = Block(0.0, 300.0, requests=0, failures=120)
+    assert look([block(requests=0, failures=2)], lately=lately) == [Kind.ERRORS]
+    assert look([block(requests=2)], lately=lately) == [], "it is over"
+    assert look([block(requests=200, failures=1)], lately=lately) == [], "of a busy one the newest block tells"
 
 
 def test_what_is_normal_is_learned_from_quiet_blocks_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,22 @@ def test_blocks_that_see_our_own_work_are_marked() -> None:
     assert marks == [True, True, False]
 
 
+def test_each_phase_has_its_quantiles() -> None:
+    found, clock = window()
+    for number in range(100):
+        found.observe(Observation("m", "1", 200, 0.1, 0.001, 0.02 * (number >= 90), 0.05, 0.001, 1, 1, 0.004, 0.0))
+    clock.now += 20.0
+    found.observe(seen(503))
+    assert {name: round(value, 3) for name, value in found.phases("m", "1", 0.95).items()} == {
+        "queue": 0.02,
+        "compute": 0.05,
+        "edge": 0.002,
+    }
+    assert found.phases("m", "1", 0.5)["queue"] == 0.0
+    clock.now += 60.0
+    assert found.phases("m", "1", 0.5) == {} == found.phases("m", "2", 0.5)
+
+
 def test_an_observation_costs_less_than_five_microseconds() -> None:
     found = Window()
     observation = seen()
@@ -154,6 +171,21 @@ def test_the_hosts_facts_come_from_the_kernel_and_may_be_absent(tmp_path: Path) 
     nothing.read()
     bare = nothing.read()
     assert bare.busy_ratio is None and bare.throttled_ratio is None and bare.cpu_pressure is None
+
+
+def test_how_busy_the_host_is_is_asked_of_the_cores_that_are_ours(tmp_path: Path) -> None:
+    """Of 64 cores the two that a server may use were full, by others, and 3 % was what it saw: the model was blamed."""
+    ours = f"cpu{min(os.sched_getaffinity(0))}"
+
+    def stat(busy: int, idle: int) -> None:
+        write(tmp_path, {"proc/stat": f"cpu {busy} 0 0 {6300 + idle}\n{ours} {busy} 0 0 {idle}\ncpu999 0 0 0 6300\nintr 1\n"})
+
+    sensor = HostSensor(tmp_path)
+    stat(0, 0)
+    sensor.read()
+    stat(90, 10)
+    facts = sensor.read(own_cpu_s=0.3)
+    assert facts.busy_ratio == 0.9 and facts.others_ratio == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("kind", [v1, v2])

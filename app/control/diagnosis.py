@@ -139,9 +139,11 @@ def _by_faults(found: Findings) -> Diagnosis | None:
     if not faults:
         return None
     text = "; ".join(one.text for one in faults)
-    if found.host.memory_pressure is not None and found.host.memory_pressure > PRESSED:
+    wrong = any(one.kind is Kind.NON_FINITE for one in faults)
+    if (found.host.memory_pressure or 0.0) > PRESSED and not wrong and not found.began_with_version:
         return Diagnosis(Cause.HOST, 0.6, f"{text}, while the host is short of memory", numbers(found))
-    if all(one.kind is Kind.DEATHS and one.numbers["deaths"] < DEATHS for one in faults):
+    killed = found.kills > 0 and not found.own_deaths and all("failures" in one.numbers or one.kind is Kind.DEATHS for one in faults)
+    if killed or all(one.kind is Kind.DEATHS and one.numbers["deaths"] < DEATHS for one in faults):
         return Diagnosis(
             Cause.HOST, 0.8, f"{text}: by a person, a limit or the kernel", numbers(found), ("version: it did not end by itself",)
         )
@@ -208,9 +210,9 @@ def _by_need(found: Findings) -> Diagnosis | None:
 
 
 def _needs(memory: Suspicion, found: Findings) -> bool:
-    """Whether it was beyond its objective from the start."""
+    """Whether it was beyond its objective from the start. Where that is not known a fresh runner tells, which is the cheapest remedy."""
     limit = memory.numbers.get("limit_mb")
-    return limit is not None and (not found.normal.known or found.normal.memory_bytes > limit * (1 << 20))
+    return limit is not None and (found.normal.memory_bytes if found.normal.known else found.first_memory) > limit * (1 << 20)
 
 
 def _by_short_queue(found: Findings) -> Diagnosis | None:

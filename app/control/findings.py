@@ -79,6 +79,11 @@ class Findings:
     fresh: FreshRunner | None = None
     killers: int = 0
     """Inputs that killed its runner when run alone."""
+    own_deaths: int = 0
+    kills: int = 0
+    """Unasked ends of its runner in five minutes: by itself, and by somebody outside."""
+    first_memory: int = 0
+    """Bytes that its runner held soon after it began to answer; 0 where that is not known."""
     event: str = ""
     """What happened shortly before, where something did: start, swap, settings, host class, cores."""
 

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from app.control import experiments, remedies
 from app.control.bench import Bench
 from app.control.beside import Beside
-from app.control.builders import builders_here
+from app.control.builders import builders_here, under_way, workers
 from app.control.commands import Commands
 from app.control.diagnosis import Cause
 from app.control.expected import expected, harm_of, rank_of
@@ -24,13 +24,13 @@ from app.control.experiments import Experiments
 from app.control.findings import CORES
 from app.control.glance import glance, notice_shapes
 from app.control.normal import learned, with_news
-from app.control.patient import EVENT_S, SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched
+from app.control.patient import EVENT_S, SETTLE_BLOCKS, Condition, Incident, Looks, Patient, Watched, told
 from app.control.planner import Action, in_brackets, plan, wait_after
 from app.control.remedies import Remedies
 from app.control.situation import DAY_S, situation_of
 from app.control.standing import LATELY_S, begin_at_zero, prune, standing
 from app.control.suspicion import Kind, Suspicion, faulty
-from app.domain import JSON, Event, JobState, ModelState, ModelView, State, short
+from app.domain import JSON, Event, ModelState, ModelView, State, short
 from app.errors import HoneError
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -77,6 +77,7 @@ class Loop:
         self._sensor = HostSensor()
         self._host = HostFacts()
         self._builders: dict[str, int] = {}
+        self._workers: frozenset[str] = frozenset()
         self._host_at = 0.0
         self._moved_until = monotonic() + EVENT_S if moved_from else 0.0
         self._patients: dict[str, Patient] = {}
@@ -112,7 +113,8 @@ class Loop:
             self._comparing = asyncio.create_task(self._compare(), name="compare-answers")
             self._comparing.add_done_callback(_report)
         self._state = await asyncio.to_thread(self._journal.state)
-        self._builders = builders_here(self._state)
+        self._workers = await asyncio.to_thread(workers, self._journal, self._state)
+        self._builders = builders_here(self._state, self._workers)
         if self._builders:
             self._window.mark()
         self._follows = 0 if self.leads() else self._follows + 1
@@ -134,7 +136,7 @@ class Loop:
                 self._said[view.name] = standing(
                     self._window, self._metrics, view, self._plane.config(view.name), patient.normal, self._plane.drift(view.name)
                 )
-            self._said[view.name] |= {"condition": condition.value} | _told(patient.incident)
+            self._said[view.name] |= {"condition": condition.value} | told(patient.incident)
             if want is not None and self.leads():
                 await self._look(view, patient, want, views)
         prune(self._metrics, {view.name: view.active for view in self._plane.models()})
@@ -204,14 +206,16 @@ class Loop:
     # ---- deciding
     async def _look(self, view: ModelView, patient: Patient, want: ModelState, views: list[ModelView]) -> None:
         config = self._plane.config(view.name)
-        if want.split is not None and want.split.stage == "watch":
+        on_watch = want.split is not None and want.split.stage == "watch"
+        if on_watch and want.split is not None:
             await self._beside.watch(view, patient, want, want.split, config, self._state.frozen)
-            return
+            if not self._state.frozen:
+                return  # a frozen watch confirms nothing, for as long as the freeze lasts: it is looked at meanwhile
         if want.desired != view.active and want.desired not in dict(view.failed):
             return  # another is about to serve: what is left behind is not judged, and going back would leave the one that comes
-        patient.watched = Watched()
+        patient.watched = patient.watched if on_watch else Watched()
         on_trial = want.split is not None
-        if want.split is not None and await self._beside.ended_orphan(view, patient, want.split, self._state):
+        if want.split is not None and not on_watch and await self._beside.ended_orphan(view, patient, want.split, self._state):
             return
         if not on_trial:  # rungs take memory, and other versions beside a trial are no part of what it compares
             await self._beside.set_ladder(view, patient, want, config, self._state)
@@ -223,6 +227,8 @@ class Loop:
             patient.seen_until = max(patient.seen_until, blocks[-1].ended)
         if on_trial:
             found = [one for one in found if faulty([one])]  # the incumbent's faults do not wait for a canary's end
+        patient.see(found, monotonic())
+        patient.weigh(view, self._window.now())
         incident = patient.incident
         if not found:
             if fresh and not view.rung and not on_trial:
@@ -232,27 +238,25 @@ class Loop:
             await self._calm(view, patient, well)
             return
         patient.calm = 0
-        if incident is not None:
-            incident.see(found, monotonic())
         if view.rung and all(one.kind in (Kind.LATENCY, Kind.REFUSALS, Kind.COST) for one in found):
             return  # stepped down for load: no blame until it is back
-        news = incident is not None and _news(found, incident)
+        news = incident is not None and incident.is_news(found)
         if incident is not None and incident.acted_at and self._acting(view, incident) and (not news or incident.explains(found)):
             if news:  # it is felt by now: to look again would only hold up what is under way
                 await self._raise(view, found)
                 incident.suspicions = found
             return
-        if not news and not patient.looks.due(frozenset(one.kind for one in found), monotonic()):
+        if not patient.looks.due(frozenset(one.kind for one in found), monotonic()):
             return
+        if not faulty(found) and not self._experiments.affordable():
+            return  # of many models at once each would have its replay: wrong and missing answers alone need none
         if self._busy is None or self._busy.done():
             self._busy = asyncio.create_task(self._investigate(view, patient, want, found, views), name=f"investigate-{view.name}")
             self._busy.add_done_callback(_report)
 
     def _acting(self, view: ModelView, incident: Incident) -> bool:
         """A remedy is under way, or so fresh that the blocks since do not show it yet."""
-        open_job = any(
-            job.model == view.name and job.state is not JobState.FINISHED and job.actor == "hone" for job in self._state.jobs.values()
-        )
+        open_job = any(job.actor == "hone" for job in under_way(self._state, view.name, self._workers))
         return open_job or monotonic() - incident.acted_at < (SETTLE_BLOCKS + 1) * self._window.block_s
 
     async def _calm(self, view: ModelView, patient: Patient, well: bool) -> None:
@@ -286,7 +290,7 @@ class Loop:
         self, view: ModelView, patient: Patient, want: ModelState, found: list[Suspicion], views: list[ModelView]
     ) -> None:  # fmt: skip
         incident = patient.incident
-        news = incident is None or _news(found, incident)
+        news = incident is None or incident.is_news(found)
         if incident is None:
             incident = patient.incident = Incident(monotonic(), found, seen_at={one.kind: monotonic() for one in found})
         elif incident.unproven and incident.diagnosis is not None:
@@ -321,7 +325,7 @@ class Loop:
         wait_s = max(0.0, wait_after(patient.failures.get(diagnosis.cause, 0)) - waited)
         situation = situation_of(
             state, want, view, self._plane.config(view.name), diagnosis.cause, self._host_class, incident.tried, wait_s,
-            patient.switched(monotonic() - DAY_S),
+            patient.switched(monotonic() - DAY_S), self._workers,
         )  # fmt: skip
         own = monotonic() - patient.remedied_at.get(Cause.SETTINGS, -OWN_S) < OWN_S
         situation = replace(situation, faults=faulty(found), settings_before=situation.settings_before and not own)
@@ -373,20 +377,6 @@ class Loop:
 
     async def _say(self, kind: str, view: ModelView, data: JSON) -> None:
         await asyncio.to_thread(self._journal.append, Event(kind, view.name, view.active, data=data))
-
-
-def _told(incident: Incident | None) -> JSON:
-    """What is wrong now and whom it was blamed on; nothing while all is well."""
-    diagnosis = incident.diagnosis if incident is not None else None
-    return {
-        "suspicions": [one.text for one in incident.suspicions] if incident is not None else [],
-        "cause": diagnosis.cause.value if diagnosis is not None else "", "why": diagnosis.text if diagnosis is not None else "",
-    }  # fmt: skip
-
-
-def _news(found: Sequence[Suspicion], incident: Incident) -> bool:
-    """Whether something is wrong now that was not when it was last looked into: what is known of the incident does not explain it."""
-    return bool({one.kind for one in found} - {one.kind for one in incident.suspicions} - {Kind.EVENT})
 
 
 def _report(task: asyncio.Task[Any]) -> None:

@@ -13,6 +13,7 @@ from app.control.findings import HOST_CLASS
 from app.control.normal import LEAST_CALLS, Normal
 from app.control.planner import Remedy
 from app.control.suspicion import Kind, Suspicion
+from app.domain import JSON, ModelView
 from app.telemetry.block import Block
 
 SETTLE_BLOCKS: Final = 2
@@ -24,6 +25,8 @@ EVENT_S: Final = 300.0
 """So long an event may explain what is seen."""
 OWN: Final = frozenset({Cause.VERSION, Cause.INPUT, Cause.SETTINGS, Cause.PROCESS})
 """Causes that lie in one model: they say nothing of the host."""
+FIRST_S: Final = 10.0
+"""After so long a runner holds what its version needs; what comes on top is growth."""
 SHAPES: Final = "change of the inputs' shapes"
 BACKGROUND: Final = 0.1
 """Share of the cores' time that experiments may take."""
@@ -52,7 +55,7 @@ class Looks:
     def in_vain(self, kinds: frozenset[Kind], now: float, experiments_s: float, cores: int) -> None:
         again = kinds <= self.kinds and now < self.not_before + AGAIN_MOST_S
         self.count = self.count + 1 if again else 1
-        wait_s = min(AGAIN_MOST_S, AGAIN_S * 2.0 ** (self.count - 1))
+        wait_s = min(AGAIN_MOST_S, AGAIN_S * 2.0 ** min(self.count - 1, 10))  # it may stand for weeks
         self.kinds = kinds | self.kinds if now < self.not_before else kinds
         self.not_before = now + max(wait_s, experiments_s / (BACKGROUND * cores))
 
@@ -76,8 +79,9 @@ class Incident:
     seen_at: dict[Kind, float] = field(default_factory=dict)
     """When each kind was out of the ordinary last: an incident may stand for much longer than what began it."""
 
-    def see(self, found: Sequence[Suspicion], now: float) -> None:
-        self.seen_at |= {one.kind: now for one in found}
+    def is_news(self, found: Sequence[Suspicion]) -> bool:
+        """Whether something is wrong now that was not when it was last looked into: what is known of the incident does not explain it."""
+        return bool({one.kind for one in found} - {one.kind for one in self.suspicions} - {Kind.EVENT})
 
     def explains(self, found: Sequence[Suspicion]) -> bool:
         """Whether all of it is the slowness that was blamed, by experiment, before anybody had felt it."""
@@ -145,6 +149,10 @@ class Patient:
     """The same of the one before it: what golden always answered is no fault of the next."""
     remedied_at: dict[Cause, float] = field(default_factory=dict)
     ladder_for: tuple[int, str] = (0, "")
+    suspected_at: dict[Kind, float] = field(default_factory=dict)
+    """When each kind was out of the ordinary last, also while another model is looked into and this one has no incident yet."""
+    first_memory: int = 0
+    """Bytes that the runner held soon after it began to answer, whatever the traffic; 0 where that is not known."""
     switched_at: list[float] = field(default_factory=list)
     """When the loop took another version here by itself, time.monotonic()."""
 
@@ -152,12 +160,23 @@ class Patient:
         self.switched_at = [at for at in self.switched_at if at >= since]
         return len(self.switched_at)
 
+    def see(self, found: Sequence[Suspicion], now: float) -> None:
+        seen = {one.kind: now for one in found}
+        self.suspected_at |= seen
+        if self.incident is not None:
+            self.incident.seen_at |= seen
+
+    def weigh(self, view: ModelView, now: float) -> None:
+        """Note what its runner holds once it has answered for a while."""
+        if not self.first_memory and now - view.active_since > FIRST_S:
+            self.first_memory = view.memory_bytes
+
     def suspected_of(self, kinds: Set[Kind], since: float) -> bool:
         """Whether any of `kinds` was out of the ordinary here at or after `since`, and is not known to be this one model's own doing."""
         one = self.incident
-        if one is None or (one.diagnosis is not None and one.diagnosis.cause in OWN):
+        if one is not None and one.diagnosis is not None and one.diagnosis.cause in OWN:
             return False
-        return any(one.seen_at.get(kind, since - 1) >= since for kind in kinds)
+        return any(self.suspected_at.get(kind, since - 1) >= since for kind in kinds)
 
     def leap_stands(self, leapt: bool, now: float, read_at: float) -> bool:
         """Whether a leap was there before the host was read last (at `read_at`): an older reading may know nothing of what explains it."""
@@ -189,6 +208,7 @@ class Patient:
         self.normal = Normal(shapes=self.normal.shapes)  # what comes is the callers' doing, whichever version answers
         self.seen_until, self.judged_until, self.found, self.requests = 0.0, -1.0, [], 0
         self.looks, self.leapt_at, self.again_at, self.non_finite = Looks(), 0.0, 0.0, (0, 0)
+        self.first_memory = 0
 
     def condition(self, acting: Callable[[Incident], bool]) -> Condition:
         """`acting`: whether a remedy is under way. One that was looked into again, and left with nothing to do, repairs nothing any more."""
@@ -197,3 +217,12 @@ class Patient:
         if self.incident.acted_at and (self.incident.unproven or acting(self.incident)):
             return Condition.REPAIRING
         return Condition.COOLING if self.incident.diagnosis is not None else Condition.SUSPICIOUS
+
+
+def told(incident: Incident | None) -> JSON:
+    """What is wrong now and whom it was blamed on; nothing while all is well."""
+    diagnosis = incident.diagnosis if incident is not None else None
+    return {
+        "suspicions": [one.text for one in incident.suspicions] if incident is not None else [],
+        "cause": diagnosis.cause.value if diagnosis is not None else "", "why": diagnosis.text if diagnosis is not None else "",
+    }  # fmt: skip

@@ -73,6 +73,8 @@ class Situation:
     mode: Mode = Mode.AUTO
     frozen: bool = False
     jobs_open: int = 0
+    jobs_waiting: int = 0
+    """Jobs that wait for a worker where none is alive."""
     builds_left: int = 1
     swaps_left: int = 1
     cpu_s_left: float = 1.0
@@ -171,6 +173,7 @@ def _leave(now: Situation, better: bool) -> list[Plan]:
     if now.previous and (built or now.faults) and not better:
         found.append(Plan(Action.ROLL_BACK, f"back to version {now.previous}", now.previous))
     others = [version for version in now.proven if version not in (now.active, now.previous) and (not better or version in now.rungs)]
+    others.sort(key=lambda version: version not in now.rungs)  # what is known to cost less, before what was built for its bytes
     if others:
         found.append(Plan(Action.SWITCH, f"version {others[0]}, proven here", others[0]))
     elif built and not better and now.golden != now.active and now.golden != now.previous:
@@ -216,18 +219,24 @@ def _build(now: Situation, config: ModelConfig, wanted: Gain) -> list[Plan]:
 def _permitted(wanted: Plan, now: Situation) -> Plan:
     """The same, or why it must wait or is only told."""
     free = wanted.action in (Action.NOTHING, Action.STEP_DOWN, Action.ROLL_BACK) or now.faults
-    if now.frozen and wanted.action is not Action.NOTHING:
+    if now.frozen and wanted.action not in (Action.NOTHING, Action.STEP_DOWN):  # the ladder's envelope stands, and sheds load
         return _told(wanted, "all change is frozen")
     if now.mode is Mode.OBSERVE and wanted.action is not Action.NOTHING:
         return _told(wanted, "the model's mode is observe")
     if free:
         return wanted
+    builds = wanted.action in (Action.OPTIMIZE, Action.RECALIBRATE)
     if wanted.tries and now.jobs_open:
         return Plan(Action.NOTHING, "a job for this model is under way already")
-    builds = wanted.action in (Action.OPTIMIZE, Action.RECALIBRATE)
+    if builds and now.jobs_waiting:
+        return Plan(
+            Action.NOTHING,
+            "a job for this model waits for a worker, and none is running",
+            advice=("start one: hone worker", *wanted.advice),
+        )
     if (builds and now.builds_left <= 0) or (wanted.tries and now.cpu_s_left <= 0):
         return Plan(Action.NOTHING, f"would {wanted.action} ({wanted.text}), but today's budget for jobs is spent (budget in model.yaml)")
-    if wanted.action in (Action.SWITCH, Action.RESTART) and now.swaps_left <= 0:
+    if (builds or wanted.action is Action.SWITCH) and now.swaps_left <= 0:
         return Plan(Action.NOTHING, f"would {wanted.action} ({wanted.text}), but today's budget of swaps is spent (budget in model.yaml)")
     if now.mode is Mode.APPROVE and wanted.action is Action.SWITCH:
         return Plan(wanted.action, wanted.text, wanted.version, wanted.tries, "the model's mode is approve", wanted.advice)

@@ -31,7 +31,7 @@ def standing(window: Window, metrics: Metrics, view: ModelView, config: ModelCon
     name, promise = view.name, config.objective.promise
     lately = window.since(name, view.active, window.now() - LATELY_S)
     facts: JSON = {
-        "p95_s": lately.total.quantile(0.95), "requests_per_s": round(window.rate(name, LATELY_S), 3), "drift": drift, "trend": _trend(window, view, lately),
+        "p95_s": lately.total.quantile(0.95), "phases_p95_s": window.phases(name, view.active, 0.95), "requests_per_s": round(window.rate(name, LATELY_S), 3), "drift": drift, "trend": _trend(window, view, lately),
         "fidelity": {"agreed": lately.agreed, "compared": lately.compared} if lately.compared else None,
         "availability": round(lately.requests / lately.offered, 5) if lately.offered else None,
         "cost_ratio": cost_ratio(lately, normal) if normal.known else None, "objectives": held_to(config.objective, lately, view.memory_bytes),

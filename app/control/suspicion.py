@@ -109,16 +109,18 @@ def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
         found.append(Suspicion(Kind.DEATHS, f"its runner {how} times in five minutes", {"deaths": own, "from_outside": outside}))
     if not last:
         return found
-    answered = last.requests + last.failures
+    lately, quiet = seen.lately, last.requests + last.failures + last.failed_calls < LEAST_CALLS
+    of = lately if quiet and last.failures else last  # of few requests a block tells nothing, and five minutes do
+    answered = of.requests + of.failures
     limit = config.objective.error_rate if config.objective.error_rate is not None else ERRORS_LIMIT
-    if last.failures >= LEAST_ERRORS and last.failures > limit * answered:
-        text = f"{last.failures} of {answered} requests failed by the server's or the model's fault (limit {limit:.1%})"
-        found.append(Suspicion(Kind.ERRORS, text, {"failures": last.failures, "answered": answered, "limit": limit}))
-    lately, failed = seen.lately, last.failed_calls
-    mostly = failed > last.requests and lately.failed_calls > lately.requests
-    if mostly and failed + last.requests >= LEAST_CALLS:
-        text = f"the model failed on {failed} of {failed + last.requests} requests that it should have answered"
-        found.append(Suspicion(Kind.ERRORS, text, {"failed_calls": failed, "answered": last.requests}))
+    if of.failures >= LEAST_ERRORS and of.failures > limit * answered:
+        text = f"{of.failures} of {answered} requests failed by the server's or the model's fault (limit {limit:.1%})"
+        found.append(Suspicion(Kind.ERRORS, text, {"failures": of.failures, "answered": answered, "limit": limit}))
+    of = lately if quiet else last
+    mostly = last.failed_calls > last.requests and lately.failed_calls > lately.requests
+    if mostly and of.failed_calls + of.requests >= LEAST_CALLS:
+        text = f"the model failed on {of.failed_calls} of {of.failed_calls + of.requests} requests that it should have answered"
+        found.append(Suspicion(Kind.ERRORS, text, {"failed_calls": of.failed_calls, "answered": of.requests}))
     if last.non_finite:
         found.append(Suspicion(Kind.NON_FINITE, f"{last.non_finite} answers held NaN or infinity", {"non_finite": last.non_finite}))
     return found

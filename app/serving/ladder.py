@@ -17,7 +17,7 @@ from functools import reduce
 from time import monotonic
 from typing import Final, NamedTuple
 
-from app.domain import Event, ModelState, short
+from app.domain import Event, Mode, ModelState, short
 from app.serving.service import InferenceService
 from app.serving.slot import Loaded, Neighbours, Slot, asked_alike
 from app.telemetry.block import Totals
@@ -193,8 +193,15 @@ class Ladder:
                 self._step(slot, footing, rungs, lower, why, now, up=False)
             return
         footing.bad_looks = 0
-        if at > 0:
-            self._perhaps_up(slot, footing, rungs, rungs[at - 1], seen.offered / span_s, now)
+        if upper := self._upper(slot, rungs[:at]):
+            self._perhaps_up(slot, footing, rungs, upper, seen.offered / span_s, now)
+
+    def _upper(self, slot: Slot, above: list[str]) -> str:
+        """The next version up that can answer: one that does not load (a promotion, too) must not keep it down; '' at the top."""
+        if not above:
+            return ""
+        loaded = self._loaded(slot, above[::-1]) or slot.active
+        return loaded.version if loaded is not None else ""
 
     def _perhaps_up(self, slot: Slot, footing: Footing, rungs: list[str], upper: str, offered: float, now: float) -> None:
         """`offered` in requests a second. What the upper version can do may be unknown, where it never was full: then only trying tells."""
@@ -236,7 +243,7 @@ class Ladder:
     def _beside(self, slot: Slot, rungs: list[str], version: str, began: float) -> tuple[float, float]:
         """Of a version that answers beside another: requests a second that it could do, by what its calls take, and its share of all that came.
         Zeros where too few tell."""
-        seen = {one: self._window.since(slot.name, one, began, sketches=False) for one in rungs}
+        seen = {one: self._window.since(slot.name, one, began, sketches=False) for one in {*rungs, version}}
         loaded, own = slot.versions.get(version), seen[version]
         if loaded is None or own.requests < LEAST:
             return 0.0, 0.0
@@ -266,7 +273,11 @@ class Ladder:
         return None
 
     def _lower(self, slot: Slot, footing: Footing, rungs: list[str], offered: float) -> Loaded | None:
-        """The first of the lower `rungs` that is not known to be too small for `offered` requests a second, else the lowest that can answer."""
+        """The first of the lower `rungs` that is not known to be too small for `offered` requests a second, else the lowest that can answer. None
+        where the owner wants Hone to look only."""
+        want = self._want(slot.name)
+        if want is not None and (want.mode or slot.config.mode) is Mode.OBSERVE:
+            return None
         loaded = [one for version in rungs if (one := self._loaded(slot, [version])) is not None]
         return next((one for one in loaded if footing.capacities.get(one.version, math.inf) >= offered), loaded[-1] if loaded else None)
 

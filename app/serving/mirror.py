@@ -23,6 +23,8 @@ log = logging.getLogger("hone.serving")
 WAITING: Final = 32
 MOST_BYTES: Final = 1 << 20
 """Requests larger than this are not asked again: their copies would cost memory."""
+MOST_KEPT: Final = 16 << 20
+"""Bytes of one model's kept requests with their answers; one that is larger by itself is not kept."""
 EVERY_S: Final = 0.2
 """Between two that are kept: about as many as are asked again."""
 DRIFT_SAMPLES: Final = 400
@@ -49,14 +51,19 @@ class Seen:
     answer: list[Tensor]
     version: str
 
+    @property
+    def size(self) -> int:
+        """Bytes of it all."""
+        return _size(self.inputs) + _size(self.answer)
+
 
 @dataclass(frozen=True, slots=True)
 class Compared:
     """How much of a version's answer to one live request is golden's, from 0 to 1; `rows` of it where both are scores of classes. `cpu_s` is
-    what asking took."""
+    what asking took. None: its few values say something only together with those of the requests that follow."""
 
     version: str
-    agreed: float
+    agreed: float | None
     cpu_s: float
     rows: tuple[Row, ...] = ()
 
@@ -73,17 +80,22 @@ class Mirror:
     usual: dict[int, float] = field(default_factory=dict)
     """Shares of golden's classes on the reference."""
     classes: Counter[int] = field(default_factory=Counter)
+    short: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    """By version, answers (golden's, its own) of too few values to be compared alone."""
 
     def offer(self, request: InferenceRequest, result: InferenceResult) -> None:
         """Perhaps keep one answered request; a clock reading where its time has not come."""
         now = monotonic()
         if now < self.opens_at or request.caller == OWN:
             return
-        self.opens_at = now + self.every_s
-        if sum(len(tensor.data) for tensor in request.inputs) > MOST_BYTES:
-            return
-        if any(0 in tensor.shape for tensor in result.outputs):
-            return  # no rows, nothing to compare
+        asked, size = _size(request.inputs), _size(request.inputs) + _size(result.outputs)
+        self.opens_at = now + self.every_s * max(
+            1.0, size / MOST_BYTES
+        )  # copies are made between two requests: of large answers there are fewer
+        if asked > MOST_BYTES or size > MOST_KEPT or any(0 in tensor.shape for tensor in result.outputs):
+            return  # too large, or no rows and nothing to compare
+        while self.kept and sum(seen.size for seen in self.kept) + size > MOST_KEPT:
+            self.kept.popleft()
         self.kept.append(Seen(_copied(request.inputs), request.outputs, _copied(result.outputs), result.version))
 
     def note(self, seen: Seen) -> bool:
@@ -120,28 +132,57 @@ class Mirror:
         except HoneError:
             return Compared(version, 0.0, 0.0), []
         first, other = (result.outputs, seen.answer) if golden is None else (golden, result.outputs)
-        agreed, rows = await asyncio.to_thread(lambda: (self.agreement(first, other), self.rows(first, other)))
+        agreed, rows = await asyncio.to_thread(lambda: (self.agreement(first, other, version), self.rows(first, other)))
         return Compared(version, agreed, result.cpu_s, rows), result.outputs
 
-    def agreement(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-        """By the first output: the share of rows with the same top class for classifiers (a floor is of rows, and a request may have many); else 1
-        or 0, by cosine or SQNR against the floor. Texts must be the same."""
+    def agreement(self, golden: Sequence[Tensor], other: Sequence[Tensor], version: str = "") -> float | None:
+        """By the output that is judged offline as well: the share of rows with the same class for classifiers (a floor is of rows, and a request
+        may have many); else 1 or 0, by cosine or SQNR against the floor. Texts must be the same.
+
+        Of a regression's one number the cosine is its sign: such answers of `version` are taken together, SHORT_ROW values at a time. None until
+        there are as many.
+        """
         import numpy as np
 
-        if len(golden) != len(other):
+        from optimizers.fidelity import closeness, judged_output, predicted
+
+        arrays, others = ({tensor.name: _rows_of(tensor) for tensor in tensors} for tensors in (golden, other))
+        if arrays.keys() != others.keys():
             return 0.0
-        first, second = to_array(golden[0]), to_array(other[0])
+        name = judged_output(arrays, self.metric)
+        first, second = arrays[name], others[name]
         if first.shape != second.shape:
             return 0.0
         if first.dtype.kind not in "fiub":
             return float(np.array_equal(first, second))
-        a, b = np.atleast_2d(first.astype(np.float64)), np.atleast_2d(second.astype(np.float64))
-        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
-        if np.isfinite(a).all() and not np.isfinite(b).all():
+        if first.dtype.kind == "f" and np.isfinite(first).all() and not np.isfinite(second).all():
             return 0.0
-        if self.metric in ("agreement", "accuracy") and a.shape[-1] > 1:
-            return float((a.argmax(-1) == b.argmax(-1)).mean())
-        return float(_close(a, b, self.metric) >= self.floor)
+        if self.metric in ("agreement", "accuracy"):
+            return float((predicted(first) == predicted(second)).mean())
+        if self.metric == "cosine":
+            together = self._with_earlier(version, first, second)
+            if together is None:
+                return None
+            first, second = together
+        return float(closeness(first, second, self.metric).mean() >= self.floor)
+
+    def _with_earlier(self, version: str, golden: Any, other: Any) -> tuple[Any, Any] | None:
+        """Rows that are long enough; of shorter ones those that came before as well, once they are enough together."""
+        import numpy as np
+
+        from optimizers.fidelity import SHORT_ROW
+
+        if golden[0].size >= SHORT_ROW:
+            return golden, other
+        kept = self.short.setdefault(version, [])
+        if kept and kept[0][0].shape[1:] != golden.shape[1:]:
+            kept.clear()
+        kept.append((golden, other))
+        if sum(pair[0].size for pair in kept) < SHORT_ROW:
+            return None
+        del self.short[version]
+        first, second = (np.concatenate([pair[side] for pair in kept]) for side in (0, 1))
+        return first, second
 
     def rows(self, golden: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Row, ...]:
         """How sure both are of each row's classes; nothing where the first output is no finite scores [n, classes] on both sides."""
@@ -169,16 +210,16 @@ def _sureness(scores: Any) -> tuple[Any, Any]:
     return -(p * np.log(np.maximum(p, 1e-12))).sum(1), best[:, -1] - best[:, -2]
 
 
+def _rows_of(tensor: Tensor) -> Any:
+    """Its values with an axis of rows, which a lone number has not."""
+    array = to_array(tensor)
+    return array if array.ndim else array.reshape(1)
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(len(tensor.data) for tensor in tensors)
+
+
 def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same on memory of their own: a request's body is given back once it is answered."""
     return [Tensor(t.name, t.datatype, t.shape, bytes(t.data)) for t in tensors]
-
-
-def _close(a: Any, b: Any, metric: str) -> float:
-    import numpy as np
-
-    if metric == "sqnr_db":
-        noise = float(((a - b) ** 2).sum())
-        return float(10 * np.log10(max(1e-30, float((a**2).sum())) / max(1e-30, noise)))
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float((a * b).sum()) / norms if norms > 0 else float(np.array_equal(a, b))

@@ -35,6 +35,10 @@ PROBES: Final = 8
 """Different inputs that a probe goes through."""
 SLICE_S: Final = 0.015
 LONGEST_TURN_S: Final = 0.06
+SLOW_S: Final = 0.05
+"""A call that takes so long is a turn by itself, and hardly minds what the cache holds."""
+MOST_PROBE_S: Final = 15.0
+"""Slow calls may need so long for rounds enough; where that is too short there is no probe."""
 NEWEST: Final = 24
 """Rows of live requests that tell what comes now; as many as there are rounds of a replay until its second look."""
 NEWEST_S: Final = 4.0
@@ -81,6 +85,8 @@ class Vitals:
         self._spent = Spent()
         self._own_cpu = procfs.OwnCpu()
         self._following = asyncio.Lock()
+        self._first = 0
+        """Which model's answers are compared first: the next one each time."""
 
     # ---- seeing
     def models(self) -> list[ModelView]:
@@ -173,7 +179,9 @@ class Vitals:
     async def compare_some(self, most: int = 4) -> list[tuple[str, Compared]]:
         """Put kept live requests to golden and to a version on trial, while nobody waits and the budget lasts; (model, outcome) of each."""
         found: list[tuple[str, Compared]] = []
-        for slot in list(self._service.slots.values()):
+        slots = list(self._service.slots.values())
+        self._first = (self._first + 1) % max(1, len(slots))
+        for slot in sorted(slots[self._first :] + slots[: self._first], key=lambda slot: slot.split is None):
             eager = TRIAL_TIMES if slot.split is not None else 1
             if slot.mirror is not None:
                 slot.mirror.every_s = EVERY_S / eager
@@ -185,7 +193,8 @@ class Vitals:
                 except Exception:  # one model's odd answer must not cost the others what was seen of them
                     log.exception("model %s: a live answer could not be compared with golden's", slot.name)
         for name, compared in found:
-            self.window.compared(name, compared.version, compared.agreed, compared.rows)
+            if compared.agreed is not None:
+                self.window.compared(name, compared.version, compared.agreed, compared.rows)
         return found
 
     async def _compare(self, slot: Slot) -> AsyncIterator[Compared]:
@@ -250,10 +259,14 @@ Round = tuple[list[Turn], list[Turn]]
 async def _take_turns(
     engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]], seconds: float, limits: tuple[float, float]
 ) -> list[Round]:
-    """ABBA, BAAB, … rounds until the time is over, and longer while it is `_undecided`."""
-    calls = await _calls_in_a_slice(engines, inputs)
-    until = monotonic() + seconds
+    """ABBA, BAAB, … rounds until the time is over, and longer while it is `_undecided`; none where too few would fit."""
+    walls = await _call_s(engines, inputs)
+    calls = _calls_in_a_slice(walls)
+    began = monotonic()
+    until = began + seconds
     rounds: list[Round] = []
+    if LEAST_ROUNDS * 2 * sum(walls) * (calls + (calls > 1)) > MOST_PROBE_S:
+        return rounds
     while len(rounds) < MOST_ROUNDS and (
         monotonic() < until or len(rounds) < LEAST_ROUNDS or await asyncio.to_thread(_undecided, rounds, limits)
     ):
@@ -261,14 +274,24 @@ async def _take_turns(
         for which in (0, 1, 1, 0) if len(rounds) % 2 else (1, 0, 0, 1):
             turns[which].append(await _turn(engines[which], inputs, calls))
         rounds.append(turns)
-        if monotonic() > until + 2 * seconds:
+        if monotonic() > (until + 2 * seconds if len(rounds) >= LEAST_ROUNDS else began + MOST_PROBE_S):
             break
     return rounds
 
 
-async def _calls_in_a_slice(engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]]) -> int:
+async def _call_s(engines: tuple[Engine, Engine], inputs: Sequence[list[Tensor]]) -> list[float]:
+    """About what a call takes on each side, by one call where it is slow."""
+    walls = []
+    for engine in engines:
+        first = (await _turn(engine, inputs, 1))[1]
+        walls.append(max(1e-5, first if first > SLOW_S else (await _turn(engine, inputs, 5))[1]))
+    return walls
+
+
+def _calls_in_a_slice(walls: Sequence[float]) -> int:
     """So many that a turn of the quicker one fills a slice, and none of the slower takes so long that the rounds become too few."""
-    walls = [max(1e-5, (await _turn(engine, inputs, 5))[1]) for engine in engines]
+    if max(walls) > SLOW_S:
+        return 1
     return max(2, min(64, round(SLICE_S / min(walls)), round(LONGEST_TURN_S / max(walls))))
 
 
@@ -300,10 +323,10 @@ async def _paced_turn(engine: Engine, inputs: Sequence[list[Tensor]]) -> Turn:
 
 async def _turn(engine: Engine, inputs: Sequence[list[Tensor]], calls: int) -> Turn:
     results = []
-    for number in range(calls + 1):
+    for number in range(calls + (calls > 1)):
         request = InferenceRequest(list(inputs[number % len(inputs)]), "probe", deadline=monotonic() + 10.0, caller=OWN)
         results.append(await engine.infer(request))
-    counted = results[1:]  # the first fetches the weights back into the cache that the other used
+    counted = results[1:] or results  # the first fetches the weights back into the cache that the other used
     return sum(r.cpu_s for r in counted) / len(counted), sum(r.compute_s for r in counted) / len(counted)
 
 

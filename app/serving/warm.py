@@ -12,8 +12,9 @@ from app.serving.slot import Loaded, Slot
 
 
 def needed(want: ModelState) -> set[str]:
-    """Versions that stay loaded beside the active one: golden, the one that shares the traffic, and the rungs of the ladder."""
-    return {want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
+    """Versions that stay loaded beside the active one: the one that is about to be (a rollback goes to one that is still there), golden, the one that
+    shares the traffic, and the rungs of the ladder."""
+    return {want.desired, want.golden, *want.rungs, *((want.split.version,) if want.split is not None else ())}
 
 
 def known(want: ModelState, found: FoundModel) -> tuple[str, ...]:

@@ -176,6 +176,8 @@ def _desired_changed(state: State, event: Event) -> State:
         rungs = tuple(rung for rung in model.rungs if rung not in left)
         split = _watched(model, event)
         model = replace(model, desired=version, previous=model.desired, split=split, left=left, rungs=rungs, changed="version")
+        built = _find(model, version)
+        model = model if built is None else _with_built(model, replace(built, served=True))
     return state if model is before else _changed(state, event, replace(model, generation=_next(model, state)))
 
 

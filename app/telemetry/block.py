@@ -66,6 +66,10 @@ class Block:
     right: int = 0
     disturbed: bool = False
     total: LogSketch = field(default_factory=LogSketch)
+    queue: LogSketch = field(default_factory=LogSketch)
+    compute: LogSketch = field(default_factory=LogSketch)
+    edge: LogSketch = field(default_factory=LogSketch)
+    """Of each answered request: waiting, in the model's call, being read and written; `total` is all of it. Merged by `with_phases` alone."""
     stretch: LogSketch = field(default_factory=LogSketch)
     """Wall time over CPU time of each call: what a call waits, in terms of what it works."""
     costs: dict[Bucket, Cost] = field(default_factory=dict)
@@ -78,6 +82,11 @@ class Block:
     @property
     def offered(self) -> int:
         return self.requests + self.failures + self.refused + self.expired
+
+    def with_phases(self, other: Block) -> None:
+        self.queue.merge(other.queue)
+        self.compute.merge(other.compute)
+        self.edge.merge(other.edge)
 
     @property
     def waiting_ratio(self) -> float:

@@ -21,8 +21,8 @@ LEAST_NS: Final = 20_000_000
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """Ratios of the time since the reading before; None where the host does not say. `busy_ratio` is all cores' share that worked,
-    `others_ratio` the part of it that is not ours; `server_waiting_ratio` the share of its active time in which this process's main thread was
+    """Ratios of the time since the reading before; None where the host does not say. `busy_ratio` is the share of the cores that this process may
+    use that worked (a machine may have many more), `others_ratio` the part of it that is not ours; `server_waiting_ratio` the share of its active time in which this process's main thread was
     ready and had no core. Pressures are shares of the last ten seconds (PSI, some)."""
 
     busy_ratio: float | None = None
@@ -47,8 +47,8 @@ class HostFacts:
 
 class _Reading(NamedTuple):
     at_s: float
-    ticks: list[int]
-    """Of all cores, by kind (proc(5): stat)."""
+    ticks: dict[str, list[int]]
+    """Of each core that this process may use, by kind (proc(5): stat)."""
     throttled_us: dict[Path, int]
     """Microseconds in which a quota held each of our cgroups back, since it exists; all its cores together."""
     major_faults: int | None
@@ -82,9 +82,12 @@ class HostSensor:
             **ratios,
         )
 
-    def _cpu_ticks(self) -> list[int]:
-        text = _text(self._proc / "stat")
-        return [int(value) for value in text.split("\n", 1)[0].split()[1:9]] if text.startswith("cpu ") else []
+    def _cpu_ticks(self) -> dict[str, list[int]]:
+        """Of all cores together where none is told by itself."""
+        lines = [line.split() for line in _text(self._proc / "stat").splitlines() if line.startswith("cpu")]
+        ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        found = {name: [int(value) for value in values[:8]] for name, *values in lines}
+        return {name: ticks for name, ticks in found.items() if name in ours} or {name: found[name] for name in ("cpu",) if name in found}
 
     def _major_faults(self) -> int | None:
         for line in _text(self._proc / "vmstat").splitlines():
@@ -117,8 +120,9 @@ class HostSensor:
 def _between(before: _Reading, now: _Reading) -> dict[str, float | None]:
     elapsed = max(1e-3, now.at_s - before.at_s)
     ratios: dict[str, float | None] = {}
-    if before.ticks and len(before.ticks) == len(now.ticks):
-        spent = [max(0, later - earlier) for earlier, later in zip(before.ticks, now.ticks, strict=True)]
+    if cores := before.ticks.keys() & now.ticks.keys():
+        each = [[max(0, b - a) for a, b in zip(before.ticks[core], now.ticks[core], strict=False)] for core in cores]
+        spent = [sum(kind) for kind in zip(*each, strict=True)]
         total = max(1, sum(spent))
         idle = spent[3] + spent[4]
         steal = spent[7] if len(spent) > 7 else 0

@@ -1,4 +1,4 @@
-"""What each version did lately: blocks of a few seconds with sketches and counts, cheap enough for every request (about 3 µs).
+"""What each version did lately: blocks of a few seconds with sketches and counts, cheap enough for every request (about 4 µs).
 
 It records and merges; what is normal, suspicious or promised is app.control's to say. All times are seconds of time.monotonic().
 """
@@ -21,6 +21,7 @@ KEPT_BLOCKS: Final = 150
 """Twelve minutes of blocks of five seconds: as long as a canary or a watch looks back. A busy version's block takes some 40 KB."""
 KEPT_MINUTES: Final = 360
 """Six hours of counts by the minute: the longest window of a burn rate."""
+PHASES_S: Final = 60.0
 LEAST_CPU_S: Final = 1e-6
 SERVER_FAULTS: Final = frozenset({500, 502, 503})
 EXPIRED: Final = 504
@@ -101,8 +102,12 @@ class Window:
             block.rows += seen.rows
             block.total_s += seen.total_s
             block.queue_s += seen.queue_s
-            block.edge_s += seen.decode_s + seen.encode_s
+            edge_s = seen.decode_s + seen.encode_s
+            block.edge_s += edge_s
             block.total.add(seen.total_s)
+            block.queue.add(seen.queue_s)
+            block.compute.add(seen.compute_s)
+            block.edge.add(edge_s)
             good = seen.total_s <= self._thresholds.get(seen.model, math.inf)
             block.within += good
         elif seen.code in SERVER_FAULTS:
@@ -225,6 +230,18 @@ class Window:
         now = self._clock()
         track = self.tracks.get((model, version))
         return track.since(began, now, sketches) if track is not None else Block(began, now)
+
+    def phases(self, model: str, version: str, share: float, seconds: float = PHASES_S) -> dict[str, float]:
+        """That quantile of each phase of the answers of the last `seconds`, in seconds; nothing without answers."""
+        track, now = self.tracks.get((model, version)), self._clock()
+        if track is None:
+            return {}
+        merged, opened = Block(now - seconds, now), track.at(now)
+        for block in (*track.blocks, opened):
+            if block.ended > now - seconds:
+                merged.with_phases(block)
+        found = {"queue": merged.queue.quantile(share), "compute": merged.compute.quantile(share), "edge": merged.edge.quantile(share)}
+        return {name: value for name, value in found.items() if value is not None}
 
     def closed(self, model: str, version: str, count: int) -> list[Block]:
         track = self.tracks.get((model, version))
