@@ -66,7 +66,7 @@ def test_causes(expected: Cause, kinds: list[Kind], seen: Block | None, more: di
     assert cause(kinds, seen, **more) is expected
 
 
-@pytest.mark.parametrize(("usual_mb", "blocks", "expected"), [(30, 3, Cause.PROCESS), (80, 3, Cause.VERSION), (0, 0, Cause.VERSION)])
+@pytest.mark.parametrize(("usual_mb", "blocks", "expected"), [(30, 3, Cause.PROCESS), (80, 3, Cause.VERSION), (0, 0, Cause.PROCESS)])
 def test_memory_beyond_the_objective_from_the_start_is_the_versions(usual_mb: int, blocks: int, expected: Cause) -> None:
     found = findings([Kind.MEMORY], normal=replace(normal(), memory_bytes=usual_mb << 20, blocks=blocks))
     over = Suspicion(Kind.MEMORY, "its runner holds 90 MiB, the objective is 64", {"bytes": 90 << 20, "limit_mb": 64})

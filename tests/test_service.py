@@ -283,7 +283,7 @@ def test_what_is_kept_to_be_asked_again_is_bounded_with_its_answers() -> None:
     assert all(seen.size < MOST_KEPT for seen in mirror.kept)
 
 
-@pytest.mark.parametrize(("metric", "agreed"), [("agreement", 0.75), ("cosine", 1.0), ("sqnr_db", 0.0)])
+@pytest.mark.parametrize(("metric", "agreed"), [("agreement", 0.75), ("cosine", 1.0), ("sqnr_db", 0.75)])
 def test_a_request_of_several_rows_agrees_by_its_rows_where_the_floor_is_one_of_rows(metric: str, agreed: float) -> None:
     golden = np.tile(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.4, 0]], np.float32), (2, 1))
     other = golden.copy()

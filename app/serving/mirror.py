@@ -136,8 +136,8 @@ class Mirror:
         return Compared(version, agreed, result.cpu_s, rows), result.outputs
 
     def agreement(self, golden: Sequence[Tensor], other: Sequence[Tensor], version: str = "") -> float | None:
-        """By the output that is judged offline as well: the share of rows with the same class for classifiers (a floor is of rows, and a request
-        may have many); else 1 or 0, by cosine or SQNR against the floor. Texts must be the same.
+        """The share of its rows that agree, by the output that is judged offline as well: in their class for classifiers, else by cosine or SQNR
+        against the floor. Texts must be the same.
 
         Of a regression's one number the cosine is its sign: such answers of `version` are taken together, SHORT_ROW values at a time. None until
         there are as many.
@@ -164,7 +164,7 @@ class Mirror:
             if together is None:
                 return None
             first, second = together
-        return float(closeness(first, second, self.metric).mean() >= self.floor)
+        return float((closeness(first, second, self.metric) >= self.floor).mean())
 
     def _with_earlier(self, version: str, golden: Any, other: Any) -> tuple[Any, Any] | None:
         """Rows that are long enough; of shorter ones those that came before as well, once they are enough together."""

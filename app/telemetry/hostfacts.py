@@ -124,7 +124,7 @@ def _between(before: _Reading, now: _Reading) -> dict[str, float | None]:
         each = [[max(0, b - a) for a, b in zip(before.ticks[core], now.ticks[core], strict=False)] for core in cores]
         spent = [sum(kind) for kind in zip(*each, strict=True)]
         total = max(1, sum(spent))
-        idle = spent[3] + spent[4]
+        idle = sum(spent[3:5])
         steal = spent[7] if len(spent) > 7 else 0
         ratios["busy_ratio"] = (total - idle) / total
         ratios["steal_ratio"] = steal / total
