@@ -178,7 +178,10 @@ def test_how_busy_the_host_is_is_asked_of_the_cores_that_are_ours(tmp_path: Path
     ours = f"cpu{min(os.sched_getaffinity(0))}"
 
     def stat(busy: int, idle: int) -> None:
-        write(tmp_path, {"proc/stat": f"cpu {busy} 0 0 {6300 + idle} 0 0 0 0\n{ours} {busy} 0 0 {idle} 0 0 0 0\ncpu999 0 0 0 6300 0 0 0 0\nintr 1\n"})
+        write(
+            tmp_path,
+            {"proc/stat": f"cpu {busy} 0 0 {6300 + idle} 0 0 0 0\n{ours} {busy} 0 0 {idle} 0 0 0 0\ncpu999 0 0 0 6300 0 0 0 0\nintr 1\n"},
+        )
 
     sensor = HostSensor(tmp_path)
     stat(0, 0)
