@@ -5,7 +5,6 @@ is well again.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from app.client import Client
 from app.control_group import check_quota_possible
 from app.domain import JSON
 from app.errors import HoneError, InvalidRequest
-from app.scenes import CAUSES, LEAKY, WARM_S, Scene, leak, quota
+from app.scenes import CAUSES, WARM_S, Scene, leak, quota
 from app.traffic import MODEL, RATE, Traffic
 
 TIME_LIMIT_S: Final = 420.0
@@ -46,11 +45,11 @@ def run_break(cause: str, client: Client, state: Path, say: Callable[[str], None
     images = _images(repository)
     address = urlsplit(client.address.url)
     with ExitStack() as stack:
-        stack.callback(_put_back, repository, (repository / MODEL / "model.yaml").read_text())
-        traffic = stack.enter_context(Traffic(address.hostname or "", address.port or 80, images))
+        scene = Scene(client, Traffic(address.hostname or "", address.port or 80, images), repository, say)
+        stack.callback(scene.put_back)
+        stack.enter_context(scene.traffic)
         say(f"{RATE:g} requests a second of real digits; {WARM_S:.0f} s for the loop to learn what is normal")
         time.sleep(WARM_S)
-        scene = Scene(client, traffic, repository, say)
         stack.enter_context(CAUSES[cause](scene))
         return _follow(cause, scene, limit_s, say)
 
@@ -98,9 +97,3 @@ def _images(repository: Path) -> Any:
         raise HoneError(f"{path} is not there: --break works on a running demo (make run, or hone demo), with the same --state")
     with np.load(path) as samples:
         return samples["image"]
-
-
-def _put_back(repository: Path, config: str) -> None:
-    (repository / MODEL / "model.yaml").write_text(config)
-    shutil.rmtree(repository / MODEL / "2", ignore_errors=True)
-    shutil.rmtree(repository / LEAKY, ignore_errors=True)

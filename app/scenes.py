@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +45,28 @@ class Scene:
     name: str = MODEL
     began: float = 0.0
     after: int = 0
+    made: list[Path] = field(default_factory=list)
+    """What it put into the repository, and nobody else did."""
+    config: str | None = None
+    """The demo's model.yaml as it was before it was changed here."""
+
+    def deploy(self, make: Callable[[Path, Path], None]) -> str:
+        """A version of its own, made of version 1, under a number that no other has: there may be others that a person deployed. Returns it."""
+        model = self.repository / MODEL
+        number = str(1 + max(int(path.name) for path in model.iterdir() if path.name.isdecimal()))
+        folder = model / number
+        folder.mkdir()
+        self.made.append(folder)
+        make(model / "1" / "model.onnx", folder / "model.part")
+        os.replace(folder / "model.part", folder / "model.onnx")
+        return number
+
+    def put_back(self) -> None:
+        """The repository without what was put there, and with the model.yaml that was there before; what a person did to it stays."""
+        for folder in self.made:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.config is not None:
+            (self.repository / MODEL / "model.yaml").write_text(self.config)
 
     def begin(self) -> None:
         """From here on what the loop says is about the fault."""
@@ -109,11 +132,16 @@ class Scene:
         """Hold the model to `factor` times what the server takes now: the demo's own objective is one that it would not miss."""
         takes_ms = float((self.model()["loop"].get("p95_s") or 0.005) * 1e3)
         milliseconds = max(2.0, round(takes_ms * factor, 1))
-        path = self.repository / MODEL / "model.yaml"
-        lines = [line for line in path.read_text().splitlines() if not line.startswith("objective:")]
-        path.write_text("\n".join([*lines, f"objective: {{p95_ms: {milliseconds:g}}}"]) + "\n")
+        self.set_objective(milliseconds)
         self.say(f"objective from now on: p95 ≤ {milliseconds:g} ms (it takes {short(takes_ms)} ms)")
         time.sleep(4.0)
+
+    def set_objective(self, milliseconds: float) -> None:
+        path = self.repository / MODEL / "model.yaml"
+        text = path.read_text()
+        self.config = text if self.config is None else self.config
+        lines = [line for line in text.splitlines() if not line.startswith("objective:")]
+        path.write_text("\n".join([*lines, f"objective: {{p95_ms: {milliseconds:g}}}"]) + "\n")
 
 
 Injection = Callable[[Scene], contextlib.AbstractContextManager[None]]
@@ -217,11 +245,8 @@ def version(scene: Scene) -> Iterator[None]:
     """A new model that is right but twice as slow is deployed beside an objective that it misses."""
     scene.promise(1.6)
     scene.begin()
-    folder = scene.repository / MODEL / "2"
-    folder.mkdir(exist_ok=True)
-    slower_twin(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part", times=3)
-    os.replace(folder / "model.part", folder / "model.onnx")
-    scene.say("deployed version 2: the same network, computed three times over")
+    number = scene.deploy(partial(slower_twin, times=3))
+    scene.say(f"deployed version {number}: the same network, computed three times over")
     yield
 
 
@@ -229,11 +254,8 @@ def version(scene: Scene) -> Iterator[None]:
 def wrong(scene: Scene) -> Iterator[None]:
     """A new model that answers NaN is deployed."""
     scene.begin()
-    folder = scene.repository / MODEL / "2"
-    folder.mkdir(exist_ok=True)
-    not_a_number(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part")
-    os.replace(folder / "model.part", folder / "model.onnx")
-    scene.say("deployed version 2: it answers NaN where a digit is bright")
+    number = scene.deploy(not_a_number)
+    scene.say(f"deployed version {number}: it answers NaN where a digit is bright")
     yield
 
 
@@ -261,14 +283,11 @@ def inputs(scene: Scene) -> Iterator[None]:
 @contextmanager
 def larger(scene: Scene) -> Iterator[None]:
     """A version that takes images of any size serves, and images of twice the side come."""
-    folder = scene.repository / MODEL / "2"
-    folder.mkdir(exist_ok=True)
-    free_size(scene.repository / MODEL / "1" / "model.onnx", folder / "model.part")
-    os.replace(folder / "model.part", folder / "model.onnx")
-    scene.say("deployed version 2: the same network for images of any size; waiting until it serves and is known …")
-    wait(lambda: scene.model()["active"] == "2" and scene.model()["split"] is None, 330.0, "version 2 did not take over")
+    number = scene.deploy(free_size)
+    scene.say(f"deployed version {number}: the same network for images of any size; waiting until it serves and is known …")
+    wait(lambda: scene.model()["active"] == number and scene.model()["split"] is None, 330.0, f"version {number} did not take over")
     time.sleep(WARM_S)
-    wait(lambda: scene.model()["loop"]["condition"] == "steady", 120.0, "the loop did not come to rest under version 2")
+    wait(lambda: scene.model()["loop"]["condition"] == "steady", 120.0, f"the loop did not come to rest under version {number}")
     scene.promise(2.5)
     scene.begin()
     scene.traffic.change = lambda images: images.repeat(2, -1).repeat(2, -2)
@@ -280,11 +299,14 @@ def larger(scene: Scene) -> Iterator[None]:
 @contextmanager
 def leak(scene: Scene) -> Iterator[None]:
     """A PyTorch model whose code keeps something of every very bright image, and such images come: 8 MB a second are never given back."""
-    source, made = scene.repository / MODEL, scene.repository / f".{LEAKY}"
-    (made / "1").mkdir(parents=True)
+    source, made, target = scene.repository / MODEL, scene.repository / f".{LEAKY}", scene.repository / LEAKY
+    if target.exists():
+        raise HoneError(f"{target} is there already, and this scene deploys a model of that name: hone remove {LEAKY}, and try again")
+    scene.made += [made, target]
+    (made / "1").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / "1" / "model.safetensors", made / "1" / "model.safetensors")
     (made / "model.yaml").write_text(_LEAKY_YAML)
-    os.replace(made, scene.repository / LEAKY)
+    os.replace(made, target)
     scene.say(f"deployed {LEAKY}: the same network, run by PyTorch; waiting until it serves …")
     wait(lambda: scene.client.model_ready(LEAKY), 120.0, f"{LEAKY} did not come to serve; see hone timeline")
     scene.name = scene.traffic.model = LEAKY
