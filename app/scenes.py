@@ -192,17 +192,15 @@ def process(scene: Scene) -> Iterator[None]:
     scene.promise(3.0)
     scene.begin()
     core, pid = max(os.sched_getaffinity(0)), scene.runner()
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(thread), {core})
-    neighbours = [busy(core) for _ in range(6)]
-    scene.say(f"the runner (pid {pid}) may only use core {core}, and {len(neighbours)} programs compute there")
-    try:
-        yield
-    finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.wait()
+    with held_to(core, pid):
+        neighbours = [busy(core) for _ in range(6)]
+        scene.say(f"the runner (pid {pid}) may only use core {core}, and {len(neighbours)} programs compute there")
+        try:
+            yield
+        finally:
+            for neighbour in neighbours:
+                neighbour.kill()
+                neighbour.wait()
 
 
 @contextmanager
@@ -342,6 +340,29 @@ def wait(reached: Callable[[], bool], seconds: float, otherwise: str) -> None:
                 return
         time.sleep(0.5)
     raise HoneError(otherwise)
+
+
+@contextmanager
+def held_to(core: int, pid: int) -> Iterator[None]:
+    """All threads of a process on one core; afterwards each may go where it could before, and one that came meanwhile where the process could."""
+    before: dict[int, set[int]] = {}
+    try:
+        for thread in _threads(pid):
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                before[thread] = os.sched_getaffinity(thread)
+                os.sched_setaffinity(thread, {core})
+        yield
+    finally:
+        for thread in _threads(pid):
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread, before.get(thread) or before.get(pid) or os.sched_getaffinity(0))
+
+
+def _threads(pid: int) -> list[int]:
+    """None where the process has ended."""
+    with contextlib.suppress(OSError):
+        return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    return []
 
 
 def busy(core: int | None = None) -> subprocess.Popen[bytes]:

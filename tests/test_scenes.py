@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from app.client import Address, Client
 from app.demo import copy_repository
 from app.errors import HoneError
 from app.faulty_models import not_a_number
-from app.scenes import LEAKY, Scene, leak
+from app.scenes import LEAKY, Scene, held_to, leak
 from app.traffic import MODEL, Traffic
 
 
@@ -53,3 +56,22 @@ def test_a_model_of_the_name_that_a_scene_takes_is_neither_replaced_nor_removed(
         pass
     scene.put_back()
     assert (scene.repository / LEAKY).is_dir()
+
+
+def test_a_process_that_was_held_to_one_core_may_use_all_of_its_own_again() -> None:
+    """Its neighbours went, and the runner stayed where it was put."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("there is but one core")
+    code = "import threading, sys\nthreads = [threading.Thread(target=sys.stdin.read) for _ in range(2)]\n"
+    code += "for one in threads: one.start()\nprint('up', flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        threads = [int(one) for one in os.listdir(f"/proc/{process.pid}/task")]
+        os.sched_setaffinity(threads[-1], {min(cores)})  # as a runtime pins its own
+        was = {one: os.sched_getaffinity(one) for one in threads}
+        with held_to(max(cores), process.pid):
+            assert [os.sched_getaffinity(one) for one in threads] == [{max(cores)}] * len(threads)
+        assert {one: os.sched_getaffinity(one) for one in threads} == was
+        with held_to(max(cores), process.pid):
+            process.communicate()
