@@ -25,7 +25,7 @@ from typing import IO, Final
 from app import tables
 from app.client import Address, Client, ClientError
 from app.errors import HoneError
-from app.settings import Settings
+from app.settings import OUTSIDE, Settings
 
 SHIPPED: Final = Path(__file__).parent / "demo_models"
 MODEL: Final = "digits"
@@ -57,10 +57,10 @@ def run_broken(settings: Settings, cause: str) -> int:
     from app.injection import check_cause, run_break
 
     check_cause(cause)
-    address = Address.from_env(os.environ | {"HONE_PORT": str(settings.port), "HONE_HOST": settings.host}, state=str(settings.state))
     with interrupted_by_signal():
-        with Client(address, timeout_s=20.0) as client:
+        with Client(own_address(settings, os.environ), timeout_s=20.0) as client:
             if _answers(client):
+                refuse_other_server(client, settings.state)
                 return _told(run_break(cause, client, settings.state, _print))
         refuse_taken_port(settings.host, settings.port)
         repository = copy_repository(settings.state)
@@ -104,9 +104,33 @@ def watch(settings: Settings, children: Children, stop: Stop, picture: Path) -> 
     return 0
 
 
+def own_address(settings: Settings, environment: Mapping[str, str]) -> Address:
+    """Of the demo's own server: HONE_URL and HONE_TOKEN may be another one's, in production.
+
+    With the token as it lies in the state folder now: the server makes it at its first start.
+    """
+    own = {name: text for name, text in environment.items() if name not in OUTSIDE}
+    return Address.from_env(own | {"HONE_PORT": str(settings.port), "HONE_HOST": settings.host}, state=str(settings.state))
+
+
+def refuse_other_server(client: Client, state: Path) -> None:
+    """Raises HoneError unless the demo of this state folder answers, on this machine: faults are put in by its files and process ids."""
+    try:
+        host = client.status()["host"]
+        machine = host["server"].rpartition(":")[0]
+        same = machine == socket.gethostname() and Path(host["repository"]).resolve() == (state / "demo").resolve()
+        what = f"serves {host['repository']} on {machine}"
+    except ClientError as error:
+        same, what = False, f"does not take its token ({error})"
+    if not same:
+        raise HoneError(
+            f"what answers at {client.address.url} {what}; --break puts faults into the demo of {state} alone: name the demo's own folder "
+            "with --state, or another port with --port, and one is started there"
+        )
+
+
 def _client(settings: Settings, children: Children) -> Client:
-    """With the token as it lies in the state folder now: the server makes it at its first start."""
-    return Client(Address.from_env(children.environment, state=str(settings.state)), timeout_s=10.0)
+    return Client(own_address(settings, children.environment), timeout_s=10.0)
 
 
 def wait_for_model(settings: Settings, children: Children, stop: Stop) -> bool:
@@ -175,7 +199,8 @@ def elsewhere(settings: Settings) -> str:
         "HOST": (settings.host, settings.host in {Settings().host, "0.0.0.0"}),
         "PORT": (str(settings.port), settings.port == Settings().port),
     }
-    return "".join(f"HONE_{name}={shlex.quote(value)} " for name, (value, usual) in differing.items() if not usual)
+    ours = "".join(f"HONE_{name}={shlex.quote(value)} " for name, (value, usual) in differing.items() if not usual)
+    return "".join(f"{name}= " for name in sorted(OUTSIDE) if os.environ.get(name)) + ours  # they would lead a command to another server
 
 
 def command_name() -> str:

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from app.client import Address, Client
-from app.demo import Children, Stop, child_environment, copy_repository, wait_for_model
+from app.client import Client
+from app.demo import Children, Stop, child_environment, copy_repository, own_address, wait_for_model
 from app.injection import run_break
 from app.scenes import CAUSES
 from app.settings import Settings
@@ -84,8 +84,7 @@ def broken(cause: str, folder: Path, limit_s: float) -> dict[str, Any]:
         children.start("worker")
         if not wait_for_model(settings, children, stop):
             raise RuntimeError("stopped")
-        address = Address.from_env(os.environ | {"HONE_PORT": str(port)}, state=str(settings.state))
-        with Client(address, timeout_s=30.0) as client:
+        with Client(own_address(settings, os.environ), timeout_s=30.0) as client:
             return run_break(cause, client, settings.state, lambda text: print(text[:220], flush=True), limit_s)
 
 

@@ -21,9 +21,11 @@ from typing import Any
 import httpx
 import pytest
 
-from app.demo import copy_repository, greeting, refuse_taken_port
+from app.client import Client
+from app.demo import copy_repository, greeting, own_address, refuse_other_server, refuse_taken_port
 from app.errors import HoneError
 from app.settings import Settings
+from tests.running_server import server
 
 ROOT = Path(__file__).resolve().parents[1]
 HONE = [sys.executable, "-m", "app.cli"]
@@ -256,6 +258,35 @@ def test_the_greetings_commands_work_in_another_terminal_too(tmp_path: Path, mon
     text = greeting(settings, "http://127.0.0.2:8000", tmp_path / "a b" / "digit.png")
     assert re.findall(r"  HONE_STATE='a b' HONE_HOST=127.0.0.2 \S+ (\w+)", text) == ["optimize", "status"], text
     assert "'@a b/digit.png'" in text and "admin-token" not in text and "HONE_ADMIN_TOKEN" in text and "secret" not in text
+
+
+def test_the_demo_asks_its_own_server_whatever_the_variables_of_the_command_line_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With HONE_URL exported it watched, and broke, a server in production; an old HONE_TOKEN was taken for its own."""
+    settings = Settings(state=tmp_path, port=8123)
+    (tmp_path / "admin-token").write_text("own")
+    elsewhere = {"HONE_URL": "https://production.example", "HONE_TOKEN": "old", "HONE_PORT": "9000"}
+    address = own_address(settings, elsewhere)
+    assert (address.url, address.admin, address.token) == ("http://127.0.0.1:8123", "http://127.0.0.1:8123", "own")
+    assert own_address(settings, {**elsewhere, "HONE_ADMIN_TOKEN": "given"}).token == "given"
+    monkeypatch.setenv("HONE_URL", "https://production.example")
+    assert "  HONE_URL= HONE_STATE=" in greeting(settings, address.url, tmp_path / "digit.png"), "nor may the printed commands go there"
+
+
+def test_only_the_demo_of_the_state_folder_is_broken(demo: Demo, tmp_path: Path) -> None:
+    settings = Settings(state=demo.folder / "state", port=demo.port)
+    with Client(own_address(settings, {})) as client:
+        refuse_other_server(client, settings.state)
+    with server(tmp_path, demo=True) as other:
+        other.ready("digits")
+        for state, told in ((tmp_path / "state", f"serves {tmp_path / 'models'}"), (tmp_path / "none", "does not take its token")):
+            run = subprocess.run(
+                [*HONE, "demo", "--break", "wrong"], cwd=tmp_path, env=demo.environment() | {"HONE_PORT": str(other.port), "HONE_STATE": str(state)},
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert run.returncode == 1 and told in run.stderr and "--state" in run.stderr and run.stderr.count("\n") == 1, run.stderr
+        assert [path.name for path in (tmp_path / "models" / "digits").iterdir() if path.name.isdigit()] == ["1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
