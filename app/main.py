@@ -56,7 +56,7 @@ from app.serving.vitals import Vitals
 from app.serving.wording import Wording
 from app.settings import Settings, in_url
 from app.store import last_state
-from app.store.open import open_journal
+from app.store.open import kind_of, open_journal
 from app.telemetry.metrics import Metrics
 from app.telemetry.poll import Poller
 from app.telemetry.prometheus import Exporter
@@ -165,7 +165,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     )  # fmt: skip
     facts: JSON = {
         "host_class": host.key, "cores": cores, "memory_bytes": memory, "replica": loader.replica, "server": place,
-        "repository": str(settings.repository), "state": str(settings.state), "store": "redis" if settings.store else "sqlite",
+        "repository": str(settings.repository), "state": str(settings.state), "store": kind_of(journal),
     }  # fmt: skip
     ladder = Ladder(service, window, metrics, lambda name: fleet.state.models.get(name), recorder)
     views = ServerViews(service, fleet, journal, cards, loop, facts)

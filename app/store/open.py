@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from app.store.base import Journal, StoreRefused
 from app.store.sqlite import SqliteJournal
 
 REDIS_SCHEMES = ("redis", "rediss", "unix")
+_HOST_AND_PORT: Final = re.compile(r"(?:[^/]*@)?((?:[^/@:\s]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})(?:/[0-9]*)?")
+"""Redis's address without its scheme; a file of such a name has a folder before it."""
 
 
 def open_journal(url_or_path: str | Path) -> Journal:
@@ -18,6 +22,10 @@ def open_journal(url_or_path: str | Path) -> Journal:
     """
     scheme = "" if isinstance(url_or_path, Path) else url_or_path.partition(":")[0].lower()
     if isinstance(url_or_path, Path) or ("://" not in url_or_path and scheme not in REDIS_SCHEMES):
+        if isinstance(url_or_path, str) and (named := _HOST_AND_PORT.fullmatch(url_or_path)):
+            raise StoreRefused(
+                f"{named[1]} says not what kind of store is there: write redis://{named[1]}/0 for Redis, or ./{named[1]} for a file of that name"
+            )
         return SqliteJournal(url_or_path)
     if scheme == "sqlite":
         return SqliteJournal(_sqlite_path(url_or_path))
@@ -26,6 +34,11 @@ def open_journal(url_or_path: str | Path) -> Journal:
 
         return RedisJournal(url_or_path)
     raise StoreRefused(f"no store is known by {scheme}://: give a path, sqlite:///PATH, redis://HOST:6379/0 or rediss://HOST:6379/0")
+
+
+def kind_of(journal: Journal) -> str:
+    """What was opened, for people."""
+    return "sqlite" if isinstance(journal, SqliteJournal) else "redis"
 
 
 def _sqlite_path(url: str) -> Path:
