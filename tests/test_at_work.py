@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
+from app.domain import Event
 from app.serving.at_work import PLACES, AtWork, Unfinished
 from app.serving.past_deaths import PastDeaths
 from app.store.open import open_journal
-from tests.running_server import server
+from tests.running_server import ROOT, server
 from tests.test_swap_faults import LONG, dawdling
 
 KILLED = """
@@ -177,3 +180,25 @@ def _ask(url: str, request: object, answered: threading.Event) -> None:
         except httpx.HTTPError:
             if answered.is_set():
                 return
+
+
+@pytest.mark.parametrize("remedy", ["/admin/models/digits/versions/1/load", "/v2/repository/models/digits/load"])
+def test_a_golden_that_waits_for_its_deaths_to_be_over_answers_at_once_after_the_remedy_that_is_told(tmp_path: Path, remedy: str) -> None:
+    """`hone load digits` was told, which is no command; and what is one loaded the version, and the model went on refusing."""
+    with server(tmp_path, demo=True) as running:
+        shutil.copytree(tmp_path / "models" / "digits", tmp_path / "models" / "other")
+        running.ready("digits", "other")
+        running.process.terminate()
+        running.process.wait(60)
+        journal = open_journal(str(tmp_path / "state" / "journal.db"))
+        for _ in range(3):
+            data = {"reason": "the whole server ended without a word", "ended_s_ago": 1.0, "server": "here:1"}
+            journal.append(Event("runner.died", "digits", "1", data=data))
+        journal.close()
+        running.restart().ready("other")
+        said = running.admin("GET", "/admin/models/digits")
+        assert (said["state"], said["active"]) == ("unavailable", "") and "hone load digits:1" in said["reason"], said
+        assert running.call("POST", remedy, headers={"Authorization": f"Bearer {running.token}"}).status_code == 200
+        running.until(partial(running.answers, "/v2/models/digits/ready"), 10)
+        picture = (ROOT / "app" / "demo_models" / "digit.png").read_bytes()
+        assert running.call("POST", "/models/digits/predict", content=picture).json()["predictions"][0]["label"] == "6"

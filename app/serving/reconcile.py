@@ -63,8 +63,7 @@ class ModelReconciler:
         self._prepared: tuple[object, ...] | None = None
         self._unfit: tuple[object, ...] | None = None
         self._unserved = ""
-        self._turn = asyncio.Lock()
-        self._closed = False
+        self._turn, self._closed = asyncio.Lock(), False
         self.changed = asyncio.Event()
         self.settled = asyncio.Event()
         self.want: ModelState | None = None
@@ -136,7 +135,9 @@ class ModelReconciler:
                 raise NotFound(f"model {self.slot.name!r} has no version {version!r}; it has {', '.join(self.slot.known) or 'none'}")
             if want.unloaded:
                 raise Conflict(f"model {self.slot.name!r} is unloaded; load it with POST /v2/repository/models/{self.slot.name}/load")
-            loaded = self.slot.versions.get(version) or await self._load(want, found, version)
+            if version == want.desired:
+                self.try_again(version)  # the remedy that is told where deaths of the past keep it from being loaded
+            loaded = self.slot.versions.get(version) or await self._load(want, found, version, serves=version == want.desired)
             loaded.pinned = True
             self.slot.versions[version] = loaded
             await self._bound_warm(want)
@@ -155,8 +156,7 @@ class ModelReconciler:
         return version in self.slot.failed and self._backoff.failed_for(version, generation)
 
     async def close(self) -> None:
-        self._closed = True
-        self.slot.active = None
+        self._closed, self.slot.active = True, None
         self._reference.close()
         async with self._turn:
             pass  # a version that is being loaded on request is stopped with the others
@@ -360,7 +360,7 @@ class ModelReconciler:
         if version and why:
             self._leave(want, why)
         elif why:
-            slot.reason = f"{why}; it is loaded again when that is over, or at once with: hone load {slot.name}"
+            slot.reason = f"{why}; it is loaded again when that is over, or at once with: hone load {slot.name}:{want.desired}"
         return version
 
     def _leave(self, want: ModelState, reason: str) -> bool:
