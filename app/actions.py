@@ -14,6 +14,7 @@ from typing import Any, Final
 from app import overview, tables
 from app.arguments import files_to_deploy, is_protocol, named, request_body, settings_of, steps_of
 from app.client import Address, Client, ClientError
+from app.domain import Verdict
 from app.settings import Settings
 
 FAILED, NO_VERSION = 1, 3
@@ -136,7 +137,8 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.here:
         from app.control.prove import prove_here
 
-        return _show(arguments, prove_here(_local_settings(arguments), model, version), tables.fields_of)
+        found = prove_here(_local_settings(arguments), model, version)
+        return _show(arguments, found, tables.fields_of) or (0 if found["verdict"] == Verdict.PASSED else FAILED)
     with _client(arguments) as client:
         return _show(arguments, client.verify(model, version, arguments.reason), overview.job)
 

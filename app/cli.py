@@ -261,7 +261,8 @@ def _add_versions(commands: Parsers) -> None:
     verify.add_argument(
         "--here",
         action="store_true",
-        help="in this process and with this installation, not on the server: a proof ahead of a runtime upgrade (same --state and --repository)",
+        help="in this process and with this installation, not on the server: a proof ahead of a runtime upgrade (same --state and --repository); "
+        "exit 0 if it passed, else 1",
     )
     verify.add_argument("--repository", metavar="FOLDER", help="with --here: the server's models (HONE_REPOSITORY, models)")
     load = _asking(commands, "load", "keep a version loaded, so that it answers by its number", "load", "hone load digits:1.1")

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from optimizers.host import host_class
 from optimizers.samples import Samples
 from tests.models import heavy, scaled
 from tests.odd_models import int8_linear, json_input
-from tests.running_server import Running, server
+from tests.running_server import ROOT, Running, server
 from tests.storage import small_disk
 from tests.test_swap import children, command
 
@@ -278,6 +280,26 @@ def test_tune_and_verify_run_where_the_model_is_served(running: Running) -> None
     [golden] = running.admin("GET", "/admin/models/seen/versions")["versions"]
     assert golden["proof"]["host_class"] == running.admin("GET", "/admin/status")["host"]["host_class"]
     assert "no version" in running.admin("POST", "/admin/models/seen/verify", 404, json={"version": "1.9"})["error"]
+
+
+def test_a_proof_without_a_server_ends_with_the_status_of_its_verdict(tmp_path: Path) -> None:
+    """It was 0 for a version that failed, and an upgrade that asks for it in a script went on."""
+    model = tmp_path / "models" / "m"
+    scaled(model / "1" / "model.onnx", -2.0)
+    scaled(model / "2" / "model.onnx", 2.0)
+    Samples({"x": np.random.default_rng(0).normal(size=(120, 4)).astype(np.float32)}).save(model / "reference.npz")
+    (model / "model.yaml").write_text(CONFIG.replace(", calibration: calibration.npz", ""))
+    with server(tmp_path) as running:
+        running.ready("m")
+        running.admin("POST", "/admin/models/m/versions/1/load", 200)  # so that it has a card
+        running.until(lambda: (tmp_path / "state" / "models" / "m" / "reference").is_dir())
+    for version, verdicts in (("1", {"failed"}), ("2", {"passed", "inconclusive"})):
+        run = subprocess.run(
+            [sys.executable, "-m", "app.cli", "verify", f"m:{version}", "--here", "--json"],
+            cwd=ROOT, env=running.environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        verdict = json.loads(run.stdout)["verdict"]
+        assert verdict in verdicts and run.returncode == (0 if verdict == "passed" else 1), run
 
 
 def test_live_inputs_are_kept_within_bounds_and_deleted_on_request(running: Running) -> None:
