@@ -134,6 +134,24 @@ def test_a_rung_that_is_promoted_is_no_rung_any_more() -> None:
     assert stand.slot.rung is None and len(stand.events) == 1
 
 
+def test_a_rung_that_is_stopped_is_told_as_a_step_back() -> None:
+    """A new golden, or a removal, stops it: the gauge stayed at 1, and the timeline had no way back."""
+    stand = Stand()
+    shown = stand.metrics.gauges["hone_ladder_rung"]
+    for _ in range(4):
+        stand.second(150, CAN)
+    assert stand.steps() == [("1", "1.1")] and shown["m",] == 1.0
+    stand.slot.let_go(stand.slot.versions["1.1"])
+    stand.second(20, CAN)
+    stand.second(20, CAN)
+    assert stand.steps() == [("1", "1.1"), ("1.1", "1")] and shown["m",] == 0.0
+    assert stand.events[-1].data["summary"] == "back to 1: 1.1 is no longer loaded"
+    assert stand.metrics.counters["hone_ladder_steps"]["m", "up"] == 1.0
+    stand.slot.active = None
+    stand.ladder.look(stand.slot)
+    assert ("m",) not in shown
+
+
 def test_an_upper_version_that_was_never_full_is_tried_after_the_hold_off() -> None:
     stand = Stand()
     for _ in range(4):

@@ -85,6 +85,8 @@ class Footing:
     `refuted` is when a step up to a version was taken back for load.
     """
 
+    rung: str = ""
+    """The version that was last told to stand in for the active one. It may be stopped without a word to the ladder."""
     bad_looks: int = 0
     long_glances: int = 0
     full_since: Full | None = None
@@ -167,12 +169,16 @@ class Ladder:
         want, active = self._want(slot.name), slot.active
         footing = self._footings.setdefault(slot.name, Footing())
         if want is None or active is None:
+            footing.rung = ""
+            self._metrics.gauge("hone_ladder_rung", slot.name, value=None)
             return
         now = self._clock()
         rungs = _rungs(slot, want)
-        if slot.rung is not None and slot.rung.version == active.version:
-            slot.rung = slot.neighbours = None  # it was promoted: nobody stands in for it any more
-            self._metrics.gauge("hone_ladder_rung", slot.name, value=0.0)
+        if footing.rung == active.version:
+            slot.rung, slot.neighbours, footing.rung = None, None, ""  # it was promoted: nobody stands in for it any more
+        self._metrics.gauge("hone_ladder_rung", slot.name, value=float(slot.rung is not None))
+        if footing.rung and slot.rung is None:
+            self._step(slot, footing, rungs, None, f"{footing.rung} is no longer loaded", now, up=True)
         current = slot.rung.version if slot.rung is not None else active.version
         if current not in rungs:
             self._step(slot, footing, rungs, None, "the envelope changed", now, up=True)
@@ -297,8 +303,9 @@ class Ladder:
 
     def _step(self, slot: Slot, footing: Footing, rungs: list[str], rung: Loaded | None, why: str, now: float, up: bool) -> None:
         active = slot.active.version if slot.active is not None else ""
-        before = slot.rung.version if slot.rung is not None else active
+        before = footing.rung or active
         after = rung.version if rung is not None else active
+        footing.rung = after if rung is not None else ""
         self._stand(slot, rungs, rung)
         if before == after:
             return
