@@ -70,6 +70,14 @@ log = logging.getLogger("hone")
 PAST_S: Final = 2.0
 """So long a start waits to hear from the store what died before; if it is away, serving begins all the same."""
 
+DEATHS: Final = (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("outside", "killed"), ("sig", "crashed"))
+"""Words in the reason of a runner's death, and what it is counted as; "ended" where none is there, "with_server" where nobody was left to tell."""
+OF_VERSIONS: Final = (
+    *(("hone_runner_deaths", (label,)) for label in dict.fromkeys([*(label for _, label in DEATHS), "ended", "with_server"])),
+    ("hone_nonfinite_outputs", ()), ("hone_nonfinite_inputs", ()),
+)  # fmt: skip
+"""What may be counted of a version, shown before it is."""
+
 ADMIN_END_S: Final = 1.0
 """So long the admin port may go on with what it has begun, once nothing is served any more."""
 INTERRUPTED: Final = 130
@@ -108,6 +116,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     journal = open_journal(settings.journal)
     known = last_state.load(settings.state / "last-state.json")
     metrics = Metrics()
+    metrics.from_zero = OF_VERSIONS
     window = Window(settings.block_s)
     metrics.replace_gauge("hone_host_info", [((host.key,), 1.0)])
     metrics.gauge("hone_cores", value=cores)
@@ -365,8 +374,4 @@ def _loop_factory() -> Any:
 
 def _short(reason: str) -> str:
     """A reason as a label: few values."""
-    text = reason.lower()
-    for word, label in (("hung", "hung"), ("stopped", "hung"), ("memory", "memory"), ("outside", "killed"), ("sig", "crashed")):
-        if word in text:
-            return label
-    return "ended"
+    return next((label for word, label in DEATHS if word in reason.lower()), "ended")

@@ -121,6 +121,12 @@ def test_every_metric_is_there_with_its_labels(running: Running) -> None:
     assert value(text, "hone_rejections_total", model="m") >= 1
     assert value(text, "hone_jobs_total", optimizer="int8-dynamic", outcome="not_applicable") == 1
     assert 'hone_swaps_total{model="m",outcome="failed"} 0.0' in text and 'hone_suspicions_total{kind="errors",model="m"} 0.0' in text
+    for born in (
+        'hone_rejections_total{model="small",reason="queue_full"}', 'hone_runner_deaths_total{model="small",reason="hung",version="1"}',
+        'hone_runner_deaths_total{model="small",reason="with_server",version="1"}', 'hone_nonfinite_outputs_total{model="small",version="1"}',
+        'hone_store_errors_total{operation="append"}', 'hone_store_errors_total{operation="dropped"}',
+    ):  # fmt: skip
+        assert f"{born} 0.0" in text, "a counter that is born at 1 hides its first event"
     assert 'model="nobody"' not in text, "whoever asks for unknown names must not make series"
     ladders = {tuple(re.findall(rf'{name}_bucket\{{model="m",version="2",(?:phase="compute",)?le="([^"]+)"', text)) for name in ("hone_request_duration_seconds", "hone_phase_duration_seconds")}  # fmt: skip
     assert len(ladders) == 1, "one ladder of buckets for all"
@@ -258,3 +264,15 @@ def test_many_models_are_shown_in_small_pieces_that_are_one_whole(accept: str) -
     for name, each in (("hone_requests", 1), ("hone_queue_depth", 1), ("hone_request_duration_seconds", len(LADDER) + 3)):
         assert {(one.labels["model"], one.labels["version"]) for one in found[name]} == versions
         assert len(found[name]) == each * len(versions)
+
+
+def test_what_a_version_never_counted_leaves_the_export_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.telemetry.metrics.RETIRE_AFTER_S", 0.0)
+    counted = Metrics()
+    counted.from_zero = (("hone_runner_deaths", ("hung",)), ("hone_runner_deaths", ("crashed",)))
+    counted.begin([("m", "1")])
+    counted.count("hone_runner_deaths", "m", "1", "crashed")
+    assert counted.counters["hone_runner_deaths"] == {("m", "1", "hung"): 0.0, ("m", "1", "crashed"): 1.0}
+    for _ in range(5):
+        counted.retire(set())
+    assert counted.counters["hone_runner_deaths"] == {("m", "1", "crashed"): 1.0}

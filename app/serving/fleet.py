@@ -25,7 +25,7 @@ from app.serving.own_repository import OwnRepository
 from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.recorder import Recorder
-from app.serving.service import InferenceService
+from app.serving.service import REJECTIONS, InferenceService
 from app.serving.slot import Slot
 from app.serving.warm import way_back_gone
 from app.store.base import Journal, StoreUnavailable
@@ -330,6 +330,8 @@ class Fleet:
         self._service.slots[name] = slot
         for outcome in SWAPS:  # a counter that is born at 1 hides its first event from Prometheus's increase()
             self._metrics.count("hone_swaps", name, outcome, by=0.0)
+        for reason in REJECTIONS:
+            self._metrics.count("hone_rejections", name, reason, by=0.0)
         reconciler = ModelReconciler(
             slot, self._service, self._admission, self._loader, self._record, self._metrics, self._past, self._told
         )  # fmt: skip

@@ -18,6 +18,8 @@ class Recorder:
 
     def __init__(self, journal: Journal, metrics: Metrics) -> None:
         self._journal, self._metrics = journal, metrics
+        for operation in ("append", "dropped"):  # a counter that is born at 1 hides its first event from Prometheus's increase()
+            metrics.count("hone_store_errors", operation, by=0.0)
         self._waiting: asyncio.Queue[Event] = asyncio.Queue(1000)
         self._pool = ThreadPoolExecutor(1, "journal-writer")
         self.refused = ""

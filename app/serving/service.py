@@ -39,8 +39,7 @@ _REASONS: Final[dict[type[HoneError], str]] = {
     PayloadTooLarge: "too_large",
     Quarantined: "quarantined",
 }
-
-
+REJECTIONS: Final = tuple(_REASONS.values())
 _ANOTHER_MAY_ANSWER: Final = (NotReady, ModelFailed, RunnerLost, Quarantined, QueueFull, CannotMeetDeadline)
 
 

@@ -82,6 +82,8 @@ class Metrics:
         self.histograms: dict[str, dict[tuple[str, ...], Histogram]] = defaultdict(lambda: defaultdict(Histogram))
         self.gauges: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
         self.before_scrape: list[Callable[[], None]] = []
+        self.from_zero: tuple[tuple[str, tuple[str, ...]], ...] = ()
+        """Counters by model and version, with their other labels, that every version has from 0 on: born at 1 one would hide its first event."""
         self._retired: OrderedDict[tuple[str, str], VersionRow] = OrderedDict()
 
     def observe(self, seen: Observation) -> None:
@@ -160,6 +162,9 @@ class Metrics:
             row.scrapes_since += 1
             if row.scrapes_since > RETIRE_AFTER_SCRAPES and now - row.touched > RETIRE_AFTER_S:
                 self._retired[key] = self.rows.pop(key)
+                for name, rest in self.from_zero:
+                    if not self.counters[name][(*key, *rest)]:
+                        del self.counters[name][(*key, *rest)]
         while len(self._retired) > KEPT_RETIRED:
             self._retired.popitem(last=False)
 
@@ -167,6 +172,8 @@ class Metrics:
         key = (model, version)
         row = self._retired.pop(key) if key in self._retired else VersionRow(model, version)
         row.codes[200] += 0
+        for name, rest in self.from_zero if version else ():
+            self.count(name, model, version, *rest, by=0.0)
         row.scrapes_since = 0
         self.rows[key] = row
         return row
