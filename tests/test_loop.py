@@ -67,6 +67,7 @@ def test_labels_are_taken_once_by_request_id_and_only_with_their_token(running: 
     assert send(best["index"], "wrong").status_code == 401
     assert send(best["index"], running.token).status_code == 401
     assert send("no such class").json()["taken"] == 0
+    assert "neither the number of a class" in send("²").json()["refused"][0]["error"], "one odd label was the end of the whole batch"
     assert send(best["label"]).json() == {"model": "digits", "taken": 1, "right": 1, "refused": []}
     labels = {"right": 1, "labelled": 1, "usual": None}
     running.until(lambda: running.admin("GET", "/admin/models/digits")["loop"].get("labels") == labels, 20)

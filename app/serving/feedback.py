@@ -72,7 +72,7 @@ def _top(result: InferenceResult) -> tuple[int, int]:
 def _number(label: str | int, labels: Sequence[str], classes: int) -> int:
     if isinstance(label, str) and label in labels:
         return list(labels).index(label)
-    if isinstance(label, int) or label.isdigit():
+    if isinstance(label, int) or label.isdecimal():  # "²" is a digit, and no number
         number = int(label)
         if 0 <= number < classes:
             return number
