@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from types import SimpleNamespace
@@ -31,22 +32,26 @@ class Story:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.goes_on = 0
 
     async def timeline(self, model: str, after: int, limit: int, newest_first: bool) -> list[Any]:
         self.asked.append(after)
         if len(self.asked) <= 2:
             raise StoreUnavailable("away")
-        return [{"seq": seq} for seq in range(after + 1, 6)]
+        seqs = range(after + 1, 6)
+        return [{"seq": seq} for seq in (seqs[::-1] if newest_first else seqs)[:limit]]
 
     async def news(self, after: int, timeout_s: float) -> int | None:
-        return after if len(self.asked) <= 2 else None
+        return after if len(self.asked) <= 2 + self.goes_on else None
 
 
-def followed(story: Any, after: int, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
+def followed(story: Any, after: int, headers: Sequence[tuple[bytes, bytes]] = (), limit: int = 100) -> str:
     async def all_of_it() -> str:
         scope = {"type": "http", "headers": [(b"authorization", b"Bearer t"), *headers]}
         nothing: Any = None  # is asked for
-        answer: Any = await Admin(story, nothing, nothing, Guard("t", "", "")).timeline(Request(scope), after=after, follow=True)
+        answer: Any = await Admin(story, nothing, nothing, Guard("t", "", "")).timeline(
+            Request(scope), after=after, limit=limit, follow=True
+        )
         return b"".join([part async for part in answer.body_iterator]).decode()
 
     return asyncio.run(all_of_it())
@@ -64,6 +69,15 @@ def test_a_broken_stream_is_taken_up_after_the_last_event_that_was_seen(monkeypa
     text = followed(story, 1, [(b"last-event-id", b"4")])
     assert story.asked[-1] == 4 and "id: 5" in text and "id: 4" not in text
     assert "id: 2" in followed(Story(), 1, [(b"last-event-id", b"no number")])
+
+
+def test_who_says_not_from_where_on_gets_the_newest_first_and_then_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was the whole journal, from its first event on, whatever the limit."""
+    monkeypatch.setattr(admin, "AWAY_S", 0.0)
+    story = Story()
+    story.goes_on = 1
+    assert re.findall(r"id: (\d)", followed(story, 0, limit=2)) == ["4", "5"]
+    assert story.asked[-2:] == [0, 5], "and on from the last of them"
 
 
 class Breaking:

@@ -241,25 +241,28 @@ class Admin:
         self, request: Request, model: str = "", after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0, limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         follow: bool = False,
     ) -> Response:  # fmt: skip
-        """The newest `limit` events, oldest first; with `after` those that follow it; with `follow` server-sent events until you leave."""
+        """The newest `limit` events, oldest first; with `after` those that follow it; with `follow` server-sent events until you leave, those first."""
         role = self._guard.may_read(request)
         if (seen := request.headers.get("last-event-id", "")).isdecimal() and len(seen) < 19:  # a browser takes a broken stream up again
             after = max(after, int(seen))
         if not follow:
             events = await self._see.timeline(model, after, limit, newest_first=not after)
             return self._show(role, {"events": events if after else events[::-1]})
-        return StreamingResponse(self._follow(model, after, role), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        events_to_come = self._follow(model, after, limit, role)
+        return StreamingResponse(events_to_come, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    async def _follow(self, model: str, after: int, role: Role) -> AsyncIterator[bytes]:
+    async def _follow(self, model: str, after: int, limit: int, role: Role) -> AsyncIterator[bytes]:
         looked_at: int | None = after
+        newest = not after  # nobody said from where on: the newest `limit` come first, not the journal from its beginning
         while looked_at is not None:
             try:
-                events = await self._see.timeline(model, after, FOLLOWED_AT_ONCE, newest_first=False)
+                events = await self._see.timeline(model, after, limit if newest else FOLLOWED_AT_ONCE, newest_first=newest)
             except StoreUnavailable:
                 yield b": the journal is away\n\n"
                 await asyncio.sleep(AWAY_S)
                 looked_at = await self._see.news(looked_at, 0.0)
                 continue
+            events, newest = events[::-1] if newest else events, False
             for event in events:
                 after = event["seq"]
                 data = orjson.dumps(event)

@@ -216,8 +216,8 @@ def _admin(example: Example) -> list[Operation]:
             query=(
                 ("model", {"type": "string"}, "Only this model's."),
                 ("after", {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, "Only later events; without it the newest."),
-                ("limit", {"type": "integer", "minimum": 1, "maximum": 1000}, "Most events."),
-                ("follow", {"type": "boolean"}, "Server-sent events until you leave."),
+                ("limit", {"type": "integer", "minimum": 1, "maximum": 1000}, "Most events; with `follow` of those that were before."),
+                ("follow", {"type": "boolean"}, "Server-sent events until you leave: those first, then what happens."),
             ),
         ),
         change("POST", "/admin/freeze", "Stop all change but rollback", errors=""),
