@@ -42,7 +42,9 @@ def test_of_those_that_passed_one_that_needs_no_person_goes_before_a_quicker_one
     failed = replace(WINNER, version="1.3", gain=0.9, verdict=Verdict.FAILED)
     assert best([lossless, lossy, failed]) is lossy and best([lossless, lossy, failed], alone=True) is lossless
     assert best([lossy], alone=True) is lossy and best([failed], alone=True) is None
-    assert "made-up inputs" in may_promote_alone(lossy) and not may_promote_alone(replace(lossy, evidence="reference"))
+    captured = replace(lossy, evidence="captured")
+    assert "made-up inputs" in may_promote_alone(lossy) and "samples.reference" in may_promote_alone(captured)
+    assert not may_promote_alone(replace(captured, owner_named=True)) and not may_promote_alone(replace(captured, lossless=True))
 
 
 @dataclass

@@ -311,8 +311,8 @@ class ModelConfig(Strict):
     tune_for: Literal["latency", "throughput"] = "latency"
     """What the run-time settings are chosen for: the quickest answer at low load, or the most answers per second."""
     mode: Annotated[Mode, Field(strict=False)] = Mode.AUTO
-    """How far the loop goes by itself. `auto`: lossless changes, and lossy ones where `samples` and a quality floor are named; `approve`: \
-asks before any version takes over; `observe`: only looks."""
+    """How far the loop goes by itself. `auto`: lossless changes, and lossy ones that keep `quality.floor` where `samples.reference` or \
+`samples.validation` is named (captured inputs alone are nobody's word); `approve`: asks before any version takes over; `observe`: only looks."""
     quality: Quality = Quality()
     least_gain: Annotated[float, Field(ge=0, le=10)] = 0.05
     """Least gain (0.05: five percent) that is worth a swap."""

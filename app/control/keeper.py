@@ -248,7 +248,7 @@ class JobKeeper:
         before = self._bench.settings(piece, want, version, self._host_class, self._fallback)
         proof = proof_of(card, want.golden_sha256, self._host_class, report, before)
         await asyncio.to_thread(self._cards.write_proof, card, proof)
-        found = judged(version, report, lossless)
+        found = judged(version, report, lossless, piece.samples.owner_named)
         self._metrics.count("hone_verdicts", "offline", found.verdict.value)
         if version != piece.golden.version:
             data = {"version": version, "host_class": self._host_class, "verdict": found.verdict.value, "summary": found.summary}

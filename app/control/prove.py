@@ -42,7 +42,7 @@ def prove_here(settings: Settings, model: str, version: str = "") -> JSON:
                 raise Conflict(f"{model}:{chosen} cannot be judged here: {failure.text}") from None
         proof = proof_of(card, want.golden_sha256, here, report, bench.settings(piece, want, chosen, here, fallback))
         bench.cards.write_proof(card, proof)
-        found = judged(chosen, report, lossless=False)
+        found = judged(chosen, report, False, piece.samples.owner_named)
         if isinstance(card, BuiltCard):
             data = {"version": chosen, "host_class": here, "verdict": found.verdict.value, "summary": found.summary}
             journal.append(Event("version.verified", model, chosen, actor="hone verify --here", data=data))

@@ -33,6 +33,8 @@ class Judged:
     evidence: str
     nothing_changed: bool
     report: JSON
+    owner_named: bool = False
+    """The owner named samples that judge (`samples.reference` or `samples.validation`)."""
 
 
 def question(
@@ -98,10 +100,11 @@ def proof_of(card: Card, golden_sha256: str, host_class: str, report: Mapping[st
     )  # fmt: skip
 
 
-def judged(version: str, report: Mapping[str, Any], lossless: bool) -> Judged:
+def judged(version: str, report: Mapping[str, Any], lossless: bool, owner_named: bool) -> Judged:
     return Judged(
         version, Verdict(report["verdict"]), str(report["summary"]), gain_of(report), lossless or bool(report.get("bit_close")),
         str(report.get("evidence") or ""), bool(report.get("nothing_changed")), dict(report),
+        owner_named,
     )  # fmt: skip
 
 
@@ -125,6 +128,11 @@ def may_promote_alone(winner: Judged) -> str:
         return ""
     if winner.evidence == "synthetic":
         return "it changes answers, and was judged on made-up inputs only: name samples in model.yaml, or promote it by hand"
+    if not winner.owner_named:
+        return (
+            "it changes answers, and its owner named nothing that judges: name samples.reference or samples.validation in model.yaml, "
+            "or promote it by hand"
+        )
     return ""
 
 
