@@ -19,7 +19,7 @@ from app.control.patient import Incident, Looks, Patient
 from app.control.suspicion import Kind, Suspicion
 from app.domain import Event, ModelState, ModelView, Observation
 from app.store.open import open_journal
-from tests.journal_story import OTHER_SHA, deployed, desired, job_event, published
+from tests.journal_story import OTHER_SHA, claimed, deployed, desired, job_event, published, requested
 from tests.loop_ward import Ward
 
 pytestmark = pytest.mark.anyio
@@ -154,7 +154,8 @@ async def test_a_long_stay_of_the_server_elsewhere_confirms_nothing(ward: Ward) 
 
 
 async def test_a_version_on_trial_without_a_job_loses_its_share_a_minute_after_it_was_seen_so(ward: Ward) -> None:
-    ward.journal.append(published("1.1"))
+    for event in (published("1.1"), requested("j"), claimed("j"), job_event("built", "j", candidates=["1.2"])):  # the job of another
+        ward.journal.append(event)
     ward.journal.append(Event("traffic.split", "m", "1.1", data={"version": "1.1", "share": 0.05, "stage": "canary"}, at=5.0))
     await ward.tick()
     assert ward.state.split is not None, "it may be of another clock"

@@ -212,6 +212,25 @@ def test_measured_settings_are_not_taken_while_frozen_or_for_another_version(bed
     assert bed.journal.state().models["m"].settings_of("1.1") == RuntimeSettings(2, 1, 16)
 
 
+def test_a_candidate_keeps_no_share_while_nobody_judges_it(bed: Bed) -> None:
+    """After a crash in mid-canary the job is proven again for minutes; and no job ends and leaves its candidate a share."""
+    canary = Event("traffic.split", "m", "1.1", "j", data={"version": "1.1", "share": 0.25, "stage": "canary"})
+    for event in (job_event("verifying", "j"), canary):
+        bed.journal.append(event)
+    shared = []
+
+    async def judge(*_: Any) -> Any:
+        shared.append(bed.journal.state().models["m"].split)
+        bed.journal.append(canary)
+        return "kept", "1.1", {}
+
+    bed.keeper._judge = judge
+    asyncio.run(bed.keeper._conclude(bed.journal.state().jobs["j"]))
+    kinds = [event.kind for event in bed.journal.read()]
+    assert shared == [None] and bed.journal.state().models["m"].split is None
+    assert kinds[-1] == "job.finished" and kinds[-2] == "traffic.split"
+
+
 def test_a_job_of_a_server_that_died_right_after_its_claim_goes_on(bed: Bed) -> None:
     bed.journal.append(requested("t"))
     bed.journal.append(claimed("t", "server gone"))

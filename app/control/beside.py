@@ -63,7 +63,7 @@ class Beside:
     async def ended_orphan(self, view: ModelView, patient: Patient, split: Split, state: State) -> bool:
         """A version on trial for whom no job is open any more (its holder died, or was refused at the last step) loses its share."""
         jobs = state.jobs.values()
-        open_job = any(job.model == view.name and job.state is not JobState.FINISHED and job.candidates for job in jobs)
+        open_job = any(job.model == view.name and job.state is not JobState.FINISHED and split.version in job.candidates for job in jobs)
         now = self._window.now()
         if open_job or patient.orphan[0] != split.version:
             patient.orphan = ("", 0.0) if open_job else (split.version, now)

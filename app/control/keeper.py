@@ -163,8 +163,10 @@ class JobKeeper:
         now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
         if now is None or now.state is JobState.FINISHED:
             return  # it ended since it was looked at
-        if job.state is JobState.BUILT:
+        if now.state is JobState.BUILT:
             await self._say("job.verifying", job)
+        else:  # it is proven again from the start; who judged its canary is gone, or could not reach the store
+            await self._taking.end_trials(now)
         stop = asyncio.Event()
         watch = asyncio.create_task(self._watch(job, stop), name=f"watch-{job.id}")
         try:
@@ -184,6 +186,7 @@ class JobKeeper:
         finally:
             watch.cancel()
             await asyncio.to_thread(give_back)  # the samples that it was judged with are gone
+        await self._taking.end_trials(now)
         report = {**job.report, **report}
         report["cpu_s"] = round(float(job.report.get("cpu_s") or 0.0) + self._cpu_s.pop(job.id, 0.0), 1)
         report["summary"] = summary_of(report)

@@ -90,6 +90,11 @@ class Taking:
                 await self._rollout.clear(job.model, winner.version, job.id)
         return await self._taken(job, winner.version, promoted.seq, report)
 
+    async def end_trials(self, job: Job) -> None:
+        """Take back what the job's candidates have on trial, where nobody judges it any more."""
+        for version in job.candidates:
+            await self._rollout.clear(job.model, version, job.id)
+
     async def held_back(self, job: Job, piece: Workpiece) -> str:
         """`held_back`, by what the journal says at this moment."""
         self.seen = await asyncio.to_thread(self._journal.state)
