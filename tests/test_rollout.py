@@ -48,12 +48,17 @@ class Serving:
     quiet: bool = False
     largest_share: float = 0.0
     memory: tuple[tuple[str, int], ...] = ()
+    rung: bool = False
+    """A cheaper version answers, or beside it the incumbent, at `beside_cpu_s` a call; those on trial answer nothing."""
+    beside_cpu_s: float = 0.0
 
     def model(self, name: str) -> ModelView | None:
         split = self.journal.state().models["m"].split
         loaded = ("1", "1.1") if split is not None and self.loads else ("1",)
         failed = () if self.loads or monotonic() < self.fails_at else (("1.1", "its file is corrupt"),)
-        return ModelView("m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0, failed=failed, memory=self.memory)
+        return ModelView(
+            "m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0, "1.9" if self.rung else "", 0, failed, self.memory
+        )
 
     async def serve(self) -> None:
         turn = 0
@@ -64,8 +69,10 @@ class Serving:
             for _ in range(0 if self.quiet else 60):
                 turn += 1
                 version = "1.1" if share and turn % round(1 / share) == 0 else "1"
+                if self.rung:
+                    version = "1" if self.beside_cpu_s else "1.9"
                 self._one(version, turn)
-            if split is not None and self.loads:
+            if split is not None and self.loads and not self.rung:
                 for _ in range(5):
                     self.window.compared("m", "1.1", self.agrees)
             await asyncio.sleep(0.02)
@@ -74,7 +81,8 @@ class Serving:
         if version == "1.1" and self.failing:
             self.window.failed("m", version)
             return
-        cpu_s = (self.candidate_cpu_s if version == "1.1" else 0.001) * (1 + 0.05 * (turn % 5))
+        usual = (self.beside_cpu_s if self.rung else 0.0) or 0.001
+        cpu_s = (self.candidate_cpu_s if version == "1.1" else usual) * (1 + 0.05 * (turn % 5))
         self.window.called("m", version, 1, 4096, cpu_s, cpu_s, 0.0)
         self.window.observe(Observation("m", version, 200, 2 * cpu_s, 0.0, 0.0, cpu_s, 0.0, 1, 1, cpu_s, 0.0))
 
@@ -171,6 +179,76 @@ def test_a_trial_waits_until_the_watch_over_the_version_before_is_over(journal: 
 
     assert run(Serving(journal), monkeypatch, stop=stop).verdict is Verdict.PASSED
     assert stages(journal)[:3] == [("watch", 0.05), ("watch", 0.0), ("shadow", 0.0)]
+
+
+@dataclass
+class Load:
+    """A rung answers until it was looked so many `times`; meanwhile the clock goes on by `jump` seconds each time."""
+
+    serving: Serving
+    monkeypatch: pytest.MonkeyPatch
+    times: int = 10
+    jump: float = 200.0
+    looked: int = 0
+    ahead: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.monkeypatch.setattr(rollout, "monotonic", lambda: monotonic() + self.ahead)
+
+    def looks(self) -> None:
+        self.looked += 1
+        self.serving.rung = self.looked < self.times
+        self.ahead += self.jump if self.serving.rung and self.looked > 1 else 0.0
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_while_a_rung_answers_no_trial_begins(journal: Journal, monkeypatch: pytest.MonkeyPatch, watched: bool) -> None:
+    """Else it went in without one, since the version that a rung stands for answers next to nothing; nor is the watch before it over by then."""
+    if watched:
+        journal.append(Event("traffic.split", "m", "1.1", data={"version": "1.1", "share": 0.05, "stage": "watch"}))
+    load = Load(Serving(journal, rung=True), monkeypatch)
+
+    def stop() -> str:
+        load.looks()
+        if load.serving.rung:
+            assert stages(journal) == [("watch", 0.05)] * watched
+        elif watched and load.looked == 10:
+            journal.append(Event("traffic.split", "m", "", data={"version": "", "share": 0.0, "stage": "watch"}))
+        return ""
+
+    end = run(load.serving, monkeypatch, stop=stop)
+    assert end.verdict is Verdict.PASSED and not end.skipped
+    assert stages(journal)[-3:] == [("shadow", 0.0), ("canary", 0.05), ("canary", 0.25)]
+
+
+@pytest.mark.parametrize("stage", ["shadow", "canary"])
+def test_the_time_on_a_rung_is_none_of_the_trials(journal: Journal, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    load = Load(Serving(journal), monkeypatch)
+
+    def stop() -> str:
+        split = journal.state().models["m"].split
+        if load.looked or (split is not None and split.stage == stage):
+            load.looks()
+        return ""
+
+    assert run(load.serving, monkeypatch, stop=stop).verdict is Verdict.PASSED
+    assert load.looked > 10 and load.ahead > CONFIG.rollout.max_age_s
+
+
+def test_what_the_incumbent_answered_beside_a_rung_is_not_held_against_the_candidate(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On cores that are full each of its calls costs more: the candidate, which was asked nothing then, would look cheap beside them."""
+    load = Load(Serving(journal, candidate_cpu_s=0.0016, beside_cpu_s=0.01), monkeypatch, times=100)
+
+    def stop() -> str:
+        split = journal.state().models["m"].split
+        if load.looked or (split is not None and split.stage == "canary"):
+            load.looks()
+        return ""
+
+    end = run(load.serving, monkeypatch, stop=stop)
+    assert end.verdict is Verdict.FAILED and end.text.startswith("at 5%: it is slower") and load.looked > 100
 
 
 def test_what_must_not_go_on_never_begins_and_ends_in_the_shadow(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

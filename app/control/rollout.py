@@ -47,6 +47,20 @@ class End:
     skipped: bool = False
 
 
+class Patience:
+    """So many seconds for something on trial. Those in which a rung of the ladder answers do not count: nobody on trial is asked meanwhile."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s, self._looked_at = seconds, monotonic()
+
+    def over(self, view: ModelView | None) -> bool:
+        now = monotonic()
+        if view is None or not view.rung:
+            self._left_s -= now - self._looked_at
+        self._looked_at = now
+        return self._left_s < 0
+
+
 class Rollout:
     """One per server."""
 
@@ -59,14 +73,15 @@ class Rollout:
         `stop` says why it must not go on; '' while it may. What was stopped is undecided: nobody erred.
         """
         await self._let_watch_end(model, config.rollout.watch_s, stop)
+        rules = config.rollout
+        if rules.canary:
+            await self._let_rung_go(model, stop)
         if why := stop():
             return End(Verdict.INCONCLUSIVE, why, True)
         view = self._plane.model(model)
-        rules = config.rollout
         if view is None or not rules.canary:
             return End(Verdict.PASSED, "no canary: the offline proof decides", True)
-        recent = self._window.since(model, view.active, self._window.now() - TRAFFIC_S)
-        rate = recent.requests / TRAFFIC_S
+        rate = self._window.rate(model, TRAFFIC_S)  # of all versions: a moment ago a rung may have answered
         if rate * rules.canary[0] * rules.max_age_s < rules.min_samples:
             return End(Verdict.PASSED, f"no canary: too little traffic for one ({rate:.2g} requests/s), the offline proof decides", True)
         try:
@@ -82,42 +97,52 @@ class Rollout:
 
     async def _let_watch_end(self, model: str, most_s: float, stop: Callable[[], str]) -> None:
         """The trial would take the place of the watch over the version that was promoted last, so it comes after it."""
-        until = monotonic() + most_s
-        while monotonic() < until and not stop():
+        patience = Patience(most_s)
+        while not patience.over(self._plane.model(model)) and not stop():
             want = (await asyncio.to_thread(self._journal.state)).models.get(model)
             if want is None or want.split is None or want.split.stage != "watch":
+                return
+            await asyncio.sleep(LOOK_S)
+
+    async def _let_rung_go(self, model: str, stop: Callable[[], str]) -> None:
+        """While a rung of the ladder answers, nobody on trial would be asked."""
+        while not stop():
+            view = self._plane.model(model)
+            if view is None or not view.rung:
                 return
             await asyncio.sleep(LOOK_S)
 
     async def _through_stages(
         self, model: str, incumbent: str, version: str, config: ModelConfig, job: str, stop: Callable[[], str]
     ) -> End:  # fmt: skip
-        until, tried = monotonic() + config.rollout.max_age_s, self._window.now()
+        patience, tried = Patience(config.rollout.max_age_s), self._window.now()
         await self._split(model, version, 0.0, "shadow", job, "asked what others answered, compared with golden, dropped")
-        end = await self._shadow(model, version, config, stop)
+        end = await self._shadow(model, version, config, patience, stop)
         if end is not None:
             return end
         judgement = Judgement(Verdict.NO_DATA, "not begun", {})
         for share in config.rollout.canary:
             await self._split(model, version, share, "canary", job, judgement.text if judgement.numbers else f"{share:.0%} of the requests")
             began = self._window.cut(model)
-            judgement = await self._stage(model, incumbent, version, config, (began, tried), until, stop)
+            judgement = await self._stage(model, incumbent, version, config, (began, tried), patience, stop)
             if judgement.verdict is not Verdict.PASSED:
                 return End(judgement.verdict, f"at {share:.0%}: {judgement.text}")
         return End(Verdict.PASSED, judgement.text)
 
-    async def _shadow(self, model: str, version: str, config: ModelConfig, stop: Callable[[], str]) -> End | None:
-        """Wait until it is loaded, then for some comparisons; an end where it does not load or clearly disagrees."""
+    async def _shadow(self, model: str, version: str, config: ModelConfig, trial: Patience, stop: Callable[[], str]) -> End | None:
+        """Wait until it is loaded, then for some comparisons; an end where it does not load or clearly disagrees. `trial` goes on beside."""
         loading_until = monotonic() + config.limits.load_timeout_s + LOAD_SLACK_S
         while (view := self._plane.model(model)) is None or version not in view.loaded:
             failed = dict(view.failed).get(version) if view is not None else None
             why = stop()
+            trial.over(view)
             if failed or why or monotonic() > loading_until:
                 verdict = Verdict.FAILED if failed else Verdict.INCONCLUSIVE if why else Verdict.ERROR
                 return End(verdict, failed or why or "it was not loaded in time")
             await asyncio.sleep(LOOK_S)
-        began, until = self._window.cut(model), monotonic() + SHADOW_S
-        while monotonic() < until:
+        began, patience = self._window.cut(model), Patience(SHADOW_S)
+        while not patience.over(view := self._plane.model(model)):
+            trial.over(view)
             if why := stop():
                 return End(Verdict.INCONCLUSIVE, why)
             block = self._window.since(model, version, began)
@@ -129,17 +154,25 @@ class Rollout:
         return _disagrees(self._window.since(model, version, began), config)
 
     async def _stage(
-        self, model: str, incumbent: str, version: str, config: ModelConfig, began: tuple[float, float], until: float, stop: Callable[[], str]
+        self, model: str, incumbent: str, version: str, config: ModelConfig, began: tuple[float, float], patience: Patience, stop: Callable[[], str]
     ) -> Judgement:  # fmt: skip
-        """`began`: the stage, and the trial, over which the answers that were held to golden's add up."""
+        """`began`: the stage, and the trial, over which the answers that were held to golden's add up. It stands still while a rung answers,
+        and compares from there on anew: what the incumbent alone answered beside the rung is nothing to hold a candidate against."""
+        paused = False
         while True:
             await asyncio.sleep(LOOK_S)
             view = self._plane.model(model)
+            over = patience.over(view)
             if (why := stop()) or view is None or view.active != incumbent:
                 return Judgement(Verdict.INCONCLUSIVE, why or "another version serves meanwhile", {})
+            if view.rung:
+                paused = True
+                continue
+            if paused:
+                began, paused = (self._window.cut(model), began[1]), False
             judgement = compared(self._window, model, incumbent, version, began, view, config, LEAST_COMPARED)
             undecided = judgement.verdict in (Verdict.INCONCLUSIVE, Verdict.NO_DATA)
-            if not undecided or monotonic() > until:
+            if not undecided or over:
                 return judgement
 
     async def clear(self, model: str, version: str, job: str) -> None:
