@@ -212,6 +212,22 @@ def test_measured_settings_are_not_taken_while_frozen_or_for_another_version(bed
     assert bed.journal.state().models["m"].settings_of("1.1") == RuntimeSettings(2, 1, 16)
 
 
+def test_settings_of_a_job_that_was_cancelled_while_they_were_measured_are_not_taken(bed: Bed) -> None:
+    """Runners that are compared beside the traffic are compared to the end: nobody looked whether the result was still wanted."""
+    job, stop = bed.journal.append(requested("t")).job, asyncio.Event()
+
+    async def tune(*_: Any) -> Any:
+        stop.set()
+        return RuntimeSettings(2, 1, 16), {"summary": "faster"}
+
+    keeper = bed.keeper
+    keeper._tuning, keeper._bench = SimpleNamespace(tune=tune), SimpleNamespace(settings=lambda *_: RuntimeSettings(1, 1, 8))
+    asked = SimpleNamespace(id=job, model="m", golden_sha256=SHA, promote="auto", tries=(({"method": "tune"},),))
+    with pytest.raises(TaskFailed, match="cancelled while its settings"):
+        asyncio.run(keeper._tune_active(asked, SimpleNamespace(config=ModelConfig(), golden=GOLDEN), stop, {}))
+    assert bed.journal.state().models["m"].settings == ()
+
+
 def test_a_candidate_keeps_no_share_while_nobody_judges_it(bed: Bed) -> None:
     """After a crash in mid-canary the job is proven again for minutes; and no job ends and leaves its candidate a share."""
     canary = Event("traffic.split", "m", "1.1", "j", data={"version": "1.1", "share": 0.25, "stage": "canary"})

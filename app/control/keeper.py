@@ -302,7 +302,10 @@ class JobKeeper:
         async def serves() -> str:
             return (await self._taking.want(job)).desired
 
-        return await self._tuning.tune(piece, version, before, step, ask, serves, stop.is_set)
+        found = await self._tuning.tune(piece, version, before, step, ask, serves, stop.is_set)
+        if stop.is_set():
+            raise TaskFailed(Failure.CANCELLED, "cancelled while its settings were measured")
+        return found
 
     # ---- helpers
     async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:
