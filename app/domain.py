@@ -159,6 +159,8 @@ class ModelView:
     """What golden is, which jobs build from."""
     killers: int = 0
     """Different inputs that killed a runner of the active version when run alone; they are refused since."""
+    no_room: tuple[str, ...] = ()
+    """Of `failed` those for which memory or disk had no room: no fault of theirs."""
 
 
 class VersionState(StrEnum):

@@ -45,6 +45,7 @@ class Serving:
     active: str = "1"
     loads: bool = True
     fails_at: float = 0.0
+    no_room_until: float = 0.0
     quiet: bool = False
     largest_share: float = 0.0
     memory: tuple[tuple[str, int], ...] = ()
@@ -54,11 +55,14 @@ class Serving:
 
     def model(self, name: str) -> ModelView | None:
         split = self.journal.state().models["m"].split
-        loaded = ("1", "1.1") if split is not None and self.loads else ("1",)
-        failed = () if self.loads or monotonic() < self.fails_at else (("1.1", "its file is corrupt"),)
+        no_room = ("1.1",) if monotonic() < self.no_room_until else ()
+        loaded = ("1", "1.1") if split is not None and self.loads and not no_room else ("1",)
+        why = "no memory" if no_room else "" if self.loads or monotonic() < self.fails_at else "its file is corrupt"
+        failed = (("1.1", why),) if why else ()
         return ModelView(
-            "m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0, "1.9" if self.rung else "", 0, failed, self.memory
-        )
+            "m", self.active, 1, RuntimeSettings(), True, 0, 0, loaded, 0.0,
+            rung="1.9" if self.rung else "", failed=failed, memory=self.memory, no_room=no_room,
+        )  # fmt: skip
 
     async def serve(self) -> None:
         turn = 0
@@ -152,6 +156,17 @@ def test_one_that_takes_all_its_time_to_load_and_then_fails_is_refused(journal: 
     config = CONFIG.model_copy(update={"limits": CONFIG.limits.model_copy(update={"load_timeout_s": 0.2})})
     end = run(Serving(journal, loads=False, fails_at=monotonic() + 0.5), monkeypatch, config)
     assert end == End(Verdict.FAILED, "its file is corrupt")
+
+
+@pytest.mark.parametrize(("comes_after", "verdict"), [(0.2, Verdict.PASSED), (60.0, Verdict.INCONCLUSIVE)])
+def test_want_of_room_is_waited_for_and_is_no_fault_of_the_candidate(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, comes_after: float, verdict: Verdict
+) -> None:
+    monkeypatch.setattr(rollout, "LOAD_SLACK_S", 0.5)
+    config = CONFIG.model_copy(update={"limits": CONFIG.limits.model_copy(update={"load_timeout_s": 0.5})})
+    end = run(Serving(journal, no_room_until=monotonic() + 0.3 + comes_after), monkeypatch, config)
+    assert end.verdict is verdict and (end.text == "no memory") == (verdict is Verdict.INCONCLUSIVE)
+    assert journal.state().models["m"].left == ()
 
 
 def test_what_stays_undecided_ends_on_the_incumbent_and_too_little_traffic_needs_no_canary(

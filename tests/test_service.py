@@ -34,7 +34,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.samples import Samples
 from tests.engines import Start, anyio_backend, forkserver, request, start, tensor, until, values
-from tests.models import KILLING_ROW, endless, killer, save, scaled, signature_of, slow, value
+from tests.models import KILLING_ROW, corrupt, endless, killer, save, scaled, signature_of, slow, value
 
 __all__ = ["anyio_backend", "forkserver", "start"]
 pytestmark = pytest.mark.anyio
@@ -327,6 +327,24 @@ async def test_a_model_too_slow_for_all_reference_rows_is_held_to_those_that_fit
         loaded = await loader.load(admitted, RuntimeSettings(), 1, ModelConfig())
         assert loaded.engine.alive
         await loader.stop(loaded, 1.0)
+
+
+async def test_a_version_for_which_there_is_no_room_is_told_apart_from_one_that_does_not_load(
+    slot: Slot, service: InferenceService, put: Put, forkserver: ForkServer, tmp_path: Path
+) -> None:
+    slot.active = await put("1", scaled(tmp_path / "1.onnx"))
+    want, found = ModelState("m", "1", "g", "1", "", Generation(1, 1)), SimpleNamespace(config=None, beside=())
+    for limit, file, no_room in ((1 << 20, scaled(tmp_path / "2.onnx"), ("1.1",)), (4 << 30, corrupt(tmp_path / "3.onnx"), ())):
+
+        async def admit(*_: object, file: Path = file) -> Admitted:
+            return replace(admitted_of("1.1", tmp_path / "1.onnx", RuntimeSettings()), path=file)
+
+        loader = Loader(forkserver, CoreLedger(2), Metrics(), Window(), "here", limit, lambda *death: None)
+        admission: Any = SimpleNamespace(admit=admit)
+        reconciler = ModelReconciler(slot, service, admission, loader, list[Event]().append, Metrics(), PastDeaths())
+        await reconciler._warm(want, found, "1.1")  # type: ignore[arg-type]
+        view = Vitals(service, loader, service.window, 2, PastDeaths()).model("m")
+        assert view is not None and dict(view.failed).keys() == {"1.1"} and view.no_room == no_room
 
 
 async def test_loads_that_hang_give_their_places_back(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,15 +130,19 @@ class Rollout:
         return End(Verdict.PASSED, judgement.text)
 
     async def _shadow(self, model: str, version: str, config: ModelConfig, trial: Patience, stop: Callable[[], str]) -> End | None:
-        """Wait until it is loaded, then for some comparisons; an end where it does not load or clearly disagrees. `trial` goes on beside."""
+        """Wait until it is loaded, then for some comparisons; an end where it does not load or clearly disagrees. `trial` goes on beside.
+
+        Room in memory may come while it is waited for; where none does, that is no fault of the version.
+        """
         loading_until = monotonic() + config.limits.load_timeout_s + LOAD_SLACK_S
         while (view := self._plane.model(model)) is None or version not in view.loaded:
-            failed = dict(view.failed).get(version) if view is not None else None
-            why = stop()
+            failed = dict(view.failed).get(version, "") if view is not None else ""
+            no_room = failed if view is not None and version in view.no_room else ""
+            fault, why = "" if no_room else failed, stop()
             trial.over(view)
-            if failed or why or monotonic() > loading_until:
-                verdict = Verdict.FAILED if failed else Verdict.INCONCLUSIVE if why else Verdict.ERROR
-                return End(verdict, failed or why or "it was not loaded in time")
+            if fault or why or monotonic() > loading_until:
+                verdict = Verdict.FAILED if fault else Verdict.INCONCLUSIVE if why or no_room else Verdict.ERROR
+                return End(verdict, fault or why or no_room or "it was not loaded in time")
             await asyncio.sleep(LOOK_S)
         began, patience = self._window.cut(model), Patience(SHADOW_S)
         while not patience.over(view := self._plane.model(model)):

@@ -15,7 +15,7 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.processing import Processor
 from app.catalog.repository import FoundModel
 from app.domain import Event, Generation, ModelState, VersionState
-from app.errors import Conflict, HoneError, ModelRejected, NotFound
+from app.errors import Conflict, HoneError, InsufficientStorage, ModelRejected, NotFound
 from app.serving.admission import Admission, Admitted
 from app.serving.backoff import Backoff
 from app.serving.loader import Loader
@@ -251,13 +251,13 @@ class ModelReconciler:
         if version == want.desired or self._warm_backoff.blocked(version, identity):
             return
         if deaths := self._past.took_all_down(self.slot.name, version):
-            self.slot.failed[version] = f"the whole server died with it {deaths} times in five minutes"
+            self.slot.does_not_load(version, f"the whole server died with it {deaths} times in five minutes")
             return
         try:
             self.slot.versions[version] = await self._load(want, found, version)
         except HoneError as error:
             self._warm_backoff.failed(version, identity, want.generation.n)
-            self.slot.failed[version] = self._told(str(error))
+            self.slot.does_not_load(version, self._told(str(error)), isinstance(error, InsufficientStorage))
             log.warning("model %s: version %s is not kept warm: %s", self.slot.name, version, error)
 
     async def _load(self, want: ModelState, found: FoundModel, version: str, serves: bool = False) -> Loaded:
@@ -334,7 +334,7 @@ class ModelReconciler:
         log.info("model %s: version %s answers, %.1f s after it was asked for", self.slot.name, loaded.version, took_s)
 
     def _failed(self, want: ModelState, version: str, identity: object, error: HoneError) -> None:
-        reason = self.slot.failed[version] = self._told(str(error))
+        self.slot.does_not_load(version, reason := self._told(str(error)), isinstance(error, InsufficientStorage))
         if self.slot.active is None:
             self.slot.reason = self._unserved or f"version {version} does not load: {reason}"
         count = self._backoff.failed(version, identity, want.generation.n)
@@ -369,7 +369,7 @@ class ModelReconciler:
         if self._left_deadly == (version, want.generation):
             return False  # told, but the store has not taken it yet
         self._left_deadly = version, want.generation
-        self.slot.failed[version] = reason
+        self.slot.does_not_load(version, reason)
         self._record(Event("version.failed", self.slot.name, version, data={"version": version, "reason": reason}))
         data = {"version": back, "from": version, "reason": reason, "fault": True}
         self._record(Event("desired.changed", self.slot.name, back, data=data))

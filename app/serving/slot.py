@@ -101,6 +101,8 @@ class Slot:
     misfit: str = ""
     """Why pre- and post-processing are not as model.yaml says now: those from before go on."""
     failed: dict[str, str] = field(default_factory=dict)
+    no_room: set[str] = field(default_factory=set)
+    """Of `failed` those for which memory or disk had no room: no fault of theirs."""
     processor: Processor | None = None
     split: Share | None = None
     mirror: Mirror | None = None
@@ -140,6 +142,10 @@ class Slot:
         if above is not None and above.engine.alive and above.engine.backlog_s + waits_s <= self.spare_s:
             return above
         return below if below is not None and waits_s > self.most_s and below.engine.alive else near.of
+
+    def does_not_load(self, version: str, reason: str, no_room: bool = False) -> None:
+        self.failed[version] = reason
+        (self.no_room.add if no_room else self.no_room.discard)(version)
 
     def let_go(self, loaded: Loaded) -> None:
         """It is about to be stopped: no request goes to it any more."""

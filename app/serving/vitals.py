@@ -247,6 +247,7 @@ class Vitals:
             known[1], sum(recent), slot.rung.version if slot.rung is not None else "",
             tuple(slot.failed.items()), tuple((version, loaded.memory_bytes) for version, loaded in slot.versions.items()),
             active.admitted.kind, slot.golden_kind, active.engine.distinct_killers,
+            tuple(version for version in slot.failed if version in slot.no_room),
         )  # fmt: skip
 
 
