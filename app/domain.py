@@ -274,6 +274,8 @@ class Job:
     candidate: str = ""
     rank: float = 1.0
     """What it is expected to repair for what it costs (app.control.expected); 1 where a person asked for it."""
+    judgings: int = 0
+    """How often judging it was begun: anew by each server that took it over, or was started again."""
 
 
 @dataclass(frozen=True, slots=True)

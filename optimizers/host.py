@@ -31,6 +31,8 @@ TARGETS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     "i8mm": ("aarch64", ("asimddp", "i8mm")),
 }
 """Short names for host classes that one may build for from elsewhere (`--for avx2`)."""
+LEAST_TASK_BYTES: Final = 512 << 20
+"""With less no task could begin at all."""
 _NO_LIMIT: Final = 1 << 60
 _KEY: Final = re.compile(
     r"(?P<arch>x86_64|aarch64|[a-z0-9_]+)(?P<isa>(?:-[a-z0-9_]+)*)-ort(?P<version>[A-Za-z0-9.+]+)-(?P<provider>[A-Za-z0-9_.]+)"
@@ -166,6 +168,11 @@ def memory_budget(root: str | Path = "/") -> MemoryBudget:
         limit = min(limit, allowed)
         available = min(available, allowed - max(0, used - _page_cache(folder)))
     return MemoryBudget(limit, max(0, available))
+
+
+def room_for_a_task(most_bytes: int, root: str | Path = "/") -> int:
+    """What a task child may take: no more than is left here, since the kernel's choice of whom to end for it may be this very process."""
+    return min(most_bytes, max(LEAST_TASK_BYTES, memory_budget(root).available_bytes))
 
 
 def _short_provider(provider: str) -> str:

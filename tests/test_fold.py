@@ -230,6 +230,7 @@ def test_unknown_kinds_later_schemas_and_milestones_only_move_on() -> None:
         Event("job.claimed", "m", "", "j", data={"worker": "w", "attempt": 0}),
         Event("job.claimed", "m", "", "", data={"worker": "w", "attempt": 1}),
         Event("job.built", "m", "", "j", data={"candidates": [1]}),
+        Event("job.verifying", "m", "", "j", data={"judging": 0}),
         Event("job.finished", "m", "", "j", data={"outcome": "kept", "report": []}),
         Event("journal.recovered", data={"state": {"seq": "x"}}),
         Event("", "m"),

@@ -35,6 +35,15 @@ def test_the_life_of_a_job() -> None:
     )
 
 
+def test_how_often_judging_was_begun_is_counted() -> None:
+    state = told(deployed(), requested("j1"), claimed("j1"), job_event("built", "j1", candidates=["1.1"]), job_event("verifying", "j1"))
+    assert job_of(state).judgings == 1
+    twice = [job_event("verifying", "j1", judging=number) for number in (2, 3, 3)]  # of two servers at the same time, say
+    state = told(*twice, state=state)
+    assert (job_of(state).state, job_of(state).judgings) == (JobState.VERIFYING, 3)
+    assert job_of(told(job_event("verifying", "j1"), state=state)).judgings == 3
+
+
 def test_the_first_claim_of_an_attempt_wins() -> None:
     state = told(deployed(), requested("j1"), claimed("j1", "w1"), claimed("j1", "w2"))
     assert job_of(state).worker == "w1"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from optimizers.host import HostClass, cpu_budget, host_class, memory_budget, parse_target
+from optimizers.host import LEAST_TASK_BYTES, HostClass, cpu_budget, host_class, memory_budget, parse_target, room_for_a_task
 from tests.made_hosts import v1, v2, write
 
 GIB = 1 << 30
@@ -71,6 +71,11 @@ def test_unlimited_memory_of_cgroup_v1_is_no_limit(tmp_path: Path) -> None:
     root = write(tmp_path, {"proc/meminfo": "MemTotal: 1024 kB\nMemAvailable: 512 kB\n"})
     v1(root, "/box", {"sys/fs/cgroup/memory/box/memory.limit_in_bytes": "9223372036854771712"})
     assert memory_budget(root).available_bytes == 512 * 1024
+
+
+@pytest.mark.parametrize(("left", "room"), [(8 * GIB, 4 * GIB), (GIB, GIB), (GIB // 8, LEAST_TASK_BYTES)])
+def test_a_task_may_take_what_is_left_in_the_container(tmp_path: Path, left: int, room: int) -> None:
+    assert room_for_a_task(4 * GIB, write(tmp_path, {"proc/meminfo": f"MemTotal: {GIB} kB\nMemAvailable: {left >> 10} kB\n"})) == room
 
 
 def test_this_hosts_key_is_a_file_name_and_can_be_read_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,18 +17,19 @@ from app.catalog.model_config import ModelConfig
 from app.catalog.repository import Repository
 from app.catalog.state_folder import StateFolder
 from app.control.commands import Commands
-from app.control.keeper import JobKeeper
+from app.control.keeper import MOST_JUDGINGS, JobKeeper
 from app.control.rollout import End
 from app.control.tally import JobTally
 from app.control.verification import Judged, best, may_promote_alone
 from app.domain import Event, Mode, RuntimeSettings, Signature, TensorSpec, Verdict
 from app.errors import Conflict
 from app.settings import Settings
-from app.store.base import Journal
+from app.store.base import Journal, StoreUnavailable
 from app.store.open import open_journal
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
-from optimizers.task import TaskFailed
+from optimizers.host import MemoryBudget
+from optimizers.task import TaskFailed, TaskLimits
 from tests.journal_story import SHA, claimed, deployed, desired, job_event, published, requested
 
 HERE = "x86_64-test"
@@ -226,6 +228,43 @@ def test_settings_of_a_job_that_was_cancelled_while_they_were_measured_are_not_t
     with pytest.raises(TaskFailed, match="cancelled while its settings"):
         asyncio.run(keeper._tune_active(asked, SimpleNamespace(config=ModelConfig(), golden=GOLDEN), stop, {}))
     assert bed.journal.state().models["m"].settings == ()
+
+
+@pytest.mark.parametrize("servers", [MOST_JUDGINGS - 1, MOST_JUDGINGS])
+def test_what_takes_the_server_down_is_not_proven_at_each_start_for_good(bed: Bed, servers: int) -> None:
+    """A store that is away for a while is no end of a server, and counts once."""
+    for number in range(1, servers + 1):
+        bed.journal.append(job_event("verifying", "j", **({"judging": number} if number > 1 else {})))
+    proven = []
+
+    async def verify(*_: Any, **__: Any) -> Judged:
+        proven.append(bed.journal.state().jobs["j"].judgings)
+        if len(proven) < 3:
+            raise StoreUnavailable("gone")
+        return replace(WINNER, verdict=Verdict.FAILED)
+
+    keeper = bed.keeper
+    keeper._verify, keeper._bench = verify, SimpleNamespace(workpiece=lambda *_: None)
+    for _ in range(3):
+        with suppress(StoreUnavailable):
+            asyncio.run(keeper._conclude(bed.journal.state().jobs["j"]))
+    job = bed.journal.state().jobs["j"]
+    if servers < MOST_JUDGINGS:
+        assert job.outcome == "refused" and proven == [MOST_JUDGINGS] * 3
+    else:
+        assert job.outcome == "failed" and "5 times the server ended" in job.report["reason"] and not proven
+
+
+def test_a_proof_takes_no_more_memory_than_the_container_has_left(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = []
+
+    async def run_task(kind: str, request: Any, limits: TaskLimits, *_: Any) -> Any:
+        bounds.append(limits.memory_bytes)
+
+    monkeypatch.setattr("app.control.keeper.run_task", run_task)
+    monkeypatch.setattr("optimizers.host.memory_budget", lambda *_: MemoryBudget(2 << 30, 1 << 30))
+    asyncio.run(bed.keeper._task("verify", {}, 60.0, bed.journal.state().jobs["j"], asyncio.Event()))
+    assert bounds == [1 << 30]
 
 
 def test_a_candidate_keeps_no_share_while_nobody_judges_it(bed: Bed) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import monotonic, time
 from typing import Any, Final
 
@@ -40,6 +40,7 @@ from app.telemetry.window import Window
 from optimizers.allocator import give_back
 from optimizers.base import Progress
 from optimizers.catalogue import catalogue
+from optimizers.host import room_for_a_task
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
 
 log = logging.getLogger("hone.control")
@@ -48,6 +49,8 @@ LEASE_S: Final = 10.0
 RELEASE_S: Final = 1.0
 LOOK_S: Final = 0.3
 PROGRESS_S: Final = 30.0
+MOST_JUDGINGS: Final = 5
+"""So many servers may begin to judge a job and end before they are done: what takes a server down would else do so at each start."""
 
 
 class JobKeeper:
@@ -71,6 +74,8 @@ class JobKeeper:
         self._tally = JobTally(metrics)
         self._cpu_s: dict[str, float] = {}
         """CPU seconds of each open job's tasks here."""
+        self._begun: set[str] = set()
+        """Jobs that were begun to be judged by this very process."""
         self._concluding: dict[str, asyncio.Task[None]] = {}
         """By model: one job of each, so that a canary of one model holds up no repair of another."""
         self._measuring = asyncio.Lock()
@@ -163,10 +168,9 @@ class JobKeeper:
         now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
         if now is None or now.state is JobState.FINISHED:
             return  # it ended since it was looked at
-        if now.state is JobState.BUILT:
-            await self._say("job.verifying", job)
-        else:  # it is proven again from the start; who judged its canary is gone, or could not reach the store
+        if now.state is JobState.VERIFYING:  # proven again from the start; who judged its canary is gone, or could not reach the store
             await self._taking.end_trials(now)
+        job = await self._begin(now)
         stop = asyncio.Event()
         watch = asyncio.create_task(self._watch(job, stop), name=f"watch-{job.id}")
         try:
@@ -186,12 +190,20 @@ class JobKeeper:
         finally:
             watch.cancel()
             await asyncio.to_thread(give_back)  # the samples that it was judged with are gone
-        await self._taking.end_trials(now)
+        await self._taking.end_trials(job)
         report = {**job.report, **report}
         report["cpu_s"] = round(float(job.report.get("cpu_s") or 0.0) + self._cpu_s.pop(job.id, 0.0), 1)
         report["summary"] = summary_of(report)
         await self._end(job, outcome=outcome, candidate=candidate, report=report)
         await self._remove_unneeded(job.model)
+
+    async def _begin(self, job: Job) -> Job:
+        """Count that judging is begun; once in each process, since a store that was away meanwhile is no end of a server."""
+        if job.state is JobState.VERIFYING and job.id in self._begun:
+            return job
+        await self._say("job.verifying", job, **({"judging": job.judgings + 1} if job.judgings else {}))
+        self._begun.add(job.id)
+        return replace(job, state=JobState.VERIFYING, judgings=job.judgings + 1)
 
     async def _cancel_asked(self, job: Job) -> bool:
         now = (await asyncio.to_thread(self._journal.state)).jobs.get(job.id)
@@ -213,13 +225,20 @@ class JobKeeper:
 
     async def _judge(self, job: Job, stop: asyncio.Event) -> tuple[str, str, JSON]:
         """(outcome, version, report) of everything that the job built or asked for."""
+        proofs = self._versions_to_prove(job)
+        if not proofs and (resumed := await self._taking.already_taken(job)) is not None:
+            return resumed
+        if job.judgings > MOST_JUDGINGS:
+            raise TaskFailed(
+                Failure.DIED,
+                f"{MOST_JUDGINGS} times the server ended while it was judged, and may have ended of it (of too little memory, say); "
+                "look into the server's log, and ask for it again",
+            )
         piece = await asyncio.to_thread(self._bench.workpiece, job.model, job.golden, job.golden_sha256)
-        seen = [await self._verify(job, piece, version, stop, proof_only=True) for version in self._versions_to_prove(job)]
+        seen = [await self._verify(job, piece, version, stop, proof_only=True) for version in proofs]
         if seen:
             passed = all(one.verdict is Verdict.PASSED for one in seen)
             return "proven" if passed else seen[0].verdict.value, seen[0].version, {"verdicts": [told(one) for one in seen]}
-        if (resumed := await self._taking.already_taken(job)) is not None:
-            return resumed
         seen = [await self._verify(job, piece, version, stop, proof_only=False) for version in job.candidates]
         winner, largest = best(seen, alone=job.promote == "auto"), best(seen)
         report: JSON = {"verdicts": [told(one) for one in seen]}
@@ -320,8 +339,9 @@ class JobKeeper:
         async with self._turn(stop):  # two at once would measure each other
             began = monotonic()
             try:
+                memory = await asyncio.to_thread(room_for_a_task, self._settings.job_memory_bytes)
                 with self._bench.scratch() as scratch:
-                    limits = TaskLimits(seconds, threads=1, memory_bytes=self._settings.job_memory_bytes, nice=10, scratch=str(scratch))
+                    limits = TaskLimits(seconds, threads=1, memory_bytes=memory, nice=10, scratch=str(scratch))
                     with self._window.background(kind):
                         return await run_task(kind, request, limits, progress, stop, spend)
             finally:
@@ -369,3 +389,4 @@ class JobKeeper:
     async def _end(self, job: Job, **data: Any) -> None:
         self._tally.ended(job.id)
         await self._say("job.finished", job, **data)
+        self._begun.discard(job.id)

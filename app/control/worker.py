@@ -43,7 +43,7 @@ from app.telemetry.metrics import Metrics
 from optimizers.allocator import few_arenas, give_back
 from optimizers.base import Need, Progress
 from optimizers.catalogue import catalogue, config_types
-from optimizers.host import memory_budget
+from optimizers.host import room_for_a_task
 from optimizers.task import Failure, TaskFailed, TaskLimits, lower, run_task
 
 log = logging.getLogger("hone.worker")
@@ -272,7 +272,7 @@ class Worker:
         }
 
     async def _task(self, kind: str, request: Mapping[str, Any], job: Job, stop: asyncio.Event) -> dict[str, Any]:
-        memory = min(self._settings.job_memory_bytes, max(512 << 20, memory_budget().available_bytes))
+        memory = await asyncio.to_thread(room_for_a_task, self._settings.job_memory_bytes)
         loop = asyncio.get_running_loop()
 
         def progress(seen: Progress) -> None:

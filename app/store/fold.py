@@ -17,7 +17,7 @@ from app.store.codec import enum_or_none, settings_from_json, state_from_json
 from app.store.kinds import SCHEMA, problem, version_of
 from app.store.transient import closed, drop, opened, put, with_model
 
-FOLD_VERSION: Final = 4
+FOLD_VERSION: Final = 5
 """Changes whenever the same events fold to another state: snapshots of another version are not used."""
 KEPT_REMOVED_MODELS: Final = 1000
 KEPT_REMOVED_VERSIONS: Final = 200

@@ -69,10 +69,11 @@ def built(state: State, event: Event) -> State:
 
 
 def verifying(state: State, event: Event) -> State:
+    """It begins, or begins anew: `judging` then says for which time."""
     job = _of_attempt(state, event)
-    if job is None or job.state not in (JobState.BUILDING, JobState.BUILT):
+    if job is None or job.state not in (JobState.BUILDING, JobState.BUILT, JobState.VERIFYING):
         return state
-    return _put(state, replace(job, state=JobState.VERIFYING))
+    return _put(state, replace(job, state=JobState.VERIFYING, judgings=max(job.judgings, event.data.get("judging", 1))))
 
 
 def cancel_asked(state: State, event: Event) -> State:

@@ -177,7 +177,7 @@ _CHECKS: Final[dict[str, tuple[Check, ...]]] = {
     "job.requested": (_model, _job, _text("golden", "golden_sha256"), _steps("tries", 2), _rank),
     "job.claimed": (_job, _text("worker"), _count("attempt", 1)),
     "job.built": (_job, _texts("candidates"), _ATTEMPT),
-    "job.verifying": (_job, _ATTEMPT),
+    "job.verifying": (_job, _ATTEMPT, _count("judging", 1, needed=False)),
     "job.cancel_asked": (_job,),
     "job.finished": (_job, _text("outcome"), _report, _ATTEMPT),
     "journal.recovered": (_state,),
