@@ -330,7 +330,8 @@ class RemovedModel:
 class State:
     """Everything the journal says, up to and including event `seq`.
 
-    `epoch` grows each time the journal was lost and rebuilt; `left_at` says with which seq each earlier epoch was left.
+    `epoch` grows each time the journal was lost and rebuilt; `left_at` says with which seq each earlier epoch was left. `last` is the
+    store's own name of event `seq`, where it told: a store with another one there went on from an earlier past.
     """
 
     seq: int = 0
@@ -341,6 +342,7 @@ class State:
     epoch: int = 1
     left_at: dict[int, int] = field(default_factory=dict)
     removed: dict[str, RemovedModel] = field(default_factory=dict)
+    last: str = field(default="", compare=False)
 
 
 def short(number: float, digits: int = 3) -> str:

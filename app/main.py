@@ -113,8 +113,8 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     host = host_class()
     state = StateFolder(settings.state).prepare()
     moved_from = state.moved_from(host.key)
-    journal = open_journal(settings.journal)
     known = last_state.load(settings.state / "last-state.json")
+    journal = open_journal(settings.journal, known)
     metrics = Metrics()
     metrics.from_zero = OF_VERSIONS
     window = Window(settings.block_s)
@@ -201,7 +201,7 @@ def assemble(settings: Settings, forkserver: ForkServer, lame_duck: LameDuck) ->
     poller = Poller(service, metrics)
     return Parts(
         settings, service, fleet, recorder, keeper, loop, ladder, poller, offload, metrics, guard, protocol, Admin(views, operations, deployment, guard, told.in_json),
-        exporter, lame_duck, at_work, lambda: past.remember(journal),
+        exporter, lame_duck, at_work, lambda: past.remember(journal, known),
     )  # fmt: skip
 
 

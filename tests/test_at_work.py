@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,10 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.domain import Event
+from app.domain import Event, State
 from app.serving.at_work import PLACES, AtWork, Unfinished
 from app.serving.past_deaths import PastDeaths
 from app.store.open import open_journal
+from tests.models import scaled
 from tests.running_server import ROOT, server
 from tests.test_swap_faults import LONG, dawdling
 
@@ -90,6 +93,38 @@ def test_three_ends_of_the_whole_server_are_a_versions_fault(tmp_path: Path) -> 
     assert version == "1" and "died with it 3 times in five minutes" in why
     past.forgive("m")
     assert past.bearable("m", "1.1", "1", company=False) == ("1.1", "")
+
+
+def test_what_the_store_lost_is_put_back_before_the_ends_are_told(tmp_path: Path) -> None:
+    """What is told first would fill the gap: nobody could see it any more."""
+    known = State(seq=3, frozen=True)
+    journal = open_journal(str(tmp_path / "journal.db"), known)
+    past = PastDeaths([Unfinished("m", "1.1", False, time.time() - 10.0) for _ in range(4)])
+    asyncio.run(asyncio.wait_for(past.remember(journal, known), 20))
+    assert [event.kind for event in journal.read()] == ["journal.recovered", *["runner.died"] * 4]
+    assert journal.state().frozen
+    journal.close()
+
+
+def test_a_server_that_starts_on_an_older_copy_of_its_store_is_frozen(tmp_path: Path) -> None:
+    scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
+    store, copy = tmp_path / "state" / "journal.db", tmp_path / "copy"
+    with server(tmp_path) as running:
+        running.ready("m")
+        copy.mkdir()
+        with contextlib.closing(sqlite3.connect(store)) as whole, contextlib.closing(sqlite3.connect(copy / "journal.db")) as older:
+            whole.backup(older)
+        running.admin("POST", "/admin/freeze", 200)
+        running.process.terminate()
+        running.process.wait(60)
+        for path in store.parent.glob("journal.db*"):
+            path.unlink()
+        shutil.copy(copy / "journal.db", store)
+        running.restart()
+        running.ready("m")
+        assert running.admin("GET", "/admin/status")["frozen"] is True
+        told = {event["kind"]: event["seq"] for event in running.admin("GET", "/admin/timeline?limit=200")["events"]}
+        assert told["journal.recovered"] < told["server.started"]
 
 
 @pytest.mark.parametrize(("times", "ago_s"), [(2, 10.0), (3, 400.0)])

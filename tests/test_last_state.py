@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from app.domain import Event, State
+from app.store.codec import dumps, loads, state_from_json
 from app.store.last_state import load, save
 from tests.journal_story import claimed, deployed, desired, published, requested, settings, told
 
@@ -24,6 +26,13 @@ def test_the_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert load(tmp_path / "state" / "last-state.json") == KNOWN
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["last-state.json"]
     assert (tmp_path / "state" / "last-state.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_name_of_the_last_event_comes_back_and_a_file_from_before_has_none(tmp_path: Path) -> None:
+    path = tmp_path / "last-state.json"
+    save(path, replace(KNOWN, last="ab12"))
+    assert (found := load(path)) is not None and found.last == "ab12"
+    assert state_from_json({name: value for name, value in loads(dumps(KNOWN)).items() if name != "last"}) == KNOWN
 
 
 def test_no_file_is_no_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from app.domain import Event, Generation, State
 from app.errors import Conflict, InvalidRequest
-from app.store import merge
+from app.store import last_state, merge
 from app.store.base import Journal, StoreWentBack
+from app.store.open import open_journal
 from app.store.recovery import catch_up
 from tests.journal_story import OTHER_SHA, claimed, deployed, desired, job_event, published, requested
 from tests.stores import Opener, another, journal, redis_server, url
@@ -130,6 +132,41 @@ def test_a_stranger_that_began_anew_does_not_win(journal: Journal, another: Open
         journal.state()
     assert catch_up(journal, known).models["m"].desired == "1.1"
     assert stranger.state().models["m"].desired == "1.1"
+
+
+@pytest.mark.parametrize("grown", [0, 9])
+def test_a_store_that_came_back_short_takes_nothing_from_a_server_that_starts(
+    url: str, journal: Journal, another: Opener, empty_store: Callable[[], None], tmp_path: Path, grown: int
+) -> None:
+    """Power cut or failover: what the server remembers counts before it writes, and after others wrote past the gap."""
+    history(journal)
+    journal.append(Event("loop.frozen", actor="ann"))
+    last_state.save(tmp_path / "last-state.json", journal.state())
+    empty_store()
+    other = another()
+    history(other)
+    for number in range(grown):
+        other.append(Event("x.y", "m", data={"n": number}))
+    assert not other.state().frozen
+    known = last_state.load(tmp_path / "last-state.json")
+    assert known is not None
+    with contextlib.closing(open_journal(url, known)) as started:
+        with pytest.raises(StoreWentBack):
+            started.append(Event("server.started"))
+        assert catch_up(started, known).frozen
+        started.append(Event("server.started"))
+        assert [event.kind for event in other.read()[-2:]] == ["journal.recovered", "server.started"]
+
+
+def test_a_server_that_starts_on_what_it_remembers_changes_nothing(url: str, journal: Journal, tmp_path: Path) -> None:
+    history(journal)
+    last_state.save(tmp_path / "last-state.json", journal.state())
+    journal.append(Event("x.y", "m"))
+    known = last_state.load(tmp_path / "last-state.json")
+    assert known is not None
+    with contextlib.closing(open_journal(url, known)) as started:
+        assert catch_up(started, known).epoch == 1
+        assert started.append(Event("server.started")).seq == known.seq + 2
 
 
 def test_nothing_is_put_back_where_nothing_is_lost(journal: Journal, another: Opener) -> None:

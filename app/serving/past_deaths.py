@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from time import monotonic, time
 from typing import Final
 
-from app.domain import Event
+from app.domain import Event, State
 from app.serving.at_work import Unfinished
 from app.store.base import Journal, StoreUnavailable
 from app.store.kinds import version_of
+from app.store.recovery import catch_up
 
 DEATHS_S: Final = 300.0
 DEADLY: Final = 3
@@ -49,11 +50,14 @@ class PastDeaths:
         self._found: dict[tuple[str, str], list[PastDeath]] = {}
         self._found_at = 0.0
 
-    async def remember(self, journal: Journal) -> None:
-        """Tell the journal what ended together with the server before, and learn what died; while the store is away, try again as long as it matters."""
+    async def remember(self, journal: Journal, known: State | None = None) -> None:
+        """Tell the journal what ended together with the server before, and learn what died; while the store is away, try again as long as it matters.
+
+        What it lost of `known`, the last that the server before saw, is put back first: it takes nothing until then."""
         until = monotonic() + DEATHS_S
         while monotonic() < until:
             try:
+                await asyncio.to_thread(catch_up, journal, known)
                 await asyncio.to_thread(self._tell, journal)
                 events = await asyncio.to_thread(journal.read, 0, READ_BACK, "", True)
             except StoreUnavailable:

@@ -101,6 +101,7 @@ def state_from_json(value: Any) -> State:
             models={name: model_from_json(model) for name, model in _mapping(given.get("models", {}), "models").items()},
             jobs={identity: job_from_json(job) for identity, job in _mapping(given.get("jobs", {}), "jobs").items()},
             removed={name: _removed(gone) for name, gone in _mapping(given.get("removed", {}), "removed").items()},
+            last=str(given.get("last", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"state: {error!r}") from error

@@ -33,7 +33,7 @@ def fold(state: State, event: Event) -> State:
     model = after.models.get(event.model)
     if model is not None and model.last_event != event.seq:
         after = with_model(after, replace(model, last_event=event.seq))
-    return replace(after, seq=event.seq)
+    return replace(after, seq=event.seq, last="")
 
 
 def fold_all(state: State, events: Iterable[Event]) -> State:

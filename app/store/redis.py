@@ -88,6 +88,11 @@ class _Seen:
     top: int
 
     @property
+    def named(self) -> State:
+        """The state for who remembers it longer than this process lives."""
+        return replace(self.state, last=self.last)
+
+    @property
     def next_seq(self) -> int:
         return max(self.state.seq, self.top) + 1
 
@@ -95,11 +100,12 @@ class _Seen:
 class RedisJournal:
     """See app.store.base.Journal. Nothing is connected before the first call; no call waits longer than a few timeouts."""
 
-    def __init__(self, url: str, *, kept_events: int = KEPT_EVENTS) -> None:
+    def __init__(self, url: str, *, kept_events: int = KEPT_EVENTS, known: State | None = None) -> None:
         self._redis, self.address, self.keys, timeout_s = _client(url)
         self._block_s = min(_WAIT_SLICE_S, timeout_s / 2)
         self._kept_events = kept_events
         self._seen: _Seen | None = None
+        self._known = known  # until this process has seen something itself
         self._lock = threading.Lock()
         self._closed = False
         self._look, self._load, self._write_script = (self._script(text) for text in (redis_lua.LOOK, redis_lua.LOAD, redis_lua.WRITE))
@@ -130,7 +136,7 @@ class RedisJournal:
     def state(self) -> State:
         seen, _ = self._refreshed()
         self._remember(seen)
-        return seen.state
+        return seen.named
 
     def wait(self, after: int, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -148,12 +154,13 @@ class RedisJournal:
 
     def recover(self, known: State) -> State:
         for _ in self._races():
-            seen = self._seen
-            known = merge.later(known, seen.state if seen is not None else None)
+            before = self._seen.named if self._seen is not None else self._known
+            known = merge.later(known, before)
             current, is_whole = self._loaded()
-            if is_whole and not merge.behind(current.state, known) and not self._diverged(current, seen):
+            lost = merge.behind(current.state, known) or any(self._diverged(current, past) for past in (known, before))
+            if is_whole and not lost:
                 self._remember(current)
-                return current.state
+                return current.named
             seq = max(current.next_seq, known.seq + 1)
             after = self._write_whole(current, Event("journal.recovered", data={"state": known}), seq, ())
             if after is not None:
@@ -249,20 +256,21 @@ class RedisJournal:
                 newer = [redis_form.event_of(entry) for entry in entries[1:]]
                 return _Seen(fold_all(seen.state, newer), redis_form.uid_of(entries[-1]), newer[-1].seq), at
         loaded, _ = self._loaded()
-        if seen is not None and (merge.behind(loaded.state, seen.state) or self._diverged(loaded, seen)):
+        before = seen.named if seen is not None else self._known
+        if before is not None and (merge.behind(loaded.state, before) or self._diverged(loaded, before)):
             raise StoreWentBack(
                 f"{self.address} lacks events that this process has seen (flushed, restarted without persistence, or failed over to an "
                 "older replica): nothing is changed until the last known state is put back"
             )
         return loaded, at
 
-    def _diverged(self, loaded: _Seen, seen: _Seen | None) -> bool:
+    def _diverged(self, loaded: _Seen, past: State | None) -> bool:
         """True where Redis went on from an earlier past than what was seen before it was loaded."""
-        if seen is None or not seen.last or loaded.state.epoch != seen.state.epoch or loaded.last == seen.last:
+        if past is None or not past.last or loaded.state.epoch != past.epoch or loaded.last == past.last:
             return False
-        if loaded.state.seq < seen.state.seq:
+        if loaded.state.seq < past.seq:
             return True
-        return self._uid_at(seen.state.seq) not in ("", seen.last)
+        return self._uid_at(past.seq) not in ("", past.last)
 
     def _loaded(self) -> tuple[_Seen, bool]:
         """All that Redis has, and whether nothing of it is missing."""
@@ -284,7 +292,7 @@ class RedisJournal:
         after = _Seen(fold(current.state, stored), uid, seq)
         entries = [*((old, secrets.token_hex(8)) for old in earlier), (stored, uid)]
         written = self._put(current.last, after, entries, {**redis_form.change(State(), after.state), "whole": True})
-        return after.state if written else None
+        return after.named if written else None
 
     def _looked(self, uid: str, seq: int) -> tuple[str, int, list[Any], float]:
         """Uid of the last event, number of keys that are missing, entries from `seq` on where the uid differs (NOTHING: none), time."""

@@ -45,6 +45,11 @@ class _Seen:
     state: State
     uid: str
 
+    @property
+    def named(self) -> State:
+        """The state for who remembers it longer than this process lives."""
+        return replace(self.state, last=self.uid)
+
 
 class SqliteJournal:
     """See app.store.base.Journal. The file is opened at first use; a place that cannot hold it is refused at once."""
@@ -56,6 +61,7 @@ class SqliteJournal:
         fs_type: Callable[[Path], str] = filesystem_type,
         busy_timeout_s: float = 5.0,
         poll_s: float = 0.05,
+        known: State | None = None,
     ) -> None:
         self.path = Path(path).absolute()
         kind = fs_type(self.path)
@@ -68,6 +74,7 @@ class SqliteJournal:
         self._board = Board(self.path.with_name("board.db"), busy_timeout_s)
         self._poll_s = poll_s
         self._seen: _Seen | None = None
+        self._known = known
         self._snapshot_seq = 0
         self._news = threading.Condition()
         self._news_seq = 0
@@ -94,7 +101,7 @@ class SqliteJournal:
         with self._db.reading() as db:
             seen = self._refreshed(db)
         self._remember(seen)
-        return seen.state
+        return seen.named
 
     def wait(self, after: int, timeout_s: float) -> bool:
         deadline = time.monotonic() + timeout_s
@@ -113,17 +120,18 @@ class SqliteJournal:
         return False
 
     def recover(self, known: State) -> State:
-        known = merge.later(known, self._seen.state if self._seen is not None else None)
+        before = self._before()
+        known = merge.later(known, before)
         with self._db.writing(durable=True) as db:
             current = self._loaded(db)
-            if not merge.behind(current.state, known) and not self._diverged(db, current):
+            if not merge.behind(current.state, known) and not any(_diverged(db, current.state, past) for past in (known, before)):
                 self._remember(current)
-                return current.state
+                return current.named
             event = Event("journal.recovered", data={"state": known})
             _, after = _insert(db, current.state, event, data_text(event), max(current.state.seq, known.seq) + 1)
             self._keep_snapshot(db, after)
         self._went_on(after)
-        return after.state
+        return after.named
 
     def acquire(self, lease: str, holder: str, ttl_s: float) -> bool:
         with self._db.writing(durable=False) as db:
@@ -162,7 +170,7 @@ class SqliteJournal:
             _, after = _insert(db, current.state, event, data_text(event), max(last, known) + 1)
             self._keep_snapshot(db, after)
         self._went_on(after)
-        return after.state
+        return after.named
 
     def warnings(self) -> list[str]:
         aside = self.path.parent.glob(f"{self.path.name}.damaged-*")
@@ -185,23 +193,20 @@ class SqliteJournal:
 
     def _refreshed(self, db: sqlite3.Connection) -> _Seen:
         """What this process has folded and all newer events. Raises StoreWentBack where the file lacks what was seen."""
-        seen = self._seen
-        if seen is None or seen.state.seq == 0:
-            return self._loaded(db)
-        rows = db.execute(f"{_EVENT}WHERE seq >= ? ORDER BY seq", (seen.state.seq,))
-        first = rows.fetchone()
-        if first is not None and (first[0], first[1]) == (seen.state.seq, seen.uid):
-            return _folded(seen, rows)
+        seen, before = self._seen, self._before()
+        if seen is not None and seen.state.seq > 0:
+            rows = db.execute(f"{_EVENT}WHERE seq >= ? ORDER BY seq", (seen.state.seq,))
+            first = rows.fetchone()
+            if first is not None and (first[0], first[1]) == (seen.state.seq, seen.uid):
+                return _folded(seen, rows)
         loaded = self._loaded(db)
-        if loaded.state.epoch == seen.state.epoch or merge.behind(loaded.state, seen.state):
+        if before is not None and (merge.behind(loaded.state, before) or _diverged(db, loaded.state, before)):
             raise _went_back(self.path)
         return loaded
 
-    def _diverged(self, db: sqlite3.Connection, current: _Seen) -> bool:
-        if self._seen is None or self._seen.state.seq == 0 or current.state.epoch != self._seen.state.epoch:
-            return False
-        row = db.execute("SELECT uid FROM events WHERE seq = ?", (self._seen.state.seq,)).fetchone()
-        return row is None or row[0] != self._seen.uid
+    def _before(self) -> State | None:
+        """The last that was seen of this journal, by this process or, until it saw something itself, by one before."""
+        return self._seen.named if self._seen is not None else self._known
 
     def _loaded(self, db: sqlite3.Connection) -> _Seen:
         """The fold from the snapshot on, or from the first event where there is none that holds."""
@@ -234,6 +239,14 @@ class SqliteJournal:
         with self._news:
             self._news_seq = after.state.seq
             self._news.notify_all()
+
+
+def _diverged(db: sqlite3.Connection, state: State, past: State | None) -> bool:
+    """True where the file went on from an earlier past than `past`."""
+    if past is None or not past.last or state.epoch != past.epoch:
+        return False
+    row = db.execute("SELECT uid FROM events WHERE seq = ?", (past.seq,)).fetchone()
+    return row is None or row[0] != past.last
 
 
 def _born(db: sqlite3.Connection, why: str) -> None:
