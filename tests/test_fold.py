@@ -290,6 +290,22 @@ def test_what_was_left_for_faults_is_remembered_until_somebody_wants_it_again() 
     assert model_of(told(deployed(), published("1.1"), desired("1.1"), back, desired("1.1"))).left == ()
 
 
+@pytest.mark.parametrize(
+    ("meanwhile", "late"),
+    [
+        ([deployed("m", "2", OTHER_SHA)], {"from": "1.1"}),
+        ([published("1.2"), desired("1.2")], {"from": "1.1"}),
+        ([deployed("m", "2", OTHER_SHA), deployed("m", "2", "d" * 64)], {"from": "2", "golden_sha256": OTHER_SHA}),
+    ],
+    ids=["a new golden", "a promotion", "a golden changed in place"],
+)
+def test_a_rollback_for_faults_that_comes_late_leaves_only_what_it_was_meant_for(meanwhile: list[Event], late: dict[str, str]) -> None:
+    """The store was away, and somebody else changed the model before what waited was written."""
+    before = told(deployed(), published("1.1"), desired("1.1"), *meanwhile)
+    after = told(desired("1", fault=True, **late), state=before)
+    assert model_of(after) == replace(model_of(before), last_event=after.seq)
+
+
 def test_the_new_parts_of_a_state_survive_being_written_down() -> None:
     ladder = Event("ladder.set", "m", data={"rungs": ["1.1"]})
     state = told(deployed(), published("1.1"), split("1.1", 0.25), ladder)

@@ -371,7 +371,7 @@ class ModelReconciler:
         self._left_deadly = version, want.generation
         self.slot.does_not_load(version, reason)
         self._record(Event("version.failed", self.slot.name, version, data={"version": version, "reason": reason}))
-        data = {"version": back, "from": version, "reason": reason, "fault": True}
+        data = {"version": back, "from": version, "golden_sha256": want.golden_sha256, "reason": reason, "fault": True}
         self._record(Event("desired.changed", self.slot.name, back, data=data))
         self._metrics.count("hone_rollbacks", self.slot.name, "killers")
         return True

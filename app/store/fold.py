@@ -164,7 +164,7 @@ def _mode_changed(state: State, event: Event) -> State:
 
 def _desired_changed(state: State, event: Event) -> State:
     model, version = state.models.get(event.model), version_of(event)
-    if model is None or not _may_serve(model, version):
+    if model is None or not _may_serve(model, version) or _overtaken(model, event):
         return state
     given = event.data.get("settings")
     settings = settings_from_json(given) if given is not None else model.settings_of(version)
@@ -179,6 +179,15 @@ def _desired_changed(state: State, event: Event) -> State:
         built = _find(model, version)
         model = model if built is None else _with_built(model, replace(built, served=True))
     return state if model is before else _changed(state, event, replace(model, generation=_next(model, state)))
+
+
+def _overtaken(model: ModelState, event: Event) -> bool:
+    """True of a rollback for faults that waited while the store was away, and leaves what is not desired any more."""
+    data = event.data
+    if not data.get("fault"):
+        return False
+    left, golden_sha256 = data.get("from") or model.desired, data.get("golden_sha256", model.golden_sha256)
+    return (left, golden_sha256) != (model.desired, model.golden_sha256)
 
 
 def _left(model: ModelState, event: Event) -> tuple[str, ...]:
