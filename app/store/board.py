@@ -15,7 +15,8 @@ from typing import Final
 from app.domain import JSON
 from app.store.base import StoreUnavailable
 from app.store.clock import boot_id, since_boot_ns
-from app.store.codec import dumps, loads
+from app.store.codec import Unreadable, dumps, loads
+from app.store.database import is_no_text
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS board(key TEXT PRIMARY KEY, value TEXT NOT NULL, boot TEXT NOT NULL, expires_ns INTEGER NOT NULL) WITHOUT ROWID
@@ -43,7 +44,12 @@ class Board:
     def values(self, prefix: str) -> dict[str, JSON]:
         query = "SELECT key, value FROM board WHERE substr(key, 1, ?) = ? AND boot = ? AND expires_ns > ? ORDER BY key"
         rows = self._run((query, (len(prefix), prefix, boot_id(), since_boot_ns())))
-        return {key: loads(value) for key, value in rows}
+        try:
+            return {key: loads(value) for key, value in rows}
+        except Unreadable:
+            with self._lock:
+                self._throw_away()
+            return {}
 
     def close(self) -> None:
         with self._lock:
@@ -55,7 +61,7 @@ class Board:
             try:
                 return self._try(statements)
             except sqlite3.OperationalError as error:
-                if "no such table" not in str(error):
+                if "no such table" not in str(error) and not is_no_text(error):
                     raise StoreUnavailable(f"{self._path} cannot be used: {error}") from error
                 self._throw_away()
             except sqlite3.DatabaseError:

@@ -160,7 +160,7 @@ class Database:
         connection.execute("PRAGMA journal_size_limit=4194304")
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise _damage(str(found))
+            raise damage(str(found))
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > self._schema_version:
             raise StoreRefused(
@@ -219,14 +219,20 @@ class Database:
         return StoreUnavailable(f"{self.path} cannot be used: {error}; {_remedy(self.path)}")
 
 
-def _damage(text: str) -> sqlite3.DatabaseError:
+def damage(text: str) -> sqlite3.DatabaseError:
+    """What a statement raises that meets damage: for an owner who finds it in what a row says, where SQLite sees only bytes."""
     error = sqlite3.DatabaseError(text)
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     return error
 
 
+def is_no_text(error: sqlite3.Error) -> bool:
+    """True where a column holds bytes that are no text: the driver's own error, which has no code."""
+    return "Could not decode to UTF-8" in str(error)
+
+
 def _is_damage(error: sqlite3.Error) -> bool:
-    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGE
+    return is_no_text(error) or (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGE
 
 
 def _remedy(path: Path) -> str:

@@ -20,7 +20,7 @@ from app.store.base import StoreRefused, StoreUnavailable, StoreWentBack
 from app.store.board import Board
 from app.store.clock import boot_id, since_boot_ns
 from app.store.codec import Unreadable, data_text, dumps, loads, state_from_json
-from app.store.database import Database
+from app.store.database import Database, damage
 from app.store.filesystem import filesystem_type, is_shared_between_hosts
 from app.store.fold import FOLD_VERSION, fold, fold_all, hold_to
 from app.store.kinds import checked
@@ -94,8 +94,7 @@ class SqliteJournal:
         order = "DESC" if newest_first else "ASC"
         where, values = ("WHERE model = ? AND seq > ?", (model, after)) if model else ("WHERE seq > ?", (after,))
         with self._db.reading() as db:
-            rows = db.execute(f"{_EVENT}{where} ORDER BY seq {order} LIMIT ?", (*values, limit)).fetchall()
-        return [_event(row) for row in rows]
+            return [_event(row) for row in db.execute(f"{_EVENT}{where} ORDER BY seq {order} LIMIT ?", (*values, limit))]
 
     def state(self) -> State:
         with self._db.reading() as db:
@@ -280,8 +279,15 @@ def _folded(seen: _Seen, rows: Iterator[tuple[Any, ...]]) -> _Seen:
 
 
 def _event(row: tuple[Any, ...]) -> Event:
+    """Raises the file's damage where the data is not what can have been written."""
     seq, _, at, kind, model, version, job, actor, text, schema = row
-    return Event(kind, model, version, job, actor, loads(text), seq, at, schema)
+    try:
+        data = loads(text)
+    except Unreadable as error:
+        raise damage(f"the data of event {seq} is {error}") from error
+    if not isinstance(data, dict):
+        raise damage(f"the data of event {seq} is no object")
+    return Event(kind, model, version, job, actor, data, seq, at, schema)
 
 
 def _head(db: sqlite3.Connection) -> int:
