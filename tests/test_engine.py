@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
@@ -168,6 +169,20 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once_but_never_withou
         await engine.infer(request(x=x, deadline=monotonic() + engine._dispatcher.rates.wall_s(1) * 2))
     assert (await engine.infer(request(x=x, deadline=monotonic() + 60))).outputs
     await asyncio.gather(*waiting)
+
+
+async def test_large_requests_are_answered_while_others_hold_all_threads(start: Start, tmp_path: Path) -> None:
+    """As calls to a store that hangs do."""
+    engine = await start(models.identity(tmp_path / "m.onnx"))
+    freed = threading.Event()
+    holding = [asyncio.get_running_loop().run_in_executor(None, freed.wait, 60) for _ in range(64)]
+    large = np.ones((1, 1_000_000), np.float32)
+    try:
+        async with asyncio.timeout(20):
+            assert np.array_equal(values(await engine.infer(request(x=large))), large)
+    finally:
+        freed.set()
+        await asyncio.gather(*holding)
 
 
 async def test_a_request_larger_than_any_before_is_not_refused_by_the_time_of_small_ones(start: Start, tmp_path: Path) -> None:

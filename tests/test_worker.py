@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from app.catalog.repository import Repository
 from app.catalog.samples import SampleSets
 from app.catalog.state_folder import StateFolder
 from app.control.bench import Bench, Workpiece
+from app.control.reach import Shown
 from app.control.worker import Worker, run_worker
-from app.domain import Event, JobState, Signature
+from app.domain import JSON, Event, JobState, Signature
 from app.errors import Conflict, NotAllowed
 from app.settings import Settings
 from app.store.base import Journal, StoreUnavailable
@@ -27,6 +29,7 @@ from app.store.open import open_journal
 from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
 from optimizers import Samples
+from optimizers.base import Progress
 from optimizers.recipe import Order
 from tests.journal_story import claimed, deployed, job_event, requested
 from tests.models import scaled
@@ -57,6 +60,36 @@ def test_a_job_that_another_worker_just_finished_is_not_claimed_again(tmp_path: 
     assert [event.kind for event in journal.read()].count("job.claimed") == 1
     assert SqliteJournal.acquire(journal, "job:j", "anybody", 1.0), "the lease was given back"
     journal.close()
+
+
+class Hanging(SqliteJournal):
+    """A journal whose board does not answer until it is let."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.let, self.asked = threading.Event(), 0
+
+    def post(self, key: str, value: JSON, ttl_s: float) -> None:
+        self.asked += 1
+        assert self.let.wait(30)
+        super().post(key, value, ttl_s)
+
+
+@pytest.mark.anyio
+async def test_a_board_that_hangs_holds_one_thread_and_shows_the_newest_in_the_end(tmp_path: Path) -> None:
+    with contextlib.closing(Hanging(tmp_path / "journal.sqlite")) as journal:
+        shown = Shown(journal, "job:j", 30.0)
+        try:
+            for step in range(20):
+                shown(Progress("m", f"step {step}", step / 20))
+                await asyncio.sleep(0.005)
+            assert journal.asked == 1
+        finally:
+            journal.let.set()
+        async with asyncio.timeout(20):
+            while journal.board().get("job:j", {}).get("step") != "step 19":
+                await asyncio.sleep(0.01)
+        assert journal.asked == 2
 
 
 def test_what_repairs_most_for_its_cost_is_built_first(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from app.control.commands import Commands
 from app.control.endings import is_server_side, summary_of, told, unneeded, without_winner
 from app.control.expected import in_order
 from app.control.live_tune import Plane
-from app.control.reach import Away
+from app.control.reach import Away, Shown
 from app.control.rollout import Rollout
 from app.control.steps import is_recalibration
 from app.control.taking import Taking
@@ -38,7 +38,6 @@ from app.store.base import Journal, StoreUnavailable
 from app.telemetry.metrics import Metrics
 from app.telemetry.window import Window
 from optimizers.allocator import give_back
-from optimizers.base import Progress
 from optimizers.catalogue import catalogue
 from optimizers.host import room_for_a_task
 from optimizers.task import Failure, TaskFailed, TaskLimits, run_task
@@ -328,14 +327,10 @@ class JobKeeper:
 
     # ---- helpers
     async def _task(self, kind: str, request: Mapping[str, Any], seconds: float, job: Job, stop: asyncio.Event) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-
-        def progress(seen: Progress) -> None:
-            loop.run_in_executor(None, self._post, job, seen)
-
         def spend(cpu_s: float) -> None:
             self._cpu_s[job.id] = self._cpu_s.get(job.id, 0.0) + cpu_s
 
+        shown = Shown(self._journal, f"job:{job.id}", PROGRESS_S)
         async with self._turn(stop):  # two at once would measure each other
             began = monotonic()
             try:
@@ -343,7 +338,7 @@ class JobKeeper:
                 with self._bench.scratch() as scratch:
                     limits = TaskLimits(seconds, threads=1, memory_bytes=memory, nice=10, scratch=str(scratch))
                     with self._window.background(kind):
-                        return await run_task(kind, request, limits, progress, stop, spend)
+                        return await run_task(kind, request, limits, shown, stop, spend)
             finally:
                 self._metrics.count("hone_background_seconds", kind, by=monotonic() - began)
 
@@ -361,12 +356,6 @@ class JobKeeper:
             if turn.done() and not turn.cancelled():
                 self._measuring.release()
             turn.cancel()
-
-    def _post(self, job: Job, seen: Progress) -> None:
-        try:
-            self._journal.post(f"job:{job.id}", asdict(seen), PROGRESS_S)
-        except StoreUnavailable:
-            log.debug("the progress of %s could not be shown", job.id)
 
     async def _watch(self, job: Job, stop: asyncio.Event) -> None:
         """Keep the lease, and set `stop` when the job is cancelled or superseded meanwhile."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import suppress
+from dataclasses import asdict
 from logging import Logger
 from typing import Final
 
-from app.domain import Event, State
+from app.domain import JSON, Event, State
 from app.store.base import Journal, StoreUnavailable
 from app.store.recovery import catch_up
+from optimizers.base import Progress
 
 AGAIN_S: Final = 1.0
+log = logging.getLogger("hone.control")
 
 
 class Away:
@@ -29,6 +33,39 @@ class Away:
         if self._away:
             self._log.info("the journal is back")
         self._away = False
+
+
+class Shown:
+    """Puts the progress of one task on the board, in a thread. One at a time, the newest of what comes meanwhile next: a store that hangs
+    must not hold a thread for each line of a task."""
+
+    def __init__(self, journal: Journal, key: str, ttl_s: float) -> None:
+        self._journal, self._key, self._ttl_s = journal, key, ttl_s
+        self._newest: Progress | None = None
+        self._busy = False
+
+    def __call__(self, seen: Progress) -> None:
+        self._newest = seen
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._busy or self._newest is None:
+            return
+        value, self._newest = asdict(self._newest), None
+        with suppress(RuntimeError):  # the process ends, and takes no thread any more
+            posting = asyncio.get_running_loop().run_in_executor(None, self._post, value)
+            self._busy = True
+            posting.add_done_callback(self._posted)
+
+    def _posted(self, posting: asyncio.Future[None]) -> None:
+        self._busy = False
+        self._go_on()
+
+    def _post(self, value: JSON) -> None:
+        try:
+            self._journal.post(self._key, value, self._ttl_s)
+        except StoreUnavailable:
+            log.debug("the progress of %s could not be shown", self._key)
 
 
 class Reach:

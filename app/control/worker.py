@@ -29,7 +29,7 @@ from app.control.builders import machine, worker_name
 from app.control.choices import exports
 from app.control.endings import is_server_side
 from app.control.expected import in_order
-from app.control.reach import Away, Reach
+from app.control.reach import Away, Reach, Shown
 from app.control.steps import is_recalibration, target_of
 from app.control.verification import SERVER_SIDE
 from app.domain import JSON, Event, Job, JobState, State
@@ -51,6 +51,7 @@ LEASE_S: Final = 10.0
 RENEW_S: Final = 5.0
 BOARD_S: Final = 15.0
 SETTLE_S: Final = 0.5
+PROGRESS_S: Final = 60.0
 MOST_ATTEMPTS: Final = 5
 """A job that ends its workers (all memory taken, a machine that goes down) is given up after so many."""
 NICE: Final = 10
@@ -161,7 +162,7 @@ class Worker:
 
     async def _build(self, job: Job, stop: asyncio.Event) -> tuple[list[str], JSON]:
         """Candidates of all tries, and what became of each try."""
-        await asyncio.to_thread(self._post, f"job:{job.id}", asdict(Progress("samples", "reading", 0.0)), 60.0)
+        await asyncio.to_thread(self._post, f"job:{job.id}", asdict(Progress("samples", "reading", 0.0)), PROGRESS_S)
         trains = _trains(job)
         most = TRAIN_SAMPLES if trains else MOST_SAMPLES
         piece = await asyncio.to_thread(
@@ -273,17 +274,13 @@ class Worker:
 
     async def _task(self, kind: str, request: Mapping[str, Any], job: Job, stop: asyncio.Event) -> dict[str, Any]:
         memory = await asyncio.to_thread(room_for_a_task, self._settings.job_memory_bytes)
-        loop = asyncio.get_running_loop()
-
-        def progress(seen: Progress) -> None:
-            loop.run_in_executor(None, self._post, f"job:{job.id}", asdict(seen), 60.0)
-
+        shown = Shown(self._journal, f"job:{job.id}", PROGRESS_S)
         with self._bench.scratch() as scratch:
             limits = TaskLimits(
                 seconds=self._settings.job_seconds, threads=self._settings.job_threads, device=self._settings.job_device,
                 memory_bytes=memory, nice=19, scratch=str(scratch),
             )  # fmt: skip
-            return await run_task(kind, request, limits, progress, stop, self._spend)
+            return await run_task(kind, request, limits, shown, stop, self._spend)
 
     def _spend(self, cpu_s: float) -> None:
         self._cpu_s += cpu_s

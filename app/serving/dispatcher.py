@@ -204,7 +204,7 @@ class Dispatcher:
         if self._asking is not None:
             self._asking.cancel()
         self._account.close()
-        await self._exchange.settled()
+        await self._exchange.close()
 
     def usual(self, batch: Batch) -> Usual:
         """What batches like this one took at worst; one larger than any before may take what it needs, and attention grows by the square."""

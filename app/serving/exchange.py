@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ from app.serving.watch import Sight
 
 LARGE_BYTES: Final = 1 << 20
 """Copies of more than this are made in a thread: they would hold up the event loop."""
+COPIES: Final = 4
+"""So many are made at once, in threads that nothing else uses: a journal that hangs may hold all of those that everybody shares."""
 _MESSAGE_BYTES: Final = 64 << 10
 
 
@@ -71,6 +74,7 @@ class Exchange:
         self._answered = answered
         self._broken = broken
         self._copies: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(COPIES, thread_name_prefix="hone-copy")
 
     def send(self, instance: Instance, batch: Batch) -> None:
         instance.batch = batch
@@ -113,10 +117,11 @@ class Exchange:
             reply.data = read_all(instance.arena.fd, total, base)
         self._answered(instance, batch, reply)
 
-    async def settled(self) -> None:
-        """No thread copies any more."""
+    async def close(self) -> None:
+        """Returns when no thread copies any more."""
         if self._copies:
             await asyncio.wait(self._copies)
+        self._threads.shutdown(wait=False)
 
     def _copy(self, copying: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(copying, name="copy of a large batch")
@@ -147,7 +152,7 @@ class Exchange:
         """`function` on a duplicate of the arena: the runner may die, and its arenas be closed, while a thread is at it."""
         fd = os.dup(instance.arena.fd)
         try:
-            return await self._loop.run_in_executor(None, function, fd, *arguments)
+            return await self._loop.run_in_executor(self._threads, function, fd, *arguments)
         finally:
             os.close(fd)
 
