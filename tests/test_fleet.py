@@ -74,6 +74,35 @@ def test_servers_whose_repositories_differ_do_not_put_each_others_version_back(t
     assert told_by_looks() == [("model.deployed", "1")]
 
 
+def test_a_journal_that_was_rebuilt_is_not_told_an_older_golden(tmp_path: Path, journal: Journal) -> None:
+    """The new files have not reached the first server yet: it would step golden back for everybody."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    scaled(first / "models" / "m" / "1" / "model.onnx")
+    fleets = [fleet_of(folder, journal) for folder in (first, second)]
+    asyncio.run(fleets[0]._scan())
+    scaled(second / "models" / "m" / "2" / "model.onnx", 3.0)
+    asyncio.run(fleets[1]._scan())
+    for path in tmp_path.glob("journal.db*"):
+        path.unlink()
+    for fleet in fleets * 2:
+        asyncio.run(fleet._scan())
+    assert journal.state().epoch == 2 and [event.kind for event in journal.read()] == ["journal.recovered"]
+    assert journal.state().models["m"].golden == "2"
+
+
+def test_a_journal_that_was_restored_is_told_the_golden_that_it_lacks_again(fleet: Fleet, journal: Journal, tmp_path: Path) -> None:
+    asyncio.run(fleet._scan())
+    journal.backup(tmp_path / "backup")
+    scaled(tmp_path / "models" / "m" / "2" / "model.onnx", 3.0)
+    asyncio.run(fleet._scan())
+    journal.restore(tmp_path / "backup")
+    assert journal.state().models["m"].golden == "1"
+    for _ in range(2):
+        asyncio.run(fleet._scan())
+    assert journal.state().models["m"].golden == "2"
+    assert [event.version for event in journal.read() if event.kind == "model.deployed"] == ["1", "2", "2"]
+
+
 def test_a_model_whose_folder_went_while_no_server_ran_is_removed(tmp_path: Path, journal: Journal) -> None:
     scaled(tmp_path / "models" / "m" / "1" / "model.onnx")
     asyncio.run(fleet_of(tmp_path, journal)._scan())

@@ -21,7 +21,7 @@ from app.domain import JSON, Event, State
 from app.errors import HoneError
 from app.serving.admission import Admission
 from app.serving.loader import Loader
-from app.serving.own_repository import OwnRepository
+from app.serving.own_repository import OwnRepository, wants
 from app.serving.past_deaths import PastDeaths
 from app.serving.reconcile import ModelReconciler
 from app.serving.recorder import Recorder
@@ -282,8 +282,9 @@ class Fleet:
         known, own = self.state.models.get(model.name), (model.golden.number, sha256)
         data = {"golden": model.golden.number, "sha256": sha256, "replaces": known.golden if known else ""}
         event = Event("model.deployed", model.name, model.golden.number, data=data)
-        if not self._own.is_news(model.name, own, self.state) or await self._append(event):
-            self._own.holds(model.name, own)
+        news = self._own.is_news(model.name, own, self.state)
+        if not news or await self._append(event):
+            self._own.holds(model.name, own, news or wants(known, own))
 
     async def _append(self, event: Event) -> bool:
         try:
