@@ -217,12 +217,14 @@ class RedisJournal:
     def _explained(self) -> Iterator[None]:
         if self._closed:
             raise StoreUnavailable(f"the journal in {self.address} was closed by this process")
+        elsewhere = False  # the name may lead to another primary by now, where only new connections go
         try:
             yield
         except redis.RedisError as error:
+            elsewhere = _is_read_only(error)
             raise StoreUnavailable(f"{self.address}: {_why(error)}") from error
         finally:
-            if self._closed:
+            if elsewhere or self._closed:
                 self._redis.connection_pool.disconnect(inuse_connections=False)
 
     @contextmanager
@@ -375,10 +377,14 @@ def _milliseconds(ttl_s: float) -> int:
     return max(1, int(ttl_s * 1000))
 
 
+def _is_read_only(error: redis.RedisError) -> bool:
+    return isinstance(error, redis.ReadOnlyError) or "READONLY" in str(error)
+
+
 def _why(error: redis.RedisError) -> str:
     """The error with its remedy."""
     text = str(error) or type(error).__name__
-    if isinstance(error, redis.ReadOnlyError) or "READONLY" in text:
+    if _is_read_only(error):
         return "it is a read-only replica; point HONE_STORE at the primary"
     if isinstance(error, redis.OutOfMemoryError) or text.startswith("OOM") or "-OOM" in text:
         return "its memory is full (maxmemory), nothing was written; give it more, or a Redis of its own"
