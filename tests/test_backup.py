@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from app.store.open import open_journal
 from tests.models import scaled
 from tests.odd_models import json_input
 from tests.running_server import server
+from tests.storage import read_only, small_disk
 
 X = json_input("x", "FP32", [1, 4], [1, 2, 3, 4])
 
@@ -116,6 +122,58 @@ def test_what_differs_is_named_and_left_unless_told_to(tmp_path: Path, capsys: p
     assert hone("restore", file, *folders, "--overwrite", capsys=capsys)[0] == 0
     assert model.read_bytes() == kept
     assert hone("restore", file, *folders, capsys=capsys)[0] == 0, "the same files are no conflict"
+
+
+def backed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Path, list[str]]:
+    """A backup with a file for each of the two folders, an empty target for it, and the target as arguments."""
+    first, second, file = tmp_path / "first", tmp_path / "second", str(tmp_path / "hone.tar")
+    scaled(first / "models" / "m" / "1" / "model.onnx", 3.0)
+    journal(first)
+    (first / "state" / "models" / "m" / "1").mkdir(parents=True)
+    (first / "state" / "models" / "m" / "1" / "card.json").write_text("{}")
+    (second / "models").mkdir(parents=True)
+    folders = ["--state", str(first / "state"), "--repository", str(first / "models")]
+    assert hone("backup", file, *folders, capsys=capsys)[0] == 0
+    return file, second, ["--state", str(second / "state"), "--repository", str(second / "models")]
+
+
+@pytest.mark.parametrize("mood", [read_only, partial(small_disk, size_bytes=1 << 20)], ids=["read-only", "too small"])
+def test_a_repository_that_cannot_take_its_files_is_told_before_anything_is_changed(
+    mood: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, target, folders = backed_up(tmp_path, capsys)
+    with mood(target / "models"):
+        status, _, said = hone("restore", file, *folders, capsys=capsys)
+    assert status == 1 and str(target / "models") in said, said
+    assert not (target / "state" / "models" / "m").exists() and not (target / "state" / "journal.db").exists()
+
+
+def test_a_restore_that_fails_half_way_says_how_far_it_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _, folders = backed_up(tmp_path, capsys)
+    replace = os.replace
+
+    def fails(source: Path, place: Path) -> None:
+        if str(place).endswith("model.onnx"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", fails)
+    status, _, said = hone("restore", file, *folders, capsys=capsys)
+    assert status == 1 and "1 of 2 files were put back" in said and "nothing was changed" not in said
+    monkeypatch.undo()
+    assert hone("restore", file, *folders, capsys=capsys)[0] == 0
+
+
+def test_files_that_lie_deep_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deep = Path("m", "1", *[f"d{number}" for number in range(15)], "vocabulary.txt")
+    place = tmp_path / "first" / "models" / deep
+    place.parent.mkdir(parents=True)
+    place.write_text("words")
+    file, target, folders = backed_up(tmp_path, capsys)
+    assert hone("restore", file, *folders, capsys=capsys)[0] == 0
+    assert (target / "models" / deep).read_text() == "words"
 
 
 def test_links_that_lead_elsewhere_are_told_of_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,24 +27,20 @@ _NOT_WRITABLE: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextlib.contextmanager
-def storage_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn what the file system refuses into InsufficientStorage or NotAllowed, each with its remedy."""
+def storage_errors(what: str, folder: Path, left: str = "nothing was changed") -> Iterator[None]:
+    """Turn what the file system refuses into InsufficientStorage or NotAllowed, each with its remedy and how things are `left`."""
     try:
         yield
     except OSError as error:
-        raise explained(error, what, folder) from error
+        raise explained(error, what, folder, left) from error
 
 
-def explained(error: OSError, what: str, folder: Path) -> HoneError | OSError:
+def explained(error: OSError, what: str, folder: Path, left: str = "nothing was changed") -> HoneError | OSError:
     folder = _refused(error, folder)
     if error.errno in _NO_ROOM:
-        return InsufficientStorage(
-            f"{what}: no room in {folder} ({error.strerror}, {free_bytes(folder)} bytes free); free some, nothing was changed"
-        )
+        return InsufficientStorage(f"{what}: no room in {folder} ({error.strerror}, {free_bytes(folder)} bytes free); free some, {left}")
     if error.errno in _NOT_WRITABLE:
-        return NotAllowed(
-            f"{what}: {folder} cannot be written ({error.strerror}); make it writable for user {os.geteuid()}, nothing was changed"
-        )
+        return NotAllowed(f"{what}: {folder} cannot be written ({error.strerror}); make it writable for user {os.geteuid()}, {left}")
     return error
 
 

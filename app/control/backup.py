@@ -6,6 +6,7 @@ frozen), and never writes over a file that differs unless told to. Both work on 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tarfile
@@ -31,6 +32,7 @@ MODELS: Final = "state/models"
 REPOSITORY: Final = "repository"
 _LEFT_OUT: Final = frozenset({".lock", "__pycache__"})
 _BLOCK: Final = 1 << 20
+RESTORING: Final = "restoring a backup"
 Say = Callable[[str], None]
 
 
@@ -69,10 +71,11 @@ def backup(settings: Settings, target: Path, say: Say) -> JSON:
 
 
 def restore(settings: Settings, source: Path, overwrite: bool, say: Say) -> JSON:
-    """Put files back, then the journal. Raises InvalidRequest for what is no whole backup, Conflict where files differ; then nothing was changed."""
+    """Put files back, then the journal. Raises InvalidRequest for what is no whole backup, Conflict where files differ, InsufficientStorage or
+    NotAllowed where a folder cannot take them: nothing was changed then, or the text says how far it came."""
     state = StateFolder(settings.state).prepare()
     with durable.temporary_folder(state.root, 0o700) as folder:
-        durable.require_space(folder, source.stat().st_size, "restoring a backup")
+        durable.require_space(folder, source.stat().st_size, RESTORING)
         names = _unpack(source, folder)
         _above(folder / JOURNAL, last_state.load(memory := state.root / LAST_STATE))
         places = {name: _place(settings, state, name) for name in names if name != JOURNAL}
@@ -82,11 +85,7 @@ def restore(settings: Settings, source: Path, overwrite: bool, say: Say) -> JSON
             raise Conflict(
                 f"{', '.join(differing[:3])}{more} differ from the backup; move them away, or say --overwrite. Nothing was changed"
             )
-        for name, place in places.items():
-            if not place.exists() or str(place) in differing:
-                with durable.storage_errors("restoring a backup", place.parent):
-                    durable.make_folder(place.parent)
-                    os.replace(folder / name, place) if _one_disk(folder, place.parent) else _copy(folder / name, place)
+        _put_all(folder, {name: place for name, place in places.items() if not place.exists() or str(place) in differing})
         say(f"{len(places)} files in place")
         journal = open_journal(settings.journal)
         try:
@@ -196,6 +195,8 @@ def _unpack(source: Path, folder: Path) -> list[str]:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with place.open("xb") as file:
                     _pour(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
                 place.chmod(entry.mode & 0o644)
                 names.append(entry.name)
     except (tarfile.TarError, EOFError, FileExistsError) as error:
@@ -209,7 +210,7 @@ def _check(entry: tarfile.TarInfo) -> None:
     path = PurePosixPath(entry.name)
     known = entry.name == JOURNAL or path.parts[:2] == ("state", "models") or path.parts[:1] == (REPOSITORY,)
     plain = not path.is_absolute() and ".." not in path.parts and "\0" not in entry.name and str(path) == entry.name
-    if not entry.isreg() or not known or not plain or len(path.parts) > 12:
+    if not entry.isreg() or not known or not plain:
         raise InvalidRequest(f"the backup holds {entry.name!r}, which none that Hone makes does; it is not restored")
 
 
@@ -227,8 +228,48 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _one_disk(folder: Path, other: Path) -> bool:
-    return folder.stat().st_dev == other.stat().st_dev
+def _put_all(folder: Path, places: dict[str, Path]) -> None:
+    """Move files from `folder` to their places, once all of them can be taken there."""
+    _require_places(folder, places)
+    for done, (name, place) in enumerate(places.items()):
+        far = f"{done} of {len(places)} files were put back, the journal was not; restore again when this is mended"
+        try:
+            with durable.storage_errors(RESTORING, place.parent, far):
+                durable.make_folder(place.parent)
+                if not _moved(folder / name, place):
+                    _copy(folder / name, place)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; {far}", str(place)) from error
+    for parent in {place.parent for place in places.values()}:
+        durable.sync_folder(parent)
+
+
+def _require_places(folder: Path, places: dict[str, Path]) -> None:
+    """Raise while nothing is changed where a folder cannot be written, or lacks room for what must be copied to it."""
+    sizes: dict[Path, int] = {}
+    for name, place in places.items():
+        there = next(parent for parent in place.parents if parent.exists())
+        sizes[there] = sizes.get(there, 0) + (folder / name).stat().st_size
+    copied: dict[int, tuple[Path, int]] = {}
+    for there, size in sizes.items():
+        with durable.storage_errors(RESTORING, there), durable.temporary_folder(there, 0o700) as probe:
+            (folder / "probe").touch()
+            if not _moved(folder / "probe", probe / "probe"):
+                disk = there.stat().st_dev
+                copied[disk] = there, size + (copied[disk][1] if disk in copied else 0)
+    for there, size in copied.values():
+        durable.require_space(there, size, RESTORING)
+
+
+def _moved(source: Path, place: Path) -> bool:
+    """False where that takes a copy: another disk, or another mount of the same one."""
+    try:
+        os.replace(source, place)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
 
 def _copy(source: Path, place: Path) -> None:
