@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from app.serving.fleet import Fleet
 from app.serving.past_deaths import PastDeaths
 from app.store.base import Journal
 from app.store.open import open_journal
+from app.store.sqlite import SqliteJournal
 from app.telemetry.metrics import Metrics
 from tests.models import scaled
 from tests.redis_server import RedisServer
@@ -137,6 +139,23 @@ def test_a_version_whose_folder_went_is_no_way_back(fleet: Fleet, journal: Journ
 def test_what_happened_last_with_each_model_is_known(fleet: Fleet, journal: Journal) -> None:
     asyncio.run(fleet._scan())
     assert fleet.latest["m"]["kind"] == "model.deployed" and fleet.latest["m"]["at"] > 0
+
+
+class Counting(SqliteJournal):
+    reads = 0
+
+    def read(self, after: int = 0, limit: int = 1000, model: str = "", newest_first: bool = False) -> Sequence[Event]:
+        self.reads += 1
+        return super().read(after, limit, model, newest_first)
+
+
+def test_an_event_that_the_store_has_let_go_is_looked_for_once(tmp_path: Path) -> None:
+    """Redis reads its whole stream to find that it is not there."""
+    with contextlib.closing(Counting(tmp_path / "journal.db")) as journal:
+        fleet = fleet_of(tmp_path, journal)
+        for _ in range(3):
+            fleet._note_latest(State(models={"m": ModelState("m", "1", "sha", "1", "", Generation(1, 1), last_event=7)}))
+        assert journal.reads == 1 and fleet.latest["m"] == {"seq": 7}
 
 
 def test_a_journal_that_is_away_is_told_once_and_so_is_its_return(fleet: Fleet, journal: Journal, caplog: pytest.LogCaptureFixture) -> None:

@@ -71,7 +71,7 @@ class Fleet:
         self.repository_error = ""
         self.board: dict[str, JSON] = {}
         self.latest: dict[str, JSON] = {}
-        """The newest event of each model: seq, kind, at."""
+        """The newest event of each model: seq, and kind and at where the store still has it."""
         self.warnings: list[str] = []
         self.ready = False
         service.complete = False
@@ -237,12 +237,13 @@ class Fleet:
         return state, self._journal.board()
 
     def _note_latest(self, state: State) -> None:
-        """What happened last with each model; blocks, but asks only where something did."""
+        """What happened last with each model; blocks, but asks only where something did, and once: Redis reads all to miss what it let go."""
         latest = {name: self.latest.get(name, {}) for name in state.models}
         for name, model in state.models.items():
             if latest[name].get("seq") != model.last_event:
+                latest[name] = {"seq": model.last_event}
                 for event in self._journal.read(model.last_event - 1, 1, name):
-                    latest[name] = {"seq": event.seq, "kind": event.kind, "at": event.at}
+                    latest[name] |= {"kind": event.kind, "at": event.at}
         self.latest = latest
 
     async def _scan(self) -> None:
