@@ -15,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Tests that hold times against each other have the cores to themselves.
-ALONE := $(addprefix tests/test_,judge.py measure.py tune.py live_tune.py blame.py torch_blame.py replay_live.py flood.py lone.py)
+ALONE := $(addprefix tests/test_,judge.py measure.py tune.py live_tune.py blame.py torch_blame.py replay_live.py flood.py lone.py timely.py)
 PROGRAMS := redis-server prometheus wrk
 export PIP_NO_WARN_SCRIPT_LOCATION := 1
 

@@ -134,7 +134,7 @@ def server(folder: Path, *, demo: bool = False, **settings: str) -> Iterator[Run
         "HONE_PORT": str(port),
         "HONE_FACTORIES": str(DEMO / "factories"),
         "HONE_POLL_S": "0.5",
-        "HONE_PROOF_SECONDS": "30",
+        "HONE_PROOF_SECONDS": "15",
         **{f"HONE_{name.upper()}": value for name, value in settings.items()},
     }
     running = Running(folder, port, start("serve", folder, environment), environment)
