@@ -164,14 +164,9 @@ def host(scene: Scene) -> Iterator[None]:
     scene.need_a_third_of_a_core()
     count = 4 * cores
     scene.begin()
-    neighbours = [busy() for _ in range(count)]
-    scene.say(f"{count} other programs compute now")
-    try:
+    with programs(count):
+        scene.say(f"{count} other programs compute now")
         yield
-    finally:
-        for neighbour in neighbours:
-            neighbour.kill()
-            neighbour.wait()
 
 
 @contextmanager
@@ -192,15 +187,10 @@ def process(scene: Scene) -> Iterator[None]:
     scene.promise(3.0)
     scene.begin()
     core, pid = max(os.sched_getaffinity(0)), scene.runner()
-    with held_to(core, pid):
-        neighbours = [busy(core) for _ in range(6)]
-        scene.say(f"the runner (pid {pid}) may only use core {core}, and {len(neighbours)} programs compute there")
-        try:
-            yield
-        finally:
-            for neighbour in neighbours:
-                neighbour.kill()
-                neighbour.wait()
+    count = 6
+    with held_to(core, pid), programs(count, core):
+        scene.say(f"the runner (pid {pid}) may only use core {core}, and {count} programs compute there")
+        yield
 
 
 @contextmanager
@@ -363,6 +353,18 @@ def _threads(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
     return []
+
+
+@contextmanager
+def programs(count: int, core: int | None = None) -> Iterator[None]:
+    """So many programs that compute, on one core or wherever they like."""
+    neighbours = [busy(core) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
 
 
 def busy(core: int | None = None) -> subprocess.Popen[bytes]:
