@@ -334,6 +334,27 @@ async def test_other_shapes_are_an_event_while_it_is_slow_already_but_not_at_eac
     assert "shapes" in looked.asked[-1]
 
 
+async def test_a_quiet_model_that_takes_more_is_looked_into_and_is_well_again(ward: Ward, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request a second: no block of five seconds tells anything."""
+    wait, looked = later(monkeypatch), Looked(ward, monkeypatch)
+    await ward.tick()
+
+    async def come(seconds: int, cpu_s: float) -> None:
+        for _ in range(seconds):
+            ward.answers("1", 1)
+            ward.window.called("m", "1", 1, 1024, cpu_s, cpu_s, 0.0)
+            ward.now += 1.0
+            wait(1)
+            await ward.tick()
+
+    await come(90, 0.001)
+    assert ward.patient.normal.known and not looked.asked
+    await come(60, 0.0013)
+    assert looked.asked == ["CPU time per row 1.30 × its normal, two blocks in a row"]
+    await come(60, 0.001)
+    assert ward.patient.incident is None and len(ward.told("recovery.verified")) == 1 and len(looked.asked) == 1
+
+
 @pytest.mark.parametrize(("nan", "stays"), [(5, "2"), (15, "1")])
 async def test_what_the_version_before_answered_is_no_fault_of_the_next(ward: Ward, nan: int, stays: str) -> None:
     await ward.tick()

@@ -48,6 +48,45 @@ def test_a_block_closes_when_its_time_is_over_and_gaps_leave_no_empty_blocks() -
     assert found.since("m", "1", 1030.0).requests == 1
 
 
+def test_blocks_of_little_traffic_are_gathered_until_they_tell_something() -> None:
+    found, clock = window()
+
+    def come(*counts: int) -> None:
+        for count in counts:
+            for _ in range(count):
+                found.observe(seen())
+                found.called("m", "1", 1, 4096, 0.002, 0.001, 0.0)
+            clock.now += found.block_s
+            found.closed("m", "1", 1)
+
+    def told(since: float = 0.0) -> list[tuple[int, float]]:
+        return [(block.requests, block.seconds) for block in found.gathered("m", "1", 4, since)]
+
+    come(8, 0, 8, 4)
+    assert told() == [(20, 40.0)] and found.gathered("m", "1", 1, 0.0)[0].costs[bucket_of(1, 4096)].calls == 20
+    assert found.gathered("m", "1", 1, 0.0)[0].within == 20
+    found.objective("m", 0.001)
+    assert found.gathered("m", "1", 1, 0.0)[0].within == 0
+    come(25, 30)
+    assert told() == [(20, 40.0), (25, 10.0), (30, 10.0)]
+    assert found.gathered("m", "1", 2, 0.0) == found.closed("m", "1", 2), "with traffic enough they are the blocks"
+    come(1, 0, 1, 0, 0)
+    assert len(told()) == 3
+    come(0)
+    assert told()[-1] == (2, 60.0), "nobody waits for longer"
+    come(19)
+    changed = clock.now
+    assert told(changed) == []
+    come(19, 1)
+    assert told(changed) == [(20, 20.0)], "what came before is not among them"
+    come(19)
+    found.observe(seen())
+    clock.now += 1.0
+    found.afresh("m")
+    come(19)
+    assert told() == [] and found.since("m", "1", 0.0).requests == sum((8, 8, 4, 25, 30, 1, 1, 19, 19, 1, 19, 1, 19))
+
+
 def test_refusals_and_failures_are_told_apart_and_a_callers_own_fault_is_nobodys() -> None:
     found, _ = window()
     for code in (200, 429, 429, 500, 503, 400, 404, 413, 499):

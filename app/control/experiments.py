@@ -69,7 +69,11 @@ class Experiments:
     ) -> Diagnosis:  # fmt: skip
         """Experiments where only they can tell, then the rules. `others` are all patients, `host` its newest reading; what was spent is noted in `patient`."""
         stretch = 1 if any(one.numbers.get("leapt") for one in found) else SETTLE_BLOCKS + 1  # what was before the leap would hide it
-        block = self._window.since(view.name, view.active, max(view.active_since, self._window.now() - stretch * self._window.block_s))
+        since = self._window.now() - stretch * self._window.block_s
+        if stretch > 1:  # of little traffic what was suspicious is older
+            told = self._window.gathered(view.name, view.active, SETTLE_BLOCKS, view.active_since)
+            since = min([since, *(one.began for one in told)])
+        block = self._window.since(view.name, view.active, max(view.active_since, since))
         kinds = {one.kind for one in found} - {Kind.EVENT}
         event = patient.event if monotonic() - patient.event_at < EVENT_S else ""
         fell = patient.incident.began if patient.incident is not None else monotonic()

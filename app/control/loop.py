@@ -186,7 +186,10 @@ class Loop:
                 patient.incident = None  # of a model that is not the same any more: what was tried for it says nothing of this one
             patient.golden = (want.golden, want.golden_sha256)
         now, incident = monotonic(), patient.incident
-        if not patient.serves(view.active, view.generation, now, now < self._moved_until) or incident is None:
+        if not patient.serves(view.active, view.generation, now, now < self._moved_until):
+            return
+        self._window.afresh(view.name)
+        if incident is None:
             return
         version, builds = incident.awaited
         if patient.event == "swap" and view.active != version and not (builds and not view.active.isdigit()):
@@ -219,8 +222,7 @@ class Loop:
             return
         if not on_trial:  # rungs take memory, and other versions beside a trial are no part of what it compares
             await self._beside.set_ladder(view, patient, want, config, self._state)
-        blocks = self._window.closed(view.name, view.active, SETTLE_BLOCKS)
-        blocks = [block for block in blocks if block.began >= view.active_since]
+        blocks = self._window.gathered(view.name, view.active, SETTLE_BLOCKS, view.active_since)
         found = glance(self._window, view, blocks, patient, config, self._host, self._host_at)
         fresh = bool(blocks) and blocks[-1].ended > patient.seen_until
         if blocks:
@@ -361,6 +363,7 @@ class Loop:
             raise
         incident.tried.add(decided.remedy)
         patient.looks = Looks()
+        self._window.afresh(view.name)
         if decided.action is Action.SWITCH:
             patient.switched_at.append(monotonic())
         incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()

@@ -9,8 +9,9 @@ from typing import Final
 from app.control.quality import LEAST_PAIRS
 from app.telemetry.block import Block, Bucket
 from app.telemetry.likeness import Likeness
+from app.telemetry.window import ENOUGH
 
-LEAST_CALLS: Final = 20
+LEAST_CALLS: Final = ENOUGH
 BASE_BLOCKS: Final = 3
 """Undisturbed blocks with traffic that make up what is normal."""
 REFUSED_LIMIT: Final = 0.02

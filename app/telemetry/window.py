@@ -22,6 +22,11 @@ KEPT_BLOCKS: Final = 150
 KEPT_MINUTES: Final = 360
 """Six hours of counts by the minute: the longest window of a burn rate."""
 PHASES_S: Final = 60.0
+ENOUGH: Final = 20
+"""Requests of which a stretch tells something: its quantiles, its costs."""
+GATHERED_S: Final = 60.0
+"""Blocks with fewer are gathered until they hold enough, or for so long: what one request in two seconds takes is known after a minute."""
+KEPT_GATHERED: Final = 4
 LEAST_CPU_S: Final = 1e-6
 SERVER_FAULTS: Final = frozenset({500, 502, 503})
 EXPIRED: Final = 504
@@ -30,13 +35,16 @@ EXPIRED: Final = 504
 class Track:
     """The blocks of one version, the one that runs last."""
 
-    __slots__ = ("_block_s", "before", "blocks", "open")
+    __slots__ = ("_block_s", "_gathering", "before", "blocks", "gathered", "open")
 
     def __init__(self, now: float, block_s: float) -> None:
         self._block_s = block_s
         self.blocks: deque[Block] = deque(maxlen=KEPT_BLOCKS)
         self.open = Block(now, now + block_s)
         self.before = Totals()
+        self.gathered: deque[Block] = deque(maxlen=KEPT_GATHERED)
+        """The newest stretches with enough requests: a busy version's are its blocks."""
+        self._gathering: Block | None = None
 
     @property
     def began(self) -> float:
@@ -59,9 +67,24 @@ class Track:
             self._close()
             self.open = Block(now, now + self._block_s)
 
+    def afresh(self, now: float) -> None:
+        """End the open block here, and gather from here on."""
+        self.cut(now)
+        self.gathered.clear()
+        self._gathering = None
+
     def _close(self) -> None:
         self.before = self.before.plus(self.open)
         self.blocks.append(self.open)
+        whole = self.open
+        if self._gathering is not None:
+            whole = Block(self._gathering.began, self.open.ended)
+            whole.merge(self._gathering)
+            whole.merge(self.open)
+        told = whole.offered >= ENOUGH or whole.seconds >= GATHERED_S
+        self._gathering = None if told else whole
+        if told:
+            self.gathered.append(whole)
 
     def since(self, began: float, now: float, sketches: bool = True) -> Block:
         """All blocks that began at or after `began`, merged, the open one with them."""
@@ -76,6 +99,18 @@ class Track:
         """The newest `count` closed blocks, the oldest first."""
         self.at(now)
         return list(self.blocks)[-count:]
+
+    def all_closed(self, now: float) -> list[Block]:
+        """All closed blocks, and what was made of them (a block may come twice)."""
+        self.at(now)
+        return [*self.blocks, *self.gathered, *([self._gathering] if self._gathering is not None else [])]
+
+    def told(self, count: int, since: float, now: float) -> list[Block]:
+        """The newest `count` gathered stretches that began at `since` or later, the oldest first; what was gathered from before on is dropped."""
+        self.at(now)
+        if self._gathering is not None and self._gathering.began < since:
+            self._gathering = None
+        return [block for block in self.gathered if block.began >= since][-count:]
 
 
 class Window:
@@ -204,7 +239,7 @@ class Window:
         self._thresholds[model] = limit_s
         self.minutes.pop(model, None)
         for track in (track for (name, _), track in self.tracks.items() if name == model):
-            for block in track.closed(KEPT_BLOCKS, self._clock()):
+            for block in track.all_closed(self._clock()):
                 block.within = round(block.requests * (1 - block.total.share_above(limit_s)))
 
     def forget(self, keep: set[tuple[str, str]]) -> None:
@@ -224,6 +259,12 @@ class Window:
             if name == model:
                 track.cut(now)
         return now
+
+    def afresh(self, model: str) -> None:
+        """What comes from now on is gathered apart from what was: something changed that the numbers will show."""
+        now = self._clock()
+        for track in (track for (name, _), track in self.tracks.items() if name == model):
+            track.afresh(now)
 
     def since(self, model: str, version: str, began: float, sketches: bool = True) -> Block:
         """What `version` did from `began` on; empty where it did nothing. Without sketches it has counts and no quantiles."""
@@ -246,6 +287,11 @@ class Window:
     def closed(self, model: str, version: str, count: int) -> list[Block]:
         track = self.tracks.get((model, version))
         return track.closed(count, self._clock()) if track is not None else []
+
+    def gathered(self, model: str, version: str, count: int, since: float) -> list[Block]:
+        """Closed blocks as those above, but each with ENOUGH requests, or as long as GATHERED_S: of little traffic several are one."""
+        track = self.tracks.get((model, version))
+        return track.told(count, since, self._clock()) if track is not None else []
 
     def totals(self, model: str, version: str) -> Totals:
         """What `version` did so far; for differences."""
