@@ -13,7 +13,7 @@ from app.telemetry.block import Block, Cost
 from app.telemetry.hostfacts import HostFacts
 
 QUIET = HostFacts(busy_ratio=0.4, others_ratio=0.02, steal_ratio=0.0, throttled_ratio=0.0, memory_pressure=0.0)
-BUCKET = (0, 13)
+BUCKET = (0, 13, 2)
 
 
 def block(cpu_s: float = 0.001, requests: int = 200, total_s: float = 0.004, stretch: float = 1.0, **more: Any) -> Block:

@@ -114,7 +114,7 @@ def test_the_first_hundred_answers_make_up_what_is_usual() -> None:
 def sized(counts: dict[int, int]) -> Block:
     found = Block(0.0, 10.0, requests=sum(counts.values()))
     for size, count in counts.items():
-        cost = found.costs[0, size] = Cost(count, count, count * 0.001)
+        cost = found.costs[0, size, 2] = Cost(count, count, count * 0.001)
         for _ in range(count):
             cost.cpu.add(0.001)
     return found

@@ -271,3 +271,23 @@ def test_what_must_not_go_on_never_begins_and_ends_in_the_shadow(journal: Journa
     asked = iter([""] * 4)
     end = run(Serving(journal), monkeypatch, stop=lambda: next(asked, "frozen"))
     assert end == End(Verdict.INCONCLUSIVE, "frozen") and max(share for _, share in stages(journal)) == 0.0
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, Verdict.PASSED), (1.4, Verdict.FAILED)])
+def test_costs_are_compared_between_calls_that_rested_alike(journal: Journal, factor: float, verdict: Verdict) -> None:
+    """The incumbent's calls follow each other, most of the candidate's come after a rest: by all calls alike it would cost half as much again."""
+    now = [1000.0]
+    window = Window(clock=lambda: now[0])
+    costs = ((0.001, 0.001), (0.1, 0.0016))
+    for version, counts, times in (("1", (300, 30), 1.0), ("1.1", (40, 80), factor)):
+        for count, (rested_s, cpu_s) in zip(counts, costs, strict=True):
+            for turn in range(count):
+                takes_s = cpu_s * times * (1 + 0.02 * (turn % 5))
+                now[0] += rested_s + takes_s
+                window.called("m", version, 1, 4096, takes_s, takes_s, 0.0)
+                window.observe(Observation("m", version, 200, 2 * takes_s, 0.0, 0.0, takes_s, 0.0, 1, 1, takes_s, 0.0))
+    view = Serving(journal).model("m")
+    assert view is not None
+    found = rollout.compared(window, "m", "1", "1.1", (0.0, 0.0), view, CONFIG, 0)
+    assert found.verdict is verdict, found.text
+    assert abs(found.numbers["cpu_ratio"]["estimate"] - factor) < 0.03

@@ -63,7 +63,7 @@ def test_blocks_of_little_traffic_are_gathered_until_they_tell_something() -> No
         return [(block.requests, block.seconds) for block in found.gathered("m", "1", 4, since)]
 
     come(8, 0, 8, 4)
-    assert told() == [(20, 40.0)] and found.gathered("m", "1", 1, 0.0)[0].costs[bucket_of(1, 4096)].calls == 20
+    assert told() == [(20, 40.0)] and sum(cost.calls for cost in found.gathered("m", "1", 1, 0.0)[0].costs.values()) == 20
     assert found.gathered("m", "1", 1, 0.0)[0].within == 20
     found.objective("m", 0.001)
     assert found.gathered("m", "1", 1, 0.0)[0].within == 0
@@ -153,6 +153,15 @@ def test_costs_are_kept_by_bucket_of_rows_and_size() -> None:
     assert (block.stretch.quantile(1.0) or 0.0) == pytest.approx(2.0, rel=0.01), "the first took twice its CPU time"
     found.called("m", "1", 1, 4096, 0.002, 0.0, 0.0)
     assert found.since("m", "1", 0.0).stretch.count == 2, "without CPU time there is nothing to hold it against"
+
+
+def test_a_call_after_a_rest_is_told_from_one_that_follows_at_once() -> None:
+    found, clock = window()
+    for rested_s in (9.0, 0.001, 0.005, 0.0014, 0.2, -0.003):  # the last began while the one before ran
+        clock.now += rested_s + 0.01
+        found.called("m", "1", 1, 4096, 0.01, 0.001, 0.0)
+    counts = {bucket[2]: cost.calls for bucket, cost in found.since("m", "1", 0.0).costs.items()}
+    assert counts == {0: 3, 1: 1, 2: 2}
 
 
 def test_blocks_that_see_our_own_work_are_marked() -> None:

@@ -22,8 +22,8 @@ LEAST_FAULTS: Final = 3
 class ArmFacts:
     """What one version did while both served.
 
-    `errors` are those of the model or the server. `cpu_s_per_row` and `latencies_s` are samples of calls that cost alike on both sides (the
-    same bucket of batch and shape: a row in a batch of four costs a fifth less than alone). `non_finite` counts answers with NaN or infinity
+    `errors` are those of the model or the server. `costs` are samples of CPU time per row, in one unit for both sides, of calls that cost alike on
+    both (the same bucket of batch, shape and rest: a row in a batch of four costs a fifth less than alone). `non_finite` counts answers with NaN or infinity
     where golden has none, or none is expected; `agreements` of `compared` answers were golden's (of several rows the share
     that was), and `class_below_floor` says on which class too few were.
     """
@@ -32,7 +32,7 @@ class ArmFacts:
     errors: int = 0
     deaths: int = 0
     latencies_s: tuple[float, ...] = ()
-    cpu_s_per_row: tuple[float, ...] = ()
+    costs: tuple[float, ...] = ()
     non_finite: int = 0
     agreements: float = 0.0
     compared: int = 0
@@ -94,8 +94,8 @@ def _compare(incumbent: ArmFacts, candidate: ArmFacts, confidence: float) -> _In
     return _Intervals(
         share_difference((incumbent.errors, incumbent.requests), (candidate.errors, candidate.requests), confidence),
         share_difference((incumbent.non_finite, incumbent.requests), (candidate.non_finite, candidate.requests), confidence),
-        ratio(incumbent.cpu_s_per_row, candidate.cpu_s_per_row, confidence),
-        mean_ratio(incumbent.cpu_s_per_row, candidate.cpu_s_per_row, confidence),
+        ratio(incumbent.costs, candidate.costs, confidence),
+        mean_ratio(incumbent.costs, candidate.costs, confidence),
         ratio(incumbent.latencies_s, candidate.latencies_s, confidence),
         share(candidate.agreements, candidate.compared, confidence),
     )
@@ -131,7 +131,7 @@ def _shortages(incumbent: ArmFacts, candidate: ArmFacts, policy: Policy) -> list
     for side, facts in (("incumbent", incumbent), ("candidate", candidate)):
         counts = {
             "requests": facts.requests,
-            "CPU times": len(finite(facts.cpu_s_per_row)),
+            "CPU times": len(finite(facts.costs)),
             "latencies": len(finite(facts.latencies_s)),
         }
         short += [f"{n} {what} of the {side}, {policy.least_samples} are needed" for what, n in counts.items() if n < policy.least_samples]
@@ -197,7 +197,7 @@ def _numbers(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals) -> JSO
     counts: JSON = {
         side: {
             "requests": facts.requests, "errors": facts.errors, "deaths": facts.deaths, "non_finite": facts.non_finite,
-            "cpu_samples": len(finite(facts.cpu_s_per_row)), "latency_samples": len(finite(facts.latencies_s)),
+            "cpu_samples": len(finite(facts.costs)), "latency_samples": len(finite(facts.latencies_s)),
             "agreements": facts.agreements, "compared": facts.compared, "memory_bytes": facts.memory_bytes,
         }
         for side, facts in sides.items()

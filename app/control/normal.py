@@ -96,7 +96,7 @@ def with_news(normal: Normal, block: Block) -> Normal:
 def shapes_of(block: Block) -> dict[int, float]:
     """Shares of a block's rows by their size (a power of two of bytes); none where there are too few."""
     rows: dict[int, int] = {}
-    for (_, size), cost in block.costs.items():
+    for (_, size, _), cost in block.costs.items():
         rows[size] = rows.get(size, 0) + cost.rows
     total = sum(rows.values())
     return {size: count / total for size, count in rows.items()} if total >= LEAST_ROWS else {}

@@ -7,6 +7,7 @@ the next holder of the job ends or goes on with.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -27,6 +28,8 @@ SHADOW_ENOUGH: Final = 20
 LOAD_SLACK_S: Final = 15.0
 """The data plane says after limits.load_timeout_s that a version does not load; it is waited for so much longer."""
 SAMPLE: Final = 300
+LEAST_OF_KIND: Final = 5
+"""Calls of the incumbent from which their median says what calls of this kind cost."""
 TRAFFIC_S: Final = 30.0
 LEAST_COMPARED: Final = 200
 """Answers of a candidate that were held to golden's before it is promoted. With a floor of 99 % it may miss two: three wrong in a hundred pass in one trial of sixteen."""
@@ -216,14 +219,23 @@ def compared(
 
 
 def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
-    """Facts of both, with CPU times of the bucket in which both have the most calls; of all calls where no bucket has enough."""
-    common = max(first.costs.keys() & other.costs.keys(), key=lambda b: min(first.costs[b].calls, other.costs[b].calls), default=None)
+    """Facts of both, with what calls cost that both had of one kind, over the incumbent's median of that kind; of all calls where there are none."""
+    usual = {
+        bucket: first.costs[bucket].cpu.quantile(0.5) or 1.0
+        for bucket in first.costs.keys() & other.costs.keys()
+        if first.costs[bucket].calls >= LEAST_OF_KIND
+    }
 
     def facts(block: Block) -> ArmFacts:
-        chosen = [block.costs[common].cpu] if common is not None else [cost.cpu for cost in block.costs.values()]
-        cpu = tuple(value for sketch in chosen for value in sketch.sample(SAMPLE))
+        kinds = usual or dict.fromkeys(block.costs, 1.0)
+        calls = sum(block.costs[bucket].calls for bucket in kinds)
+        costs = tuple(
+            value / unit
+            for bucket, unit in kinds.items()
+            for value in block.costs[bucket].cpu.sample(math.ceil(SAMPLE * block.costs[bucket].calls / calls))
+        )
         return ArmFacts(
-            block.requests + block.failures, block.failures, block.deaths, tuple(block.total.sample(SAMPLE)), cpu, block.non_finite, block.agreed,
+            block.requests + block.failures, block.failures, block.deaths, tuple(block.total.sample(SAMPLE)), costs, block.non_finite, block.agreed,
             block.compared,
         )  # fmt: skip
 

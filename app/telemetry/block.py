@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from app.telemetry.likeness import Likeness
 from app.telemetry.sketch import LogSketch
 
-Bucket: TypeAlias = tuple[int, int]
-"""(rows of the call, bytes of a row), each as a power of two: calls that cost alike."""
+Bucket: TypeAlias = tuple[int, int, int]
+"""(rows of the call, bytes of a row, rest before it): calls that cost alike. Rows and bytes as powers of two."""
+RESTS_S: Final = (0.002, 0.015)
+"""After so long without a call the next one finds its code and weights in slower caches: 1.1 to 1.5 × the CPU time after the first, 1.3 to 2 × after
+the second, and hardly more after that (docs/loop.md)."""
 
 
-def bucket_of(rows: int, row_bytes: int) -> Bucket:
-    return (rows - 1).bit_length() if rows > 1 else 0, row_bytes.bit_length()
+def bucket_of(rows: int, row_bytes: int, rested_s: float = math.inf) -> Bucket:
+    return (rows - 1).bit_length() if rows > 1 else 0, row_bytes.bit_length(), bisect(RESTS_S, rested_s)
 
 
 @dataclass(slots=True)

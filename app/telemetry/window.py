@@ -35,13 +35,15 @@ EXPIRED: Final = 504
 class Track:
     """The blocks of one version, the one that runs last."""
 
-    __slots__ = ("_block_s", "_gathering", "before", "blocks", "gathered", "open")
+    __slots__ = ("_block_s", "_gathering", "before", "blocks", "called_at", "gathered", "open")
 
     def __init__(self, now: float, block_s: float) -> None:
         self._block_s = block_s
         self.blocks: deque[Block] = deque(maxlen=KEPT_BLOCKS)
         self.open = Block(now, now + block_s)
         self.before = Totals()
+        self.called_at = -math.inf
+        """When its newest call ended."""
         self.gathered: deque[Block] = deque(maxlen=KEPT_GATHERED)
         """The newest stretches with enough requests: a busy version's are its blocks."""
         self._gathering: Block | None = None
@@ -163,7 +165,10 @@ class Window:
 
     def called(self, model: str, version: str, rows: int, row_bytes: int, compute_s: float, cpu_s: float, wait_s: float) -> None:
         """One call of the model with `rows` rows of `row_bytes` bytes each."""
-        block = self._block(model, version, self._clock())
+        now = self._clock()
+        block = self._block(model, version, now)
+        track = self.tracks[model, version]
+        rested_s, track.called_at = now - compute_s - track.called_at, now
         block.calls += 1
         block.called_rows += rows
         block.compute_s += compute_s
@@ -171,7 +176,7 @@ class Window:
         block.wait_s += wait_s
         if cpu_s > LEAST_CPU_S:
             block.stretch.add(compute_s / cpu_s)
-        bucket = bucket_of(rows, row_bytes)
+        bucket = bucket_of(rows, row_bytes, rested_s)
         cost = block.costs.get(bucket)
         if cost is None:
             cost = block.costs[bucket] = Cost()
