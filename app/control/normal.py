@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from app.control.quality import LEAST_PAIRS
-from app.telemetry.block import Block, Bucket
+from app.telemetry.block import RESTS_S, Block, Bucket
 from app.telemetry.likeness import Likeness
 from app.telemetry.window import ENOUGH
 
@@ -117,13 +117,22 @@ def other_shapes(normal: Normal, block: Block) -> Normal | None:
 
 
 def cost_ratio(block: Block, normal: Normal) -> float | None:
-    """CPU time per row over its normal, over all buckets that both know, weighted by rows; None where too few calls compare."""
+    """CPU time per row over its normal, over all buckets that both know, weighted by rows; None where too few calls compare.
+
+    Calls after a rest that is not known yet are held to those after a longer one, which cost no less: a version that got slower rests less.
+    """
     weighted = rows = 0.0
     calls = 0
     for bucket, cost in block.costs.items():
-        usual, median = normal.costs.get(bucket), cost.cpu.quantile(0.5)
+        usual, median = _usual(normal, bucket), cost.cpu.quantile(0.5)
         if usual and median is not None:
             weighted += cost.rows * median / usual
             rows += cost.rows
             calls += cost.calls
     return weighted / rows if calls >= LEAST_CALLS else None
+
+
+def _usual(normal: Normal, bucket: Bucket) -> float | None:
+    rows, size, rest = bucket
+    known = (normal.costs.get((rows, size, longer)) for longer in range(rest, len(RESTS_S) + 1))
+    return next((cost for cost in known if cost), None)
