@@ -38,6 +38,8 @@ class ArmFacts:
     compared: int = 0
     class_below_floor: str = ""
     memory_bytes: int = 0
+    alike: bool = True
+    """Whether its costs are of calls of the other one's kinds. Where they are not, more is no proof: it may only have rested longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def _harms(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals, policy: 
         harms.append(f"it {candidate.class_below_floor}")
     if policy.memory_limit_bytes and candidate.memory_bytes > max(policy.memory_limit_bytes, incumbent.memory_bytes):
         harms.append(f"it takes {_mib(candidate.memory_bytes)} of memory, the objective is {_mib(policy.memory_limit_bytes)}")
-    enough = not _shortages(incumbent, candidate, policy)
+    enough = candidate.alike and not _shortages(incumbent, candidate, policy)
     if enough and found.cpu.low > 1 + policy.effect and found.latency.low > 1 + policy.effect:
         harms.append(f"it is slower: CPU time per row {change(found.cpu)}, latency {change(found.latency)}")
     elif enough and found.cpu.low <= 1 + policy.effect < found.mean_cpu.low:
@@ -144,7 +146,9 @@ def _doubts(candidate: ArmFacts, found: _Intervals, policy: Policy) -> list[str]
     """What is neither shown nor ruled out, although there are samples enough to judge at all."""
     doubts = []
     bound = 1 + policy.effect
-    if found.cpu.low > bound:
+    if found.cpu.high > bound and not candidate.alike:
+        doubts.append(f"CPU time per row {change(found.cpu)}, of calls that rested longer than the incumbent's or came in other batches")
+    elif found.cpu.low > bound:
         doubts.append(f"CPU time per row {change(found.cpu)}, but latency {change(found.latency)} does not show it")
     elif found.cpu.high > bound:
         doubts.append(f"CPU time per row {change(found.cpu)} is not told from {policy.effect:+.0%}")

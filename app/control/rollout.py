@@ -219,7 +219,8 @@ def compared(
 
 
 def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
-    """Facts of both, with what calls cost that both had of one kind, over the incumbent's median of that kind; of all calls where there are none."""
+    """Facts of both, with what calls cost that both had of one kind, over the incumbent's median of that kind; of all calls where there are none, as
+    where the callers of one are fewer and fixed by a header."""
     usual = {
         bucket: first.costs[bucket].cpu.quantile(0.5) or 1.0
         for bucket in first.costs.keys() & other.costs.keys()
@@ -239,7 +240,7 @@ def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
             block.compared,
         )  # fmt: skip
 
-    return facts(first), facts(other)
+    return facts(first), replace(facts(other), alike=bool(usual))
 
 
 def _disagrees(block: Block, config: ModelConfig) -> End | None:
