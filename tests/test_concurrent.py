@@ -21,7 +21,7 @@ def times(median_s: float, count: int = MANY, spread: float = 0.2, seed: int = 0
 
 
 def arm(cpu_s: float = 0.004, latency_s: float = 0.006, count: int = MANY, seed: int = 0, **facts: Any) -> ArmFacts:
-    return ArmFacts(count, latencies_s=times(latency_s, count, 0.4, seed), costs=times(cpu_s, count, 0.1, seed + 1), **facts)
+    return ArmFacts(count, latencies_s=times(latency_s, count, 0.4, seed), cpu_s_per_row=times(cpu_s, count, 0.1, seed + 1), **facts)
 
 
 INCUMBENT = arm()
@@ -109,9 +109,11 @@ def test_memory_above_its_objective_fails() -> None:
 def test_some_calls_that_cost_far_more_are_seen_behind_a_faster_middle() -> None:
     """Three in ten took seven times as long; the middle said -60 %."""
     quick, slow = times(0.0016, 280, 0.1, 9), times(0.016, 120, 0.1, 10)
-    found = judge(INCUMBENT, replace(arm(seed=4), costs=quick + slow))
+    found = judge(INCUMBENT, replace(arm(seed=4), cpu_s_per_row=quick + slow))
     assert found.verdict is Verdict.FAILED and "some of its calls cost far more: mean CPU time per row +4" in found.text
-    assert judge(INCUMBENT, replace(arm(seed=4), costs=quick[:60] + (0.2,))).verdict is not Verdict.FAILED, "one call of 61 is an accident"
+    assert judge(INCUMBENT, replace(arm(seed=4), cpu_s_per_row=quick[:60] + (0.2,))).verdict is not Verdict.FAILED, (
+        "one call of 61 is an accident"
+    )
 
 
 def test_agreement_is_told_from_answers_enough_or_not_at_all() -> None:
@@ -129,12 +131,12 @@ def test_a_class_below_its_floor_fails_though_the_whole_agrees() -> None:
 
 def test_zeros_ties_and_what_is_no_number() -> None:
     """Zero means, all ties, NaN: Kayenta's issues 420, 633 and its noise for ties."""
-    tied = ArmFacts(MANY, latencies_s=(0.01,) * MANY, costs=(0.004,) * MANY)
+    tied = ArmFacts(MANY, latencies_s=(0.01,) * MANY, cpu_s_per_row=(0.004,) * MANY)
     assert judge(tied, tied).verdict is Verdict.PASSED
-    zeros = replace(tied, costs=(0.0,) * MANY)
+    zeros = replace(tied, cpu_s_per_row=(0.0,) * MANY)
     assert judge(zeros, zeros).verdict is Verdict.PASSED
     assert judge(zeros, replace(tied, latencies_s=(0.1,) * MANY)).verdict is Verdict.FAILED
-    dirty = replace(arm(seed=2), costs=(math.nan,) * 380 + (0.004,) * 20)
+    dirty = replace(arm(seed=2), cpu_s_per_row=(math.nan,) * 380 + (0.004,) * 20)
     found = judge(INCUMBENT, dirty)
     assert found.verdict is Verdict.INCONCLUSIVE and "20 CPU times of the candidate" in found.text
     json.dumps(found.numbers, allow_nan=False)

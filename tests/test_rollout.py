@@ -279,7 +279,7 @@ def test_costs_are_compared_between_calls_that_rested_alike(journal: Journal, fa
     now = [1000.0]
     window = Window(clock=lambda: now[0])
     costs = ((0.001, 0.001), (0.1, 0.0016))
-    for version, counts, times in (("1", (300, 30), 1.0), ("1.1", (40, 80), factor)):
+    for version, counts, times in (("1", (300, 30), 1.0), ("1.1", (50, 70), factor)):
         for count, (rested_s, cpu_s) in zip(counts, costs, strict=True):
             for turn in range(count):
                 takes_s = cpu_s * times * (1 + 0.02 * (turn % 5))
@@ -291,17 +291,3 @@ def test_costs_are_compared_between_calls_that_rested_alike(journal: Journal, fa
     found = rollout.compared(window, "m", "1", "1.1", (0.0, 0.0), view, CONFIG, 0)
     assert found.verdict is verdict, found.text
     assert abs(found.numbers["cpu_ratio"]["estimate"] - factor) < 0.03
-
-
-def test_what_only_rested_longer_is_not_proven_to_be_slower(journal: Journal) -> None:
-    now = [1000.0]
-    window = Window(clock=lambda: now[0])
-    for version, rested_s, takes_s in (("1", 0.001, 0.001), ("1.1", 0.1, 0.0017)):
-        for turn in range(100):
-            now[0] += rested_s + takes_s
-            window.called("m", version, 1, 4096, takes_s, takes_s * (1 + 0.01 * (turn % 5)), 0.0)
-            window.observe(Observation("m", version, 200, 2 * takes_s, 0.0, 0.0, takes_s, 0.0, 1, 1, takes_s, 0.0))
-    view = Serving(journal).model("m")
-    assert view is not None
-    found = rollout.compared(window, "m", "1", "1.1", (0.0, 0.0), view, CONFIG, 0)
-    assert found.verdict is Verdict.INCONCLUSIVE and "rested" in found.text

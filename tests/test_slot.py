@@ -38,8 +38,7 @@ def test_a_share_is_taken_in_runs_and_never_exceeded(loaded: Any, rate: float, w
         assert took <= wanted * sent
     assert took >= 0.9 * wanted * sent
     lengths = runs(taken)
-    usual = sorted(lengths)[len(lengths) // 2]
-    assert usual == pytest.approx(max(1.0, rate * RUN_S), rel=0.35) or (rate * RUN_S < 4 and usual <= 1 + rate * RUN_S)
+    assert max(1.0, 0.6 * rate * RUN_S) <= sorted(lengths)[len(lengths) // 2] <= 1 + 2 * rate * RUN_S
 
 
 def test_what_is_left_of_a_busy_time_is_not_taken_at_once(loaded: Any) -> None:

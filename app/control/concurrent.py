@@ -22,8 +22,8 @@ LEAST_FAULTS: Final = 3
 class ArmFacts:
     """What one version did while both served.
 
-    `errors` are those of the model or the server. `costs` are samples of CPU time per row, in one unit for both sides, of calls that cost alike on
-    both (the same bucket of batch, shape and rest: a row in a batch of four costs a fifth less than alone). `non_finite` counts answers with NaN or infinity
+    `errors` are those of the model or the server. `cpu_s_per_row` and `latencies_s` are samples of calls that cost alike on both sides (the
+    same bucket of batch and shape: a row in a batch of four costs a fifth less than alone). `non_finite` counts answers with NaN or infinity
     where golden has none, or none is expected; `agreements` of `compared` answers were golden's (of several rows the share
     that was), and `class_below_floor` says on which class too few were.
     """
@@ -32,14 +32,12 @@ class ArmFacts:
     errors: int = 0
     deaths: int = 0
     latencies_s: tuple[float, ...] = ()
-    costs: tuple[float, ...] = ()
+    cpu_s_per_row: tuple[float, ...] = ()
     non_finite: int = 0
     agreements: float = 0.0
     compared: int = 0
     class_below_floor: str = ""
     memory_bytes: int = 0
-    alike: bool = True
-    """Whether its costs are of calls of the other one's kinds. Where they are not, more is no proof: it may only have rested longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +94,8 @@ def _compare(incumbent: ArmFacts, candidate: ArmFacts, confidence: float) -> _In
     return _Intervals(
         share_difference((incumbent.errors, incumbent.requests), (candidate.errors, candidate.requests), confidence),
         share_difference((incumbent.non_finite, incumbent.requests), (candidate.non_finite, candidate.requests), confidence),
-        ratio(incumbent.costs, candidate.costs, confidence),
-        mean_ratio(incumbent.costs, candidate.costs, confidence),
+        ratio(incumbent.cpu_s_per_row, candidate.cpu_s_per_row, confidence),
+        mean_ratio(incumbent.cpu_s_per_row, candidate.cpu_s_per_row, confidence),
         ratio(incumbent.latencies_s, candidate.latencies_s, confidence),
         share(candidate.agreements, candidate.compared, confidence),
     )
@@ -120,7 +118,7 @@ def _harms(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals, policy: 
         harms.append(f"it {candidate.class_below_floor}")
     if policy.memory_limit_bytes and candidate.memory_bytes > max(policy.memory_limit_bytes, incumbent.memory_bytes):
         harms.append(f"it takes {_mib(candidate.memory_bytes)} of memory, the objective is {_mib(policy.memory_limit_bytes)}")
-    enough = candidate.alike and not _shortages(incumbent, candidate, policy)
+    enough = not _shortages(incumbent, candidate, policy)
     if enough and found.cpu.low > 1 + policy.effect and found.latency.low > 1 + policy.effect:
         harms.append(f"it is slower: CPU time per row {change(found.cpu)}, latency {change(found.latency)}")
     elif enough and found.cpu.low <= 1 + policy.effect < found.mean_cpu.low:
@@ -133,7 +131,7 @@ def _shortages(incumbent: ArmFacts, candidate: ArmFacts, policy: Policy) -> list
     for side, facts in (("incumbent", incumbent), ("candidate", candidate)):
         counts = {
             "requests": facts.requests,
-            "CPU times": len(finite(facts.costs)),
+            "CPU times": len(finite(facts.cpu_s_per_row)),
             "latencies": len(finite(facts.latencies_s)),
         }
         short += [f"{n} {what} of the {side}, {policy.least_samples} are needed" for what, n in counts.items() if n < policy.least_samples]
@@ -146,9 +144,7 @@ def _doubts(candidate: ArmFacts, found: _Intervals, policy: Policy) -> list[str]
     """What is neither shown nor ruled out, although there are samples enough to judge at all."""
     doubts = []
     bound = 1 + policy.effect
-    if found.cpu.high > bound and not candidate.alike:
-        doubts.append(f"CPU time per row {change(found.cpu)}, of calls that rested longer than the incumbent's or came in other batches")
-    elif found.cpu.low > bound:
+    if found.cpu.low > bound:
         doubts.append(f"CPU time per row {change(found.cpu)}, but latency {change(found.latency)} does not show it")
     elif found.cpu.high > bound:
         doubts.append(f"CPU time per row {change(found.cpu)} is not told from {policy.effect:+.0%}")
@@ -201,7 +197,7 @@ def _numbers(incumbent: ArmFacts, candidate: ArmFacts, found: _Intervals) -> JSO
     counts: JSON = {
         side: {
             "requests": facts.requests, "errors": facts.errors, "deaths": facts.deaths, "non_finite": facts.non_finite,
-            "cpu_samples": len(finite(facts.costs)), "latency_samples": len(finite(facts.latencies_s)),
+            "cpu_samples": len(finite(facts.cpu_s_per_row)), "latency_samples": len(finite(facts.latencies_s)),
             "agreements": facts.agreements, "compared": facts.compared, "memory_bytes": facts.memory_bytes,
         }
         for side, facts in sides.items()

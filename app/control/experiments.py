@@ -70,16 +70,17 @@ class Experiments:
         """Experiments where only they can tell, then the rules. `others` are all patients, `host` its newest reading; what was spent is noted in `patient`."""
         stretch = 1 if any(one.numbers.get("leapt") for one in found) else SETTLE_BLOCKS + 1  # what was before the leap would hide it
         since = self._window.now() - stretch * self._window.block_s
-        if stretch > 1:  # of little traffic what was suspicious is older
+        if stretch > 1:  # of little traffic what is suspicious is older
             told = self._window.gathered(view.name, view.active, SETTLE_BLOCKS, view.active_since)
             since = min([since, *(one.began for one in told)])
         block = self._window.since(view.name, view.active, max(view.active_since, since))
         kinds = {one.kind for one in found} - {Kind.EVENT}
         event = patient.event if monotonic() - patient.event_at < EVENT_S else ""
         fell = patient.incident.began if patient.incident is not None else monotonic()
+        well_until = min(since, fell - NEWEST_BLOCKS * self._window.block_s)
         whole, newest = (
             self._window.since(view.name, view.active, began, sketches=False)
-            for began in (view.active_since, max(view.active_since, fell - NEWEST_BLOCKS * self._window.block_s))
+            for began in (view.active_since, max(view.active_since, well_until))
         )
         before = (whole.agreed - newest.agreed, whole.compared - newest.compared)
 
@@ -106,7 +107,7 @@ class Experiments:
         with self._window.background("replay"):
             began = monotonic()
             inputs = await self._plane.newest(view.name)
-            all_was_well = time() - (began - fell) - NEWEST_BLOCKS * self._window.block_s
+            all_was_well = time() - (began - well_until)
             taken = host().others_ratio or 0.0
             again = await replay(self._bench, want, view.active, view.settings, self._memory_bytes, inputs, all_was_well, taken)
             self._spend("replay", monotonic() - began, patient)

@@ -7,7 +7,7 @@ from time import monotonic
 from app.catalog.model_config import ModelConfig
 from app.control.normal import LEAST_CALLS, other_shapes
 from app.control.objectives import burn
-from app.control.patient import EVENT_S, SHAPES, Patient
+from app.control.patient import EVENT_S, SETTLE_BLOCKS, SHAPES, Patient
 from app.control.standing import LATELY_S
 from app.control.suspicion import LEAP_CALLS, Kind, Seen, Suspicion, leap_of_latency, suspicions
 from app.domain import ModelView
@@ -18,29 +18,28 @@ from optimizers.two_samples import share_difference
 
 
 def glance(
-    window: Window, view: ModelView, blocks: list[Block], patient: Patient, config: ModelConfig, host: HostFacts, host_at: float
+    window: Window, view: ModelView, gathered: list[Block], patient: Patient, config: ModelConfig, host: HostFacts, host_at: float
 ) -> list[Suspicion]:  # fmt: skip
-    """What looks wrong now; `blocks` are the newest that hold enough requests (Window.gathered).
+    """What looks wrong now, `gathered` being the newest blocks that hold enough requests. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
 
-    Faults count from the open block on, a due event asks for a look once there is traffic to look at. Leaps of the cost and of the latency do not
-    wait either, nor do other shapes, which are an event. The rest is judged when a block closes, and stands until the next one does.
+    So do leaps of the cost and of the latency, and other shapes, which are an event. The rest is judged when a block closes, and stands until the next one does.
     """
     now = window.now()
-    latest = [block for block in window.closed(view.name, view.active, 1) if block.began >= view.active_since]
-    judged = latest[0].ended if latest else 0.0
+    blocks = [block for block in window.closed(view.name, view.active, SETTLE_BLOCKS) if block.began >= view.active_since]
+    judged = blocks[-1].ended if blocks else 0.0
     if judged != patient.judged_until or view.recent_deaths != patient.judged_deaths:
         patient.judged_until, patient.judged_deaths = judged, view.recent_deaths
         lately = window.since(view.name, view.active, max(view.active_since, now - LATELY_S), sketches=False)
         patient.requests, patient.non_finite = lately.requests, (lately.non_finite, lately.requests)
         promise = config.objective.promise
         burning = burn(promise.share, lambda seconds: window.good_and_bad(view.name, seconds)) if promise is not None else None
-        seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills, *latest)
-        patient.found = suspicions(seen, patient.normal, config, burning) if latest or view.recent_deaths else []
+        seen = Seen(blocks, lately, view.memory_bytes, view.recent_deaths, view.recent_kills, gathered)
+        patient.found = suspicions(seen, patient.normal, config, burning) if blocks or view.recent_deaths else []
     found = list(patient.found)
     opened = window.since(view.name, view.active, max(view.active_since, now - window.block_s))
     urgent = suspicions(Seen([opened], Block(now, now), view.memory_bytes, 0), patient.normal, config, None)
     urgent = [one for one in urgent if one.kind in (Kind.ERRORS, Kind.NON_FINITE, Kind.COST)]
-    urgent += _leap(window, opened, latest, patient, config, host, host_at)
+    urgent += _leap(window, opened, blocks, patient, config, host, host_at)
     kinds = {one.kind for one in found}
     found += [one for one in urgent if one.kind not in kinds]
     if _as_before(patient, opened):
@@ -63,10 +62,10 @@ def _as_before(patient: Patient, opened: Block) -> bool:
 
 
 def _leap(
-    window: Window, opened: Block, closed: list[Block], patient: Patient, config: ModelConfig, host: HostFacts, host_at: float
+    window: Window, opened: Block, blocks: list[Block], patient: Patient, config: ModelConfig, host: HostFacts, host_at: float
 ) -> list[Suspicion]:  # fmt: skip
     """A leap of latency that two readings of the host in a row leave unexplained, seen in the newest block that has answers enough."""
-    latest = [block for block in closed if block.ended > window.now() - window.block_s]
+    latest = [block for block in blocks[-1:] if block.ended > window.now() - window.block_s]
     block = opened if opened.requests >= LEAP_CALLS or not latest else latest[0]
     leap = leap_of_latency(block, patient.normal, config.objective.promise, host)
     stands = patient.leap_stands(leap is not None, monotonic(), host_at)

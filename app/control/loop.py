@@ -363,7 +363,8 @@ class Loop:
             raise
         incident.tried.add(decided.remedy)
         patient.looks = Looks()
-        self._window.afresh(view.name)
+        if decided.action is Action.RESTART:
+            self._window.afresh(view.name)  # what else is in effect by now is a swap, or other settings
         if decided.action is Action.SWITCH:
             patient.switched_at.append(monotonic())
         incident.acted_at = patient.remedied_at[diagnosis.cause] = monotonic()

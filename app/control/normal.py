@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from app.control.quality import LEAST_PAIRS
-from app.telemetry.block import RESTS_S, Block, Bucket
+from app.telemetry.block import Block, Size
 from app.telemetry.likeness import Likeness
 from app.telemetry.window import ENOUGH
 
@@ -26,7 +26,7 @@ BASE_LABELS: Final = 100
 class Normal:
     """What a version does when all is well here, learned from its first quiet blocks; nothing is learned while it is stepped down or on trial."""
 
-    costs: Mapping[Bucket, float] = field(default_factory=dict)
+    costs: Mapping[Size, float] = field(default_factory=dict)
     """Median CPU seconds per row."""
     p95_s: float = 0.0
     memory_bytes: int = 0
@@ -54,7 +54,7 @@ def learned(normal: Normal, block: Block, memory_bytes: int) -> Normal:
         return normal
     count = normal.blocks
     costs = dict(normal.costs)
-    for bucket, cost in block.costs.items():
+    for bucket, cost in block.costs_by_size().items():
         median = cost.cpu.quantile(0.5)
         if median is not None and cost.calls >= LEAST_CALLS:
             known = costs.get(bucket)
@@ -85,7 +85,7 @@ def with_news(normal: Normal, block: Block) -> Normal:
         normal = replace(normal, shapes=shapes_of(block))
     new = {
         bucket: median
-        for bucket, cost in block.costs.items()
+        for bucket, cost in block.costs_by_size().items()
         if bucket not in normal.costs and cost.calls >= LEAST_CALLS and (median := cost.cpu.quantile(0.5)) is not None
     }
     if not new or not normal.known:
@@ -96,7 +96,7 @@ def with_news(normal: Normal, block: Block) -> Normal:
 def shapes_of(block: Block) -> dict[int, float]:
     """Shares of a block's rows by their size (a power of two of bytes); none where there are too few."""
     rows: dict[int, int] = {}
-    for (_, size, _), cost in block.costs.items():
+    for (_, size), cost in block.costs_by_size().items():
         rows[size] = rows.get(size, 0) + cost.rows
     total = sum(rows.values())
     return {size: count / total for size, count in rows.items()} if total >= LEAST_ROWS else {}
@@ -117,22 +117,13 @@ def other_shapes(normal: Normal, block: Block) -> Normal | None:
 
 
 def cost_ratio(block: Block, normal: Normal) -> float | None:
-    """CPU time per row over its normal, over all buckets that both know, weighted by rows; None where too few calls compare.
-
-    Calls after a rest that is not known yet are held to those after a longer one, which cost no less: a version that got slower rests less.
-    """
+    """CPU time per row over its normal, over all buckets that both know, weighted by rows; None where too few calls compare."""
     weighted = rows = 0.0
     calls = 0
-    for bucket, cost in block.costs.items():
-        usual, median = _usual(normal, bucket), cost.cpu.quantile(0.5)
+    for bucket, cost in block.costs_by_size().items():
+        usual, median = normal.costs.get(bucket), cost.cpu.quantile(0.5)
         if usual and median is not None:
             weighted += cost.rows * median / usual
             rows += cost.rows
             calls += cost.calls
     return weighted / rows if calls >= LEAST_CALLS else None
-
-
-def _usual(normal: Normal, bucket: Bucket) -> float | None:
-    rows, size, rest = bucket
-    known = (normal.costs.get((rows, size, longer)) for longer in range(rest, len(RESTS_S) + 1))
-    return next((cost for cost in known if cost), None)

@@ -7,29 +7,27 @@ the next holder of the job ends or goes on with.
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from app.catalog.model_config import ModelConfig
 from app.control.concurrent import ArmFacts, Judgement, Policy, judge
 from app.control.quality import worst_class
 from app.domain import Event, ModelView, Verdict, short
 from app.store.base import Journal
-from app.telemetry.block import Block
+from app.telemetry.block import Block, Cost
 from app.telemetry.window import Window
 from optimizers.stats import wilson
 
+Kind = TypeVar("Kind")
 LOOK_S: Final = 0.5
 SHADOW_S: Final = 8.0
 SHADOW_ENOUGH: Final = 20
 LOAD_SLACK_S: Final = 15.0
 """The data plane says after limits.load_timeout_s that a version does not load; it is waited for so much longer."""
 SAMPLE: Final = 300
-LEAST_OF_KIND: Final = 5
-"""Calls of the incumbent from which their median says what calls of this kind cost."""
 TRAFFIC_S: Final = 30.0
 LEAST_COMPARED: Final = 200
 """Answers of a candidate that were held to golden's before it is promoted. With a floor of 99 % it may miss two: three wrong in a hundred pass in one trial of sixteen."""
@@ -219,28 +217,27 @@ def compared(
 
 
 def _arms(first: Block, other: Block) -> tuple[ArmFacts, ArmFacts]:
-    """Facts of both, with what calls cost that both had of one kind, over the incumbent's median of that kind; of all calls where there are none, as
-    where the callers of one are fewer and fixed by a header."""
-    usual = {
-        bucket: first.costs[bucket].cpu.quantile(0.5) or 1.0
-        for bucket in first.costs.keys() & other.costs.keys()
-        if first.costs[bucket].calls >= LEAST_OF_KIND
-    }
+    """Facts of both, with CPU times of the calls that both have most of: of one size after one rest where that is a third of the candidate's, else of one
+    size, else of all."""
+    chosen = _most_alike(first.costs, other.costs, other.calls / 3) or _most_alike(first.costs_by_size(), other.costs_by_size(), 1)
 
-    def facts(block: Block) -> ArmFacts:
-        kinds = usual or dict.fromkeys(block.costs, 1.0)
-        calls = sum(block.costs[bucket].calls for bucket in kinds)
-        costs = tuple(
-            value / unit
-            for bucket, unit in kinds.items()
-            for value in block.costs[bucket].cpu.sample(math.ceil(SAMPLE * block.costs[bucket].calls / calls))
-        )
+    def facts(block: Block, of: Cost | None) -> ArmFacts:
+        sketches = [of.cpu] if of is not None else [cost.cpu for cost in block.costs.values()]
+        cpu = tuple(value for sketch in sketches for value in sketch.sample(SAMPLE))
         return ArmFacts(
-            block.requests + block.failures, block.failures, block.deaths, tuple(block.total.sample(SAMPLE)), costs, block.non_finite, block.agreed,
+            block.requests + block.failures, block.failures, block.deaths, tuple(block.total.sample(SAMPLE)), cpu, block.non_finite, block.agreed,
             block.compared,
         )  # fmt: skip
 
-    return facts(first), replace(facts(other), alike=bool(usual))
+    return facts(first, chosen[0] if chosen else None), facts(other, chosen[1] if chosen else None)
+
+
+def _most_alike(first: Mapping[Kind, Cost], other: Mapping[Kind, Cost], least: float) -> tuple[Cost, Cost] | None:
+    """Calls of the kind that both have most of, where that is `least` at least."""
+    common = max(first.keys() & other.keys(), key=lambda kind: min(first[kind].calls, other[kind].calls), default=None)
+    if common is None or min(first[common].calls, other[common].calls) < least:
+        return None
+    return first[common], other[common]
 
 
 def _disagrees(block: Block, config: ModelConfig) -> End | None:

@@ -72,27 +72,23 @@ def faulty(found: Sequence[Suspicion]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The newest closed blocks of the active version that tell something, the oldest first, and a longer stretch for what is rare."""
+    """The newest closed blocks of the active version, the oldest first, and a longer stretch for what is rare."""
 
     blocks: Sequence[Block]
     lately: Block
     memory_bytes: int
     recent_deaths: int
     recent_kills: int = 0
-    last: Block | None = None
-    """The newest block, however few its requests are, where it is none of `blocks`: faults and refusals wait for nothing."""
-
-    @property
-    def latest(self) -> Block | None:
-        return self.last or (self.blocks[-1] if self.blocks else None)
+    gathered: Sequence[Block] | None = None
+    """Of little traffic several blocks in one (Window.gathered), where that was looked for: what requests cost is told by these."""
 
 
 def suspicions(seen: Seen, normal: Normal, config: ModelConfig, burning: Burn | None) -> list[Suspicion]:
     """Everything that asks for a look now, the gravest first."""
-    quiet = [block for block in seen.blocks[-2:] if not block.disturbed]
+    quiet = [block for block in (seen.blocks if seen.gathered is None else seen.gathered)[-2:] if not block.disturbed]
     found = [
         *_broken(seen, config),
-        *_refusals(seen.latest),
+        *_refusals(seen.blocks[-1:]),
         *_unavailable(seen, config.objective.availability),
         *_too_few(seen.blocks[-2:], config.objective.throughput_rps),
         *_slow(seen, normal, config.objective.promises, burning),
@@ -108,12 +104,12 @@ def suspicions(seen: Seen, normal: Normal, config: ModelConfig, burning: Burn | 
 
 def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
     found: list[Suspicion | None] = []
-    last = seen.latest
+    last = seen.blocks[-1:] and seen.blocks[-1]
     outside, own = seen.recent_kills, seen.recent_deaths - seen.recent_kills
     if max(own, outside) >= DEATHS:
         how = f"ended {own}" if own >= DEATHS else f"was killed or stopped from outside {outside}"
         found.append(Suspicion(Kind.DEATHS, f"its runner {how} times in five minutes", {"deaths": own, "from_outside": outside}))
-    if last is None:
+    if not last:
         return found
     lately, quiet = seen.lately, last.requests + last.failures + last.failed_calls < LEAST_CALLS
     of = lately if quiet and last.failures else last  # of few requests a block tells nothing, and five minutes do
@@ -132,9 +128,10 @@ def _broken(seen: Seen, config: ModelConfig) -> list[Suspicion | None]:
     return found
 
 
-def _refusals(last: Block | None) -> list[Suspicion | None]:
-    if last is None or last.refused + last.expired <= REFUSED_LIMIT * last.offered:
+def _refusals(blocks: Sequence[Block]) -> list[Suspicion | None]:
+    if not blocks or blocks[-1].refused + blocks[-1].expired <= REFUSED_LIMIT * blocks[-1].offered:
         return []
+    last = blocks[-1]
     refused = [f"{last.refused} of {last.offered} requests were refused: its queue is full"] if last.refused else []
     expired = [f"{last.expired} of {last.offered} requests expired: their own deadlines are shorter than the wait"] if last.expired else []
     text = "; ".join([*refused, *expired])
@@ -143,8 +140,8 @@ def _refusals(last: Block | None) -> list[Suspicion | None]:
 
 def _unavailable(seen: Seen, least: float | None) -> list[Suspicion | None]:
     """The upper confidence bound of the share that was answered lies below the objective, and it goes on."""
-    lately, last = seen.lately, seen.latest
-    if least is None or lately.offered < LEAST_CALLS or last is None or last.requests == last.offered:
+    lately = seen.lately
+    if least is None or lately.offered < LEAST_CALLS or not seen.blocks or seen.blocks[-1].requests == seen.blocks[-1].offered:
         return []
     _, high = wilson(lately.requests, lately.offered)
     if high >= least:

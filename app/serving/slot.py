@@ -77,12 +77,15 @@ class Share:
         if key is not None:
             return crc32(key) < self.share * 2**32
         self.due += self.share
-        if self.running and (self.due < 1 or now - self.run_at > 2 * RUN_S):
-            self.running = False
+        if self.running and now - self.run_at > 2 * RUN_S:
+            self.running, self.due = False, 0.0  # of what came when more came, little comes now
         if not self.running and self.due >= 1 and now - self.run_at >= RUN_S / self.share:
             self.running, self.run_at = True, now
-        self.due -= self.running
-        return self.running
+        if not self.running:
+            return False
+        self.due -= 1
+        self.running = self.due >= 1
+        return True
 
 
 @dataclass(frozen=True, slots=True)

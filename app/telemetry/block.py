@@ -12,9 +12,11 @@ from app.telemetry.sketch import LogSketch
 
 Bucket: TypeAlias = tuple[int, int, int]
 """(rows of the call, bytes of a row, rest before it): calls that cost alike. Rows and bytes as powers of two."""
+Size: TypeAlias = tuple[int, int]
+"""The same without the rest."""
 RESTS_S: Final = (0.002, 0.015)
-"""After so long without a call the next one finds its code and weights in slower caches: 1.1 to 1.5 × the CPU time after the first, 1.3 to 2 × after
-the second, and hardly more after that (docs/loop.md)."""
+"""After a longer rest the next call finds its code and weights in slower caches. On two cores with AMX: 1.1 to 1.6 × the CPU time after 5 ms, 1.3 to 2 ×
+after 25, and no more after a second (benchmarks.share shows what that does to a comparison)."""
 
 
 def bucket_of(rows: int, row_bytes: int, rested_s: float = math.inf) -> Bucket:
@@ -107,6 +109,13 @@ class Block:
     def edge_ratio(self) -> float:
         """Share of the requests' time that went into reading and writing them."""
         return self.edge_s / self.total_s if self.total_s > 0 else 0.0
+
+    def costs_by_size(self) -> dict[Size, Cost]:
+        """Whatever the rest before the calls: a version that gets slower rests less, and must not be a kind of its own for that."""
+        found: dict[Size, Cost] = {}
+        for (rows, size, _), cost in self.costs.items():
+            found.setdefault((rows, size), Cost()).merge(cost)
+        return found
 
     def merge(self, other: Block, sketches: bool = True) -> None:
         """Add `other`; its counts alone where the sketches are not asked for, which take nearly all of the time."""

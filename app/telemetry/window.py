@@ -23,10 +23,12 @@ KEPT_MINUTES: Final = 360
 """Six hours of counts by the minute: the longest window of a burn rate."""
 PHASES_S: Final = 60.0
 ENOUGH: Final = 20
-"""Requests of which a stretch tells something: its quantiles, its costs."""
+"""Requests, or calls, of which a stretch tells something: its quantiles, its costs."""
 GATHERED_S: Final = 60.0
-"""Blocks with fewer are gathered until they hold enough, or for so long: what one request in two seconds takes is known after a minute."""
+"""Blocks with fewer are gathered until they hold enough, or for so long: what one request in two seconds costs is known after a minute."""
 KEPT_GATHERED: Final = 4
+KEPT_CALLS: Final = 8
+"""Ends of the newest calls: of so many that run at once the rest before each is told."""
 LEAST_CPU_S: Final = 1e-6
 SERVER_FAULTS: Final = frozenset({500, 502, 503})
 EXPIRED: Final = 504
@@ -35,15 +37,15 @@ EXPIRED: Final = 504
 class Track:
     """The blocks of one version, the one that runs last."""
 
-    __slots__ = ("_block_s", "_gathering", "before", "blocks", "called_at", "gathered", "open")
+    __slots__ = ("_block_s", "_ends", "_gathering", "_rested_s", "before", "blocks", "gathered", "open")
 
     def __init__(self, now: float, block_s: float) -> None:
         self._block_s = block_s
         self.blocks: deque[Block] = deque(maxlen=KEPT_BLOCKS)
         self.open = Block(now, now + block_s)
         self.before = Totals()
-        self.called_at = -math.inf
-        """When its newest call ended."""
+        self._ends: deque[float] = deque(maxlen=KEPT_CALLS)
+        self._rested_s = math.inf
         self.gathered: deque[Block] = deque(maxlen=KEPT_GATHERED)
         """The newest stretches with enough requests: a busy version's are its blocks."""
         self._gathering: Block | None = None
@@ -78,15 +80,27 @@ class Track:
     def _close(self) -> None:
         self.before = self.before.plus(self.open)
         self.blocks.append(self.open)
-        whole = self.open
-        if self._gathering is not None:
-            whole = Block(self._gathering.began, self.open.ended)
-            whole.merge(self._gathering)
-            whole.merge(self.open)
-        told = whole.offered >= ENOUGH or whole.seconds >= GATHERED_S
-        self._gathering = None if told else whole
-        if told:
+        self._gather()
+
+    def _gather(self) -> None:
+        closed, before = self.open, self._gathering
+        if closed.disturbed and closed.offered < ENOUGH:
+            return  # what Hone itself does now and then is not to spoil a whole minute
+        whole = closed
+        if before is not None and closed.began - before.ended <= 2 * self._block_s and closed.offered < ENOUGH:
+            whole = Block(before.began, closed.ended)
+            whole.merge(before)
+            whole.merge(closed)
+        enough = closed.offered >= ENOUGH or min(whole.offered, whole.calls) >= ENOUGH
+        self._gathering = None if enough or whole.seconds >= GATHERED_S else whole
+        if self._gathering is None:
             self.gathered.append(whole)
+
+    def rested_s(self, began: float, ended: float) -> float:
+        """Note a call, and tell how long the one before it had been over; of calls that run beside others, what that was for the first of them."""
+        self._rested_s = min((began - end for end in self._ends if end <= began), default=self._rested_s)
+        self._ends.append(ended)
+        return self._rested_s
 
     def since(self, began: float, now: float, sketches: bool = True) -> Block:
         """All blocks that began at or after `began`, merged, the open one with them."""
@@ -108,11 +122,22 @@ class Track:
         return [*self.blocks, *self.gathered, *([self._gathering] if self._gathering is not None else [])]
 
     def told(self, count: int, since: float, now: float) -> list[Block]:
-        """The newest `count` gathered stretches that began at `since` or later, the oldest first; what was gathered from before on is dropped."""
+        """The newest `count` gathered stretches that began at `since` or later and followed each other, the oldest first.
+
+        None once they are older than the next one ought to be: then less comes, or nobody asks any more. What was gathered from before `since` on
+        is dropped.
+        """
         self.at(now)
         if self._gathering is not None and self._gathering.began < since:
             self._gathering = None
-        return [block for block in self.gathered if block.began >= since][-count:]
+        found: list[Block] = []
+        ends = now
+        for block in reversed(self.gathered):
+            if block.began < since or ends - block.ended > block.seconds + self._block_s:
+                break
+            found.insert(0, block)
+            ends = block.began
+        return found[-count:]
 
 
 class Window:
@@ -168,7 +193,6 @@ class Window:
         now = self._clock()
         block = self._block(model, version, now)
         track = self.tracks[model, version]
-        rested_s, track.called_at = now - compute_s - track.called_at, now
         block.calls += 1
         block.called_rows += rows
         block.compute_s += compute_s
@@ -176,7 +200,7 @@ class Window:
         block.wait_s += wait_s
         if cpu_s > LEAST_CPU_S:
             block.stretch.add(compute_s / cpu_s)
-        bucket = bucket_of(rows, row_bytes, rested_s)
+        bucket = bucket_of(rows, row_bytes, track.rested_s(now - compute_s, now))
         cost = block.costs.get(bucket)
         if cost is None:
             cost = block.costs[bucket] = Cost()
