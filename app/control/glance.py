@@ -20,9 +20,10 @@ from optimizers.two_samples import share_difference
 def glance(
     window: Window, view: ModelView, gathered: list[Block], patient: Patient, config: ModelConfig, host: HostFacts, host_at: float
 ) -> list[Suspicion]:  # fmt: skip
-    """What looks wrong now, `gathered` being the newest blocks that hold enough requests. Faults count from the open block on; a due event asks for a look once there is traffic to look at.
+    """What looks wrong now; `gathered` are the newest blocks that hold enough requests (Window.gathered).
 
-    So do leaps of the cost and of the latency, and other shapes, which are an event. The rest is judged when a block closes, and stands until the next one does.
+    Faults count from the open block on, a due event asks for a look once there is traffic to look at. Leaps of the cost and of the latency do not wait
+    either, nor do other shapes, which are an event. The rest is judged when a block closes, and stands until the next one does.
     """
     now = window.now()
     blocks = [block for block in window.closed(view.name, view.active, SETTLE_BLOCKS) if block.began >= view.active_since]
