@@ -21,9 +21,9 @@ from app.serving.admission import Admitted
 from app.serving.engine import Engine
 from app.serving.mirror import Mirror
 
-RUN_S: Final = 0.1
-"""So long a version with a share answers all that comes, or twice as long where it is behind its share. A version's caches are as warm after some
-calls in a row as they get."""
+RUN_S: Final = 0.25
+"""So long a version with a share answers all that comes, or twice as long where it is behind its share. A process that others' weights drove out of the
+caches is as quick as ever after eight to ten calls (48 MB, benchmarks.share)."""
 
 
 @dataclass(slots=True)
