@@ -78,14 +78,12 @@ class Share:
             return crc32(key) < self.share * 2**32
         self.due += self.share
         if self.running and now - self.run_at > 2 * RUN_S:
-            self.running, self.due = False, 0.0  # of what came when more came, little comes now
+            self.running, self.due = False, min(1.0, self.due)  # of what came when more came, little comes now
+        self.running = self.running and self.due >= 1
         if not self.running and self.due >= 1 and now - self.run_at >= RUN_S / self.share:
             self.running, self.run_at = True, now
-        if not self.running:
-            return False
-        self.due -= 1
-        self.running = self.due >= 1
-        return True
+        self.due -= self.running
+        return self.running
 
 
 @dataclass(frozen=True, slots=True)
