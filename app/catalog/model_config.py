@@ -275,7 +275,7 @@ watch in which the previous version keeps a share."""
     canary: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False, max_length=10)] = (0.05, 0.25)
     """Shares of live requests, in order; all of them follow. Empty: no canary, the offline proof decides."""
     header: Annotated[str, Field(max_length=255)] | None = None
-    """Name of a request header whose value decides which version answers, so that a caller stays with one. Default: at random."""
+    """Name of a request header whose value decides which version answers, so that a caller stays with one. Default: all callers, in turns of a quarter of a second."""
     min_samples: Annotated[int, Field(ge=8, le=100_000)] = 50
     """Fewer answers of either version than this are inconclusive."""
     max_age_s: Annotated[float, Field(gt=0, le=7 * 86_400)] = 600.0
